@@ -1,0 +1,464 @@
+"""The one orchestrator: plan → statistics → solve each group → build → report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .base import BaseCheckpoint, clamp_length, load_model, load_tokenizer, resolve_architecture, resolve_base
+from .calibration import Statistics, collect
+from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
+from .errors import CompressionError, listing
+from .families import Matrix, family_of
+from .folder import check_target, save_folder
+from .plan import Group, Plan, make_plan
+from .recipe import STORAGES, Recipe, load_recipe
+from .report import GroupReport, Report, group_report, totals, versions
+from .solvers import Factors, Problem, solve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+# Rows of an embedding count by how often their token occurs, and this share of the weight goes to all alike: a token
+# that the calibration text lacks may well occur in use.
+UNIFORM_SHARE = 0.5
+# Fields of a base's config that belong to the base alone.
+_NOT_INHERITED = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "auto_map",
+    "quantization_config",
+    "dtype",
+    "torch_dtype",
+)
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """A compressed model and all that belongs to it.
+
+    Attributes:
+        model: the compressed model, in evaluation mode.
+        tokenizer: of the base; None if it has none.
+        report: what was done.
+        source: the base's folder, from which companion files are carried along; None for a model in memory.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    report: Report
+    source: Path | None = None
+
+    def save(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "50GB") -> Path:
+        """Write a finished, self-contained folder, whole or not at all, and return its path.
+
+        Args:
+            folder: where to; it must not exist yet, or be empty.
+            overwrite: replace a folder that this package has written.
+            max_shard_size: larger weights are split into files of this size.
+
+        Raises:
+            CompressionError: the folder holds something, and `overwrite` is not given or it is none of ours.
+        """
+        return save_folder(
+            Path(folder), self.model, self.tokenizer, self.report, self.source, overwrite, max_shard_size
+        )
+
+
+def compress(
+    base: str | Path | PreTrainedModel,
+    recipe: str | Path | Recipe = "calibrated-svd",
+    *,
+    ratio: float | None = None,
+    modules: str | Sequence[str] | None = None,
+    grouping: str | None = None,
+    storage: str | None = None,
+    calibration: str | Path | Sequence[str] | None = "bundled",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    auto_class: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> CompressionResult:
+    """Return a smaller model that does nearly what `base` does; nothing is fine-tuned, and `base` is left as it is.
+
+    Args:
+        base: a Hub id, a local folder, or a stock model in memory.
+        recipe: a preset's name, a YAML file, or a `Recipe`; the keywords below override it.
+        ratio: 4 bytes × parameters of the chosen matrices, over the bytes stored for them.
+        modules: kinds, shorthands, or regular expressions that match whole module names.
+        grouping: "separated", "concatenated" or "blocks:N".
+        storage: dtype of the stored factors, "float32", "float16" or "bfloat16".
+        calibration: "bundled", texts, a file with one text a line, a data set's name, or None for no data.
+        tokenizer: of the base, if that is a model in memory.
+        auto_class: which class to load the base with, e.g. "AutoModelForMaskedLM"; by default the one it was saved from.
+        dtype: what the base is loaded and computed in, and what the result has. By default it is computed in float32,
+            and the result has the checkpoint's dtype.
+        device: where it is computed, e.g. "cuda"; by default on the CPU, or where a model in memory lies.
+        batch_size: calibration texts in one forward pass.
+        seed: of everything random.
+        revision: of a base on the Hub.
+        token: for a base on the Hub; by default the one you are logged in with.
+        trust_remote_code: run code that comes with the base's tokenizer. The model is always a stock class.
+        progress: show progress bars.
+
+    Raises:
+        CompressionError: something in the request cannot be done. Nothing has been written.
+    """
+    recipe = load_recipe(recipe).override(modules=modules, ratio=ratio, grouping=grouping, storage=storage)
+    texts = load_texts(calibration) if recipe.calibrated else None
+    if texts is None:
+        recipe = recipe.without_calibration()
+    clock = _Clock()
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "clock": clock}
+    if isinstance(base, nn.Module):
+        return compress_model(base, recipe, texts, tokenizer=tokenizer, dtype=dtype, device=device, **options)
+
+    source = resolve_base(base, revision=revision, token=token)
+    architecture = resolve_architecture(source.config, auto_class)
+    wanted = _dtype_name(dtype)
+    # The plan is made before the weights are read, so that what cannot be done is said at once.
+    make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
+    with clock("load"):
+        model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
+    return compress_model(
+        model,
+        recipe,
+        texts,
+        tokenizer=tokenizer,
+        dtype=wanted or _checkpoint_dtype(source),
+        device=device,
+        source=source,
+        **options,
+    )
+
+
+def compress_model(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    texts: CalibrationText | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    source: BaseCheckpoint | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    clock: _Clock | None = None,
+) -> CompressionResult:
+    """Return the compressed form of a model in memory; needs no network. See `compress`.
+
+    Args:
+        model: a stock model; if it has a `source`, it is ours to take apart.
+        recipe: with all overrides in it.
+        texts: calibration text; None makes every objective data-free.
+        tokenizer: needed if there is text.
+        dtype: of the result; by default the model's.
+        device: where it is computed.
+        source: where the model was loaded from, if it was.
+        batch_size: texts in one forward pass.
+        seed: of everything random.
+        progress: show progress bars.
+        clock: measures the stages.
+    """
+    clock = clock or _Clock()
+    if texts is None:
+        recipe = recipe.without_calibration()
+    config = model.config.to_dict()
+    family = family_of(config)
+    architecture = type(model).__name__
+    plan = make_plan(config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype))
+    if texts is not None and tokenizer is None:
+        raise CompressionError(
+            "Calibration needs the model's tokenizer, and there is none; pass tokenizer=, or calibration=None for a "
+            "data-free compression."
+        )
+    home = next(model.parameters()).device
+    device = torch.device(device or home)
+    _check_finite(model, family.title)
+    compute = model.to(device)  # type: ignore[arg-type]
+    was_training = model.training
+    compute.eval()
+
+    try:
+        statistics, record = Statistics(), None
+        if texts is not None:
+            with clock("calibrate"):
+                statistics, record = _calibrate(compute, plan, texts, tokenizer, seed, batch_size, progress)
+        with clock("solve"):
+            factors, reports = _solve_groups(compute, plan, statistics, seed, progress)
+        with clock("build"):
+            built = _build(compute, plan, factors, source)
+    finally:
+        if source is None:
+            model.to(home).train(was_training)  # type: ignore[arg-type]
+    name = source.name if source else Path(str(model.config.name_or_path or "a model in memory")).name
+    report = Report(
+        base={"name": name, "revision": source.revision if source else None},
+        architecture=architecture,
+        recipe=recipe.to_dict(),
+        seed=seed,
+        dtype=plan.dtype,
+        calibration=record.to_dict() if record else None,
+        groups=tuple(reports),
+        dense=plan.dense,
+        totals=totals(plan),
+        seconds=clock.seconds,
+        versions=versions(),
+    )
+    if tokenizer is not None:
+        tokenizer = clamp_length(tokenizer, config)
+    return CompressionResult(built, tokenizer, report, source.folder if source else None)
+
+
+def _calibrate(
+    model: PreTrainedModel,
+    plan: Plan,
+    texts: CalibrationText,
+    tokenizer: Any,
+    seed: int,
+    batch_size: int | None,
+    progress: bool,
+) -> tuple[Statistics, CalibrationRecord]:
+    config = model.config.to_dict()
+    batches, record = make_batches(
+        texts,
+        tokenizer,
+        masked=plan.architecture.endswith(MASKED_HEADS),
+        positions=clamp_length(tokenizer, config).model_max_length,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    wanted = [m for group in plan.groups if group.rule.objective.calibrated for m in group.matrices]
+    statistics = collect(
+        model,
+        wanted,
+        batches,
+        tied=plan.skeleton.tied,
+        progress=lambda items: tqdm(items, desc="calibrating", unit="batch", disable=not progress),
+    )
+    return statistics, record
+
+
+def _solve_groups(
+    model: PreTrainedModel, plan: Plan, statistics: Statistics, seed: int, progress: bool
+) -> tuple[dict[str, Tensor], list[GroupReport]]:
+    """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each."""
+    state = model.state_dict()
+    prefix = plan.skeleton.prefix
+    tensors: dict[str, Tensor] = {}
+    reports = []
+    last_use = {m.inputs: group.name for group in plan.groups for m in group.matrices}
+    with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
+        for index, group in enumerate(plan.groups):
+            started, before = time.perf_counter(), bar.n
+            weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
+            moments, row_weights = _weighting(group, statistics)
+
+            def step(share: float, before: float = before) -> None:
+                bar.update(before + share - bar.n)
+
+            solved = solve(
+                Problem(
+                    group.structure,
+                    group.rule.objective,
+                    group.size,
+                    weights,
+                    input_moments=moments,
+                    row_weights=row_weights,
+                    seed=seed + index,
+                    progress=step,
+                )
+            )
+            stored = _stored(group, solved, plan.dtype)
+            tensors |= _named(group, stored, prefix)
+            reports.append(
+                group_report(
+                    group,
+                    list(zip(weights, _reconstructed(group, stored), strict=True)),
+                    input_moments=moments,
+                    row_weights=row_weights,
+                    seconds=time.perf_counter() - started,
+                    notes=solved.notes,
+                )
+            )
+            for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
+                if last_use[matrix.inputs] == group.name:
+                    statistics.input_moments.pop(matrix.inputs, None)
+            step(1.0)
+    return tensors, reports
+
+
+def _weighting(group: Group, statistics: Statistics) -> tuple[Tensor | None, Tensor | None]:
+    """Return the input moments [columns, columns] and row weights [rows] of a calibrated group, where there are any."""
+    if not group.rule.objective.calibrated:
+        return None, None
+    first = group.matrices[0]
+    if first.embedding:
+        if first.kind != "word_embeddings" or statistics.token_counts is None:
+            return None, None
+        counts = statistics.token_counts
+        shares = counts / counts.sum().clamp_min(1)
+        return None, (1 - UNIFORM_SHARE) * shares * len(shares) + UNIFORM_SHARE
+    found = [statistics.input_moments[m.inputs] for m in group.matrices]
+    return torch.stack(found).mean(dim=0) if len(found) > 1 else found[0], None
+
+
+def _stored(group: Group, factors: Factors, dtype: str) -> Factors:
+    """Return the factors rounded to their storage, in the model's dtype, on the CPU."""
+
+    def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        storage, held = getattr(torch, group.storage), getattr(torch, dtype)
+        return {name: tensor.to("cpu", storage).to(held).contiguous() for name, tensor in tensors.items()}
+
+    return Factors(tuple(rounded(member) for member in factors.members), rounded(factors.decoder), factors.notes)
+
+
+def _named(group: Group, factors: Factors, prefix: str) -> dict[str, Tensor]:
+    """Return the factors by the full names that the plan has for them.
+
+    Raises:
+        RuntimeError: solver and structure disagree on what is stored; an error in this package.
+    """
+    named: dict[str, Tensor] = {}
+    expected = [(group.decoder_tensors(prefix), factors.decoder)]
+    expected += [
+        (group.member_tensors(matrix, prefix), own) for matrix, own in zip(group.matrices, factors.members, strict=True)
+    ]
+    for shapes, tensors in expected:
+        by_leaf = {full: tensor for full in shapes for leaf, tensor in tensors.items() if full.endswith(f".{leaf}")}
+        if {name: tuple(tensor.shape) for name, tensor in by_leaf.items()} != shapes or len(tensors) != len(shapes):
+            raise RuntimeError(f"The solver of '{group.structure.name}' returned tensors other than planned: {shapes}.")
+        named |= by_leaf
+    return named
+
+
+def _reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
+    """Give what each member's factors stand for, [rows, columns], by the very layers that will be run."""
+    from .runtime.layers_compressed import LINEARS
+
+    entry = {**group.structure.runtime(group.size), "storage": group.storage}
+    layer_class = LINEARS[str(entry["structure"])]
+    for matrix, own in zip(group.matrices, factors.members, strict=True):
+        layer = layer_class(matrix.rows, matrix.columns, entry)
+        layer.load_state_dict(own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True)
+        with torch.no_grad():
+            yield layer.dense_weight()
+
+
+def _build(
+    model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor], source: BaseCheckpoint | None
+) -> PreTrainedModel:
+    """Return the compressed model: the class and constructor that AutoModel uses, untouched weights, and the factors."""
+    from .registration import register
+    from .runtime.modeling_compressed import compressed_class
+
+    register()
+    target: Any = compressed_class(type(model))
+    inherited = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_INHERITED}
+    config = target.config_class(**inherited, compression=plan.runtime())
+    config.architectures = [target.__name__]
+    if source is not None:
+        config.name_or_path = source.name
+    state = _untouched(model, plan, factors) | factors
+    dtype = getattr(torch, plan.dtype)
+    built, info = target.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if problems:
+        raise RuntimeError(f"The compressed model does not take the weights made for it: {problems}.")
+    built.config.name_or_path = ""
+    if getattr(model, "generation_config", None) is not None and built.can_generate():
+        built.generation_config = model.generation_config
+    return built.eval()  # type: ignore[no-any-return]
+
+
+def _untouched(model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the base's tensors under the names that they have in the compressed model, without what was compressed."""
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    prefix = plan.skeleton.prefix
+    compressed = [matrix for group in plan.groups for matrix in group.matrices]
+    for matrix in compressed:
+        at = f"{prefix if matrix.in_base else ''}{matrix.module}"
+        if not matrix.part:
+            state.pop(f"{at}.weight")
+    fused = {matrix.module for matrix in compressed if matrix.part}
+    chosen = {matrix.name for matrix in compressed}
+    for matrix in (m for m in plan.skeleton.matrices if m.module in fused):
+        at = f"{prefix}{matrix.module}"
+        if matrix.name not in chosen:
+            state[f"{prefix}{matrix.name}.weight"] = matrix.dense(state, prefix).contiguous()
+        start = ("query", "key", "value").index(str(matrix.part)) * matrix.rows
+        state[f"{prefix}{matrix.name}.bias"] = state[f"{at}.bias"][start : start + matrix.rows].clone()
+    for module in fused:
+        del state[f"{prefix}{module}.weight"], state[f"{prefix}{module}.bias"]
+    if plan.skeleton.tied and any(m.kind == "word_embeddings" for m in compressed):
+        for target, origin in (model._tied_weights_keys or {}).items():  # type: ignore[union-attr]
+            if origin == f"{prefix}{plan.skeleton.word_embeddings}.weight":
+                state.pop(target, None)
+    return state
+
+
+def _check_finite(model: nn.Module, title: str) -> None:
+    bad = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise CompressionError(
+            f"The base has NaN or infinite values in {listing(bad[:3])}{' …' if len(bad) > 3 else ''}; "
+            f"a {title} model with broken weights cannot be compressed. Save it again, or pass another checkpoint."
+        )
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """Return a dtype's plain name.
+
+    Raises:
+        CompressionError: it is no dtype that a model can be stored in.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in STORAGES:
+        raise CompressionError(f"The dtype '{name}' is not supported; supported are {listing(STORAGES)}.")
+    return name
+
+
+def _checkpoint_dtype(source: BaseCheckpoint) -> str | None:
+    """Return the dtype that the checkpoint was saved in, as its config says; None where it says nothing."""
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
+    return str(dtype) if dtype else None
+
+
+class _Clock:
+    """Seconds a stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 3)
+
+
+__all__: Iterable[str] = ["CompressionResult", "check_target", "compress", "compress_model"]

@@ -1,0 +1,40 @@
+"""Agreement of sentence embeddings: do a compressed encoder and its base say the same of a text?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@torch.inference_mode()
+def sentence_embeddings(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, max_length: int = 128
+) -> Tensor:
+    """Return the mean of the last hidden states over each text's tokens, of unit length, [texts, width], float32.
+
+    Texts are cut at `max_length` tokens. The body of a model with a head is used.
+    """
+    base = model.base_model.eval()
+    embeddings = torch.empty(len(texts), 0)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: less padding
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        encoded = tokenizer(
+            [texts[i] for i in chosen], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(base.device)
+        hidden = base(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0].float()
+        mask = encoded["attention_mask"][..., None]
+        pooled = F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
+        if not embeddings.numel():
+            embeddings = pooled.new_empty(len(texts), pooled.shape[1])
+        embeddings[torch.tensor(chosen)] = pooled
+    return embeddings
+
+
+def agreement(embeddings: Tensor, reference: Tensor) -> float:
+    """Return the mean cosine between the rows of two sets of unit-length embeddings, both [texts, width]."""
+    return float((embeddings * reference).sum(dim=1).mean())

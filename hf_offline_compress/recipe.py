@@ -1,0 +1,379 @@
+"""What the user asks for: frozen dataclasses, read from and written to YAML, and all their validation.
+
+A recipe selects matrices (`modules`) and has rules; the first rule whose own `modules` include a matrix says what
+becomes of it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from .errors import CompressionError, listing
+from .families import KINDS, SHORTHANDS, Matrix
+from .structures import STRUCTURES, Structure
+
+STORAGES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DEFAULT_MODULES = ("linears", "word_embeddings")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What "close" means.
+
+    For an autoencoder the loss is cosine · CD + l2 · RMSE + l1 · L1α (arXiv 2302.04045), where CD is the mean over rows
+    of 1 − cos(ŵ, w) and L1α the mean of |ŵ − w|^α with α annealed from 1 to 0.1. For closed forms it is L2 alone.
+
+    Attributes:
+        cosine: weight of the direction's distance.
+        l2: weight of the root mean squared error.
+        l1: weight of the annealed L1 term.
+        calibrated: weigh errors by what the layer really sees: for a linear layer the second moments of its inputs,
+            for an embedding how often each token occurs.
+    """
+
+    cosine: float = 0.0
+    l2: float = 0.0
+    l1: float = 0.0
+    calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject a loss that is nothing, or rewards an error."""
+        terms = (self.cosine, self.l2, self.l1)
+        if min(terms) < 0 or sum(terms) <= 0:
+            raise CompressionError(
+                f"The objective's weights are cosine={self.cosine}, l2={self.l2}, l1={self.l1}; "
+                "none may be negative and at least one must be above 0."
+            )
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of what is asked for, as `Structure.objectives` lists them."""
+        return tuple(name for name in ("cosine", "l2", "l1", "calibrated") if getattr(self, name))
+
+
+OBJECTIVES = {"l2": Objective(l2=1.0), "calibrated": Objective(l2=1.0, calibrated=True)}
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which matrices of a kind are compressed together: `layers` neighbouring layers; None for all of them."""
+
+    layers: int | None = 1
+
+    @classmethod
+    def parse(cls, text: object) -> Grouping:
+        """Read "separated", "concatenated" or "blocks:N".
+
+        Raises:
+            CompressionError: the text is none of these.
+        """
+        if text in ("separated", "concatenated"):
+            return cls(1 if text == "separated" else None)
+        if (match := re.fullmatch(r"blocks:(\d+)", str(text))) and int(match[1]) > 0:
+            return cls(int(match[1]))
+        raise CompressionError(
+            f"The grouping '{text}' is unknown; known are separated, concatenated, and blocks:N for N neighbouring layers."
+        )
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads."""
+        return {1: "separated", None: "concatenated"}.get(self.layers, f"blocks:{self.layers}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of the matrices that it names."""
+
+    structure: Structure | None = field(metadata={"help": "structure and its options; `dense` leaves them as they are"})
+    objective: Objective = field(default=OBJECTIVES["l2"], metadata={"help": "what close means"})
+    grouping: Grouping = field(
+        default=Grouping(), metadata={"help": "separated, concatenated (a kind over all layers) or blocks:N (layers)"}
+    )
+    ratio: float = field(
+        default=2.0, metadata={"help": "4 bytes x parameters of the chosen matrices, over the bytes stored for them"}
+    )
+    storage: str | None = field(
+        default=None, metadata={"help": f"dtype of the stored factors: {listing(STORAGES)}; the model's if not given"}
+    )
+    modules: tuple[str, ...] = field(
+        default=("all",), metadata={"help": "kinds, shorthands, or regular expressions that match whole module names"}
+    )
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be done, whatever the model."""
+        if not self.ratio > 1:
+            raise CompressionError(f"The ratio {self.ratio} would not make anything smaller; it must be above 1.")
+        if self.storage is not None and self.storage not in STORAGES:
+            raise CompressionError(f"The storage '{self.storage}' is unknown; known are {listing(STORAGES)}.")
+        _check_selectors(self.modules)
+        unfit = [t for t in self.objective.terms if self.structure and t not in self.structure.objectives]
+        if self.structure and unfit:
+            raise CompressionError(
+                f"The structure '{self.structure.name}' cannot be solved for {listing(unfit)}; "
+                f"its objectives are {listing(self.structure.objectives)}."
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named set of choices; see docs/recipes.md."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    modules: tuple[str, ...] = field(
+        default=DEFAULT_MODULES,
+        metadata={
+            "help": "which matrices to compress: kinds, shorthands, or regular expressions that match whole module names"
+        },
+    )
+    description: str = ""
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reject an empty recipe and unknown kinds."""
+        _check_selectors(self.modules)
+        if not any(rule.structure for rule in self.rules):
+            raise CompressionError(f"The recipe '{self.name}' has no rule that compresses anything.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any rule wants calibration text."""
+        return any(rule.objective.calibrated for rule in self.rules if rule.structure)
+
+    def override(
+        self,
+        *,
+        modules: object = None,
+        ratio: float | None = None,
+        grouping: object = None,
+        storage: str | None = None,
+    ) -> Recipe:
+        """Return the recipe with what is not None replaced, in every rule that compresses.
+
+        Raises:
+            CompressionError: a value is not one that the field takes.
+        """
+        changes: dict[str, Any] = {}
+        if ratio is not None:
+            changes["ratio"] = _number(ratio, "ratio")
+        if grouping is not None:
+            changes["grouping"] = grouping if isinstance(grouping, Grouping) else Grouping.parse(grouping)
+        if storage is not None:
+            changes["storage"] = storage
+        return replace(
+            self,
+            rules=tuple(replace(rule, **changes) if rule.structure else rule for rule in self.rules),
+            modules=self.modules if modules is None else _names(modules, "modules"),
+        )
+
+    def without_calibration(self) -> Recipe:
+        """Return the recipe for when there is no text: every calibrated objective becomes its data-free self."""
+        return replace(
+            self,
+            rules=tuple(replace(rule, objective=replace(rule.objective, calibrated=False)) for rule in self.rules),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON, in the form that `recipe_from_dict` reads."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "references": list(self.references),
+            "modules": list(self.modules),
+            "rules": [
+                {
+                    "modules": list(rule.modules),
+                    "structure": _plain(rule.structure.describe()) if rule.structure else "dense",
+                    "objective": asdict(rule.objective),
+                    "grouping": str(rule.grouping),
+                    "ratio": rule.ratio,
+                    "storage": rule.storage,
+                }
+                for rule in self.rules
+            ],
+        }
+
+
+def matches(matrix: Matrix, selectors: tuple[str, ...]) -> bool:
+    """Return whether kinds, shorthands or regular expressions name the matrix."""
+    for selector in selectors:
+        if selector in SHORTHANDS or selector in KINDS:
+            if matrix.kind in SHORTHANDS.get(selector, (selector,)):
+                return True
+        elif re.fullmatch(selector, matrix.name):
+            return True
+    return False
+
+
+def preset_names() -> tuple[str, ...]:
+    """Return the names of the recipes that come with the package."""
+    folder = files(__package__) / "recipes"
+    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def load_recipe(recipe: str | Path | Recipe) -> Recipe:
+    """Return a preset by its name, or the recipe in a YAML file; a `Recipe` is returned as it is.
+
+    Raises:
+        CompressionError: there is no such preset or file, or the file is not a recipe.
+    """
+    import yaml
+
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe) in preset_names():
+        text, label = (files(__package__) / "recipes" / f"{recipe}.yaml").read_text("utf-8"), str(recipe)
+    elif Path(recipe).is_file():
+        text, label = Path(recipe).read_text("utf-8"), Path(recipe).name
+    else:
+        raise CompressionError(
+            f"There is no recipe '{recipe}': it is neither a YAML file nor a preset; presets are {listing(preset_names())}."
+        )
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CompressionError(f"The recipe file '{label}' is not valid YAML: {' '.join(str(error).split())}") from error
+    return recipe_from_dict(content, label)
+
+
+def recipe_from_dict(content: object, label: str = "recipe") -> Recipe:
+    """Return the recipe that plain JSON or YAML content describes; `label` names it in errors.
+
+    Raises:
+        CompressionError: a key is unknown, or a value is not one that its field takes.
+    """
+    content = _mapping(content, f"The recipe '{label}'", Recipe)
+    rules = content.get("rules")
+    if not isinstance(rules, list) or not rules:
+        raise CompressionError(f"The recipe '{label}' needs `rules`, a list with at least one rule.")
+    return Recipe(
+        name=str(content.get("name", Path(label).stem)),
+        rules=tuple(_rule(rule, f"Rule {i} of the recipe '{label}'") for i, rule in enumerate(rules, 1)),
+        modules=_names(content.get("modules", DEFAULT_MODULES), "modules"),
+        description=str(content.get("description", "")),
+        references=_names(content.get("references", ()), "references"),
+    )
+
+
+def _rule(content: object, label: str) -> Rule:
+    content = _mapping(content, label, Rule)
+    if "structure" not in content:
+        raise CompressionError(f"{label} names no structure; known are {listing(STRUCTURES)}, and dense.")
+    values = dict(content)
+    values["structure"] = _structure(values["structure"], label)
+    if "objective" in values:
+        values["objective"] = _objective(values["objective"], label)
+    if "grouping" in values:
+        values["grouping"] = Grouping.parse(values["grouping"])
+    if "modules" in values:
+        values["modules"] = _names(values["modules"], "modules")
+    if "ratio" in values:
+        values["ratio"] = _number(values["ratio"], "ratio")
+    return Rule(**values)
+
+
+def _structure(content: object, label: str) -> Structure | None:
+    options = dict(content) if isinstance(content, Mapping) else {"name": content}
+    name = options.pop("name", None)
+    if name == "dense" and not options:
+        return None
+    if name not in STRUCTURES:
+        raise CompressionError(
+            f"{label} asks for the structure '{name}', which is unknown; known are {listing(STRUCTURES)}, and dense."
+        )
+    return _build(STRUCTURES[str(name)], options, f"The structure '{name}'")
+
+
+def _objective(content: object, label: str) -> Objective:
+    if isinstance(content, str):
+        if content not in OBJECTIVES:
+            raise CompressionError(
+                f"{label} asks for the objective '{content}', which is unknown; known are {listing(OBJECTIVES)}, or a "
+                "mapping with weights for cosine, l2, l1."
+            )
+        return OBJECTIVES[content]
+    return _build(Objective, _mapping(content, f"The objective of {label[0].lower()}{label[1:]}", Objective), "The objective")
+
+
+def _build(cls: Any, options: Mapping[str, Any], label: str) -> Any:
+    """Make a frozen dataclass from plain values: lists become tuples, mappings nested dataclasses, types are checked."""
+    options = _mapping(options, label, cls)
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        wanted = hints[name]
+        if is_dataclass(wanted):
+            values[name] = _build(wanted, value, f"{label}'s {name}")
+        elif get_args(wanted):
+            values[name] = tuple(_number(item, name) for item in (value if isinstance(value, list | tuple) else [value]))
+        elif wanted is float:
+            values[name] = _number(value, name)
+        elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise CompressionError(f"{label} has {name}: {value!r}, which is not {_TYPES[wanted]}.")
+        else:
+            values[name] = value
+    return cls(**values)
+
+
+_TYPES = {int: "a whole number", bool: "true or false", str: "a name"}
+
+
+def _mapping(content: object, label: str, cls: Any) -> dict[str, Any]:
+    """Return content if it is a mapping whose keys are fields of the dataclass."""
+    if not isinstance(content, Mapping):
+        raise CompressionError(f"{label} is not a mapping of keys to values.")
+    known = [item.name for item in fields(cls)] + (["name"] if cls in STRUCTURES.values() else [])
+    if unknown := [key for key in content if key not in known]:
+        raise CompressionError(f"{label} has the unknown key '{unknown[0]}'; known keys are {listing(known)}.")
+    return {str(key): value for key, value in content.items()}
+
+
+def split_selectors(text: str | None) -> tuple[str, ...] | None:
+    """Return the selectors of a text with commas between them; commas inside brackets belong to an expression."""
+    return None if text is None else tuple(part.strip() for part in re.split(r",(?![^{\[(]*[}\])])", text))
+
+
+def _names(content: object, label: str) -> tuple[str, ...]:
+    """Return a tuple of names from a list, or from one text (`modules` may have commas in it)."""
+    names = content
+    if isinstance(names, str):
+        names = split_selectors(names) if label == "modules" else [names]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CompressionError(f"`{label}` must be a name or a list of names, not {content!r}.")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _number(value: object, label: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CompressionError(f"`{label}` must be a number, not {value!r}.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return nested tuples as lists, so that what is compared with JSON is what JSON gives back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_selectors(selectors: tuple[str, ...]) -> None:
+    """Raise unless every selector is a kind, a shorthand, or plausibly a regular expression."""
+    if not selectors:
+        raise CompressionError("`modules` is empty; name at least one kind.")
+    for selector in selectors:
+        if selector in KINDS or selector in SHORTHANDS:
+            continue
+        if re.fullmatch(r"\w+", selector):
+            raise CompressionError(
+                f"The kind of modules '{selector}' is unknown; known are {listing((*KINDS, *SHORTHANDS))}, "
+                r"or a regular expression that matches whole module names, e.g. 'encoder\.layer\.[0-5]\..*'."
+            )
+        try:
+            re.compile(selector)
+        except re.error as error:
+            raise CompressionError(f"'{selector}' is not a valid regular expression: {error}.") from error

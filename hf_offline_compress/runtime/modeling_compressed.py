@@ -1,0 +1,200 @@
+"""The compressed model classes: every head of BERT, RoBERTa and GPT-2, each the stock class with modules swapped."""
+
+import shutil
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto import modeling_auto
+
+from .configuration_compressed import (
+    DECODINGS,
+    CompressedBertConfig,
+    CompressedGPT2Config,
+    CompressedRobertaConfig,
+)
+from .layers_compressed import CompressedWeight, LinearDecoder, NonLinearDecoder, TiedHead
+from .substitution_compressed import compressed_modules, substitute
+
+_STOCK_NAMES: dict[type[PreTrainedConfig], str] = {
+    CompressedBertConfig: """BertModel BertForPreTraining BertForMaskedLM BertLMHeadModel BertForNextSentencePrediction
+        BertForSequenceClassification BertForMultipleChoice BertForTokenClassification BertForQuestionAnswering""",
+    CompressedRobertaConfig: """RobertaModel RobertaForMaskedLM RobertaForCausalLM RobertaForSequenceClassification
+        RobertaForMultipleChoice RobertaForTokenClassification RobertaForQuestionAnswering""",
+    CompressedGPT2Config: """GPT2Model GPT2LMHeadModel GPT2DoubleHeadsModel GPT2ForSequenceClassification
+        GPT2ForTokenClassification GPT2ForQuestionAnswering""",
+}
+
+
+class CompressedModelMixin:
+    """What compressed models do beyond their stock class, which stands behind this one in their bases."""
+
+    def post_init(self: Any) -> None:
+        """Swap the modules that the config names; stock classes call this at the end of their constructor."""
+        base = self.base_model
+        if base is not self and type(base) in _COMPRESSED:
+            # The base model inside a head must be ours too, or its own initialisation passes over our parameters.
+            base.__class__ = _COMPRESSED[type(base)]
+        if self.config.compression:
+            substitute(self, self.config.compression)
+        super().post_init()  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        """Fill what the checkpoint did not; see the stock class."""
+        if isinstance(module, CompressedWeight | LinearDecoder | NonLinearDecoder):
+            with init.guard_torch_init_functions():
+                module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, TiedHead):
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif not isinstance(getattr(module, "c_proj", None), CompressedWeight):
+            # GPT-2 would fill `c_proj.weight`, which is decoded where c_proj is compressed.
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def compressed_modules(self: Any) -> dict[str, CompressedWeight]:
+        """Return the compressed modules by name."""
+        return compressed_modules(self)
+
+    def set_decoding(self: Any, decoding: str) -> None:
+        """Choose when weights are decoded, where a structure has to decode them at all.
+
+        Args:
+            decoding: "cached", once, at the first forward pass (fast; memory as of the dense model); or "on_the_fly", at
+                every use (slower; memory as on disk). Saved with the config.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if decoding not in DECODINGS:
+            raise ValueError(f"`decoding` is {decoding!r}; it must be one of {', '.join(DECODINGS)}.")
+        if self.config.compression:
+            self.config.compression["decoding"] = decoding
+        for module in self.compressed_modules().values():
+            module.decoding = decoding
+            module.__dict__.pop("_cache", None)
+            module._cache = None
+
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Change the vocabulary's size; see the stock method. New rows of a compressed embedding are the mean row.
+
+        Raises:
+            NotImplementedError: the head is compressed on its own, not tied to the embedding.
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, CompressedWeight) and not isinstance(head, CompressedWeight):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
+        if head is not None and not isinstance(head, TiedHead):
+            raise NotImplementedError(
+                "The vocabulary of a compressed model whose head is not tied to its embedding cannot be resized; "
+                "resize the base model, then compress it."
+            )
+        rows = new_num_tokens or embedding.rows
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        if rows == embedding.rows:
+            return embedding
+        embedding.resize(rows)
+        self.config.vocab_size = rows
+        if head is not None and head.bias is not None:
+            bias = head.bias.data.new_zeros(rows)
+            kept = min(rows, len(head.bias))
+            bias[:kept] = head.bias.data[:kept]
+            head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
+            # The bias has a second owner, the prediction head around the output matrix.
+            owner = self.get_submodule(next(s for t, s in self._tied_weights_keys.items() if t.endswith("bias")).rpartition(".")[0])
+            owner.bias = head.bias
+        return embedding
+
+    def save_pretrained(
+        self: Any, save_directory: str | PathLike[str], *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Save the model and, next to it, the code that loads it where the package is not installed.
+
+        Factors are stored in the dtype that the config's `storage` says, if that is narrower than the model's.
+        """
+        if self.config.compression:
+            self.config.auto_map = auto_map(type(self.config))
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, *args, state_dict=self._narrowed(state_dict), **kwargs
+        )
+        if self.config.compression:
+            for file in Path(__file__).parent.glob("*_compressed.py"):
+                shutil.copyfile(file, Path(save_directory) / file.name)
+
+    def _narrowed(self: Any, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Return the state dict with factors in their storage dtype; None where nothing is to be cast."""
+        narrow = {
+            f"{name}.{key}": storage
+            for name, module in self.named_modules()
+            if isinstance(module, CompressedWeight | LinearDecoder | NonLinearDecoder)
+            for key, tensor in module.factors().items()
+            if (storage := getattr(torch, module.storage)).itemsize < tensor.dtype.itemsize
+        }
+        if not narrow:
+            return state_dict
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        for name in narrow.keys() & state.keys():
+            if state[name].device.type == "meta":
+                raise NotImplementedError(
+                    "A model with offloaded weights whose factors are stored narrower than they are held cannot be saved; "
+                    "load it without offloading, or with dtype=torch.float16."
+                )
+            state[name] = state[name].to(narrow[name])
+        return state
+
+
+def _compressed(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """Make the compressed class of a stock class."""
+    name = f"Compressed{stock.__name__}"
+    namespace = {
+        "config_class": config_class,
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"`{stock.__name__}` whose weights are kept compressed, as its config's `compression` describes.",
+    }
+    return type(name, (CompressedModelMixin, stock), namespace)
+
+
+# stock class → ours
+_COMPRESSED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    getattr(transformers, name): _compressed(getattr(transformers, name), config_class)
+    for config_class, names in _STOCK_NAMES.items()
+    for name in names.split()
+}
+globals().update({cls.__name__: cls for cls in _COMPRESSED.values()})
+__all__ = [cls.__name__ for cls in _COMPRESSED.values()]  # noqa: PLE0605
+
+
+def compressed_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the compressed class of a stock class; KeyError if it has none."""
+    return _COMPRESSED[stock]
+
+
+def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """Return auto class name → compressed class, for every `AutoModel…` that has the stock class."""
+    stock_config = next(cls for cls in config_class.__mro__ if cls.__module__.startswith("transformers.models."))
+    found: dict[str, type[PreTrainedModel]] = {}
+    for name in sorted(n for n in dir(modeling_auto) if n.startswith("AutoModel")):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        stock = mapping.get(stock_config, None) if mapping is not None else None
+        for cls in stock if isinstance(stock, tuple | list) else [stock]:
+            if cls in _COMPRESSED:
+                found.setdefault(name, _COMPRESSED[cls])
+    return found
+
+
+def auto_map(config_class: type[PreTrainedConfig]) -> dict[str, str]:
+    """Return the `auto_map` of a config: where the auto classes find our code in a saved folder."""
+    models = {name: f"modeling_compressed.{cls.__name__}" for name, cls in auto_classes(config_class).items()}
+    return {"AutoConfig": f"configuration_compressed.{config_class.__name__}", **models}

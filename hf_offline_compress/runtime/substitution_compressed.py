@@ -1,0 +1,123 @@
+"""The one place where modules of a stock model are swapped for compressed ones."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .layers_compressed import (
+    EMBEDDINGS,
+    LINEARS,
+    CompressedEmbedding,
+    CompressedLinear,
+    CompressedWeight,
+    FusedLinear,
+    TiedHead,
+)
+
+DECODERS = "compression_decoders"
+PARTS = ("query", "key", "value")
+
+
+def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
+    """Swap the modules that `compression` names, in place; nothing is computed, so it works on the meta device.
+
+    Names are relative to the base model, or for members with `head` to the model itself. Members of heads that this
+    model does not have are passed over: the same folder serves all heads.
+
+    Args:
+        model: a stock model of a supported family, with or without a head.
+        compression: the config's field; see `CompressionConfigMixin`.
+
+    Raises:
+        ValueError: a module of the base model is not there, or is nothing that can be compressed.
+    """
+    base = model.base_model
+    decoders: dict[str, nn.Module] = {}
+    for name, group in compression["groups"].items():
+        for member in group["members"]:
+            root = model if member.get("head") else base
+            module = _find(root, member["module"])
+            if module is None or isinstance(module, CompressedWeight):
+                if module is None and not member.get("head") and not _optional(member["module"]):
+                    raise ValueError(f"{type(model).__name__} has no module '{member['module']}' to compress.")
+                continue
+            if group["shared"] and name not in decoders:
+                decoder_class = LINEARS[group["structure"]].decoder_class
+                decoders[name] = decoder_class(group, _shape(module)[1])
+            _swap(root, member, module, group, decoders.get(name))
+    if decoders:
+        setattr(base, DECODERS, nn.ModuleDict(decoders))
+    for module in compressed_modules(model).values():
+        module.decoding = compression["decoding"]
+    _tie(model)
+
+
+def compressed_modules(model: nn.Module) -> dict[str, CompressedWeight]:
+    """Return the compressed modules of a model by their full names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedWeight)}
+
+
+def _optional(module: str) -> bool:
+    """Whether some heads of a family come without this module of the base model."""
+    return module.startswith("pooler.")
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    module: Any = root
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Return (rows, columns) of a module's weight."""
+    if isinstance(module, FusedLinear):
+        return _shape(next(iter(module.values())))
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Linear | CompressedLinear):
+        return module.out_features, module.in_features
+    raise ValueError(f"A {type(module).__name__} cannot be compressed.")
+
+
+def _swap(
+    root: nn.Module, member: dict[str, Any], module: nn.Module, group: dict[str, Any], decoder: nn.Module | None
+) -> None:
+    """Put a compressed module into the place of one member."""
+    rows, columns = _shape(module)
+    new: nn.Module
+    if isinstance(module, nn.Embedding):
+        new = EMBEDDINGS[group["structure"]](rows, columns, group, decoder, padding_idx=module.padding_idx)
+    elif "part" in member:
+        fused = module if isinstance(module, FusedLinear) else _split(module)
+        part_rows = rows if fused is module else rows // len(PARTS)
+        bias = fused[member["part"]].bias is not None
+        fused[member["part"]] = LINEARS[group["structure"]](part_rows, columns, group, decoder, bias=bias)
+        new = fused
+    else:
+        bias = getattr(module, "bias", None) is not None
+        new = LINEARS[group["structure"]](rows, columns, group, decoder, bias=bias)
+    parent, _, leaf = member["module"].rpartition(".")
+    setattr(root.get_submodule(parent), leaf, new)
+
+
+def _split(module: nn.Module) -> FusedLinear:
+    """Return a fused layer's parts as linear layers of their own, still empty."""
+    rows, columns = _shape(module)
+    bias = getattr(module, "bias", None) is not None
+    return FusedLinear({part: nn.Linear(columns, rows // len(PARTS), bias=bias) for part in PARTS})
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Give a tied head the compressed embedding, and drop the tie of the weight that is no more."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, CompressedEmbedding) or head is None or not model.config.tie_word_embeddings:
+        return
+    if not isinstance(head, TiedHead):
+        model.set_output_embeddings(TiedHead(embedding, getattr(head, "bias", None)))
+    ties = model._tied_weights_keys or {}
+    model._tied_weights_keys = {target: source for target, source in ties.items() if not target.endswith(".weight")}

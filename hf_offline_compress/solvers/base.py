@@ -1,0 +1,51 @@
+"""What goes into a solver and what comes out: matrices and factors, no models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..recipe import Objective
+from ..structures import Structure
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One group to be solved.
+
+    Attributes:
+        structure: the structure and its options.
+        objective: what close means.
+        size: rank or latent width.
+        weights: the members, each [rows, columns].
+        input_moments: E[x xᵀ] [columns, columns] of the inputs (pooled over members), or None.
+        row_weights: importance of each row's squared error, [all rows of all members], above 0; or None.
+        seed: of whatever is random.
+        progress: called with the share that is done, in 0..1, now and then.
+    """
+
+    structure: Structure
+    objective: Objective
+    size: int
+    weights: tuple[Tensor, ...]
+    input_moments: Tensor | None = None
+    row_weights: Tensor | None = None
+    seed: int = 0
+    progress: Callable[[float], None] = lambda share: None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a solver returns: the tensors that a structure stores.
+
+    Attributes:
+        members: for each member, tensor name → tensor (e.g. `latents` [rows, rank]).
+        decoder: tensor name → tensor of what decodes them all.
+        notes: what a report should say of how it went, e.g. the loss reached.
+    """
+
+    members: tuple[dict[str, Tensor], ...]
+    decoder: dict[str, Tensor]
+    notes: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,30 @@
+"""Low rank: Ŵ = Z B, latents Z [rows, rank] and a basis B [rank, columns]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .base import Shape, Structure
+
+
+@dataclass(frozen=True)
+class LowRank(Structure):
+    """A factorization into two matrices, solved in closed form (Eckart & Young 1936)."""
+
+    name: ClassVar[str] = "low_rank"
+    title: ClassVar[str] = "Low rank"
+    reference: ClassVar[str] = "Eckart & Young, The approximation of one matrix by another of lower rank, 1936"
+    objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated")
+
+    def member_tensors(self, size: int, rows: int, columns: int) -> dict[str, Shape]:
+        """Return the latents of one member; see the base class."""
+        return {"latents": (rows, size)}
+
+    def decoder_tensors(self, size: int, columns: int) -> dict[str, Shape]:
+        """Return the basis, [columns, rank] as a linear layer keeps it; see the base class."""
+        return {"weight": (columns, size)}
+
+    def runtime(self, size: int) -> dict[str, Any]:
+        """Return what the runtime layer is built from; see the base class."""
+        return {"structure": "low_rank", "latent": size, "decoder_bias": False}
