@@ -19,6 +19,7 @@ TOKENS = 16_384
 LENGTH = 128
 BATCH_SIZE = 16
 MASKED = 0.15
+MOSTLY = 0.5
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "document", "review")
 
 
@@ -120,7 +121,7 @@ def make_batches(
     """
     order = list(text.texts)
     random.Random(seed).shuffle(order)  # noqa: S311
-    sequences, special, tokens, unknown = [], [], 0, 0
+    sequences, special, tokens, words, unknown = [], [], 0, 0, 0
     for start in range(0, len(order), 64):
         encoded = tokenizer(
             order[start : start + 64],
@@ -134,13 +135,15 @@ def make_batches(
             sequences.append(ids)
             special.append(specials)
             tokens += len(ids)
-            unknown += sum(i == tokenizer.unk_token_id and i != tokenizer.eos_token_id for i in ids)
+            plain = [i for i, is_special in zip(ids, specials, strict=True) if not is_special]
+            words += len(plain)
+            # GPT-2 has one token for everything special, and none for the unknown.
+            unknown += plain.count(tokenizer.unk_token_id) if tokenizer.unk_token_id != tokenizer.eos_token_id else 0
         if tokens >= TOKENS:
             break
-    plain = tokens - sum(map(sum, special))
-    if unknown > 0.5 * max(1, plain + unknown) or not plain + unknown:
+    if unknown > MOSTLY * words or not words:
         raise CompressionError(
-            f"The tokenizer knows almost none of the calibration text '{text.source}' ({unknown} of {plain + unknown} "
+            f"The tokenizer knows almost none of the calibration text '{text.source}' ({unknown} of {words} "
             "tokens are unknown to it); pass a calibration of your own, in the model's language."
         )
     if masked and tokenizer.mask_token_id is None:

@@ -18,6 +18,7 @@ from .structures import Shape, Structure
 FORMAT_VERSION = 1
 DECODERS = "compression_decoders"
 FLOAT32 = 4
+_TOO_SMALL = "would not shrink"
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ def make_plan(
         raise CompressionError(f"The dtype '{dtype}' is not supported; supported are {listing(STORAGES)}.")
     skeleton = family.skeleton(config, architecture)
     _check_matches(recipe, skeleton, architecture)
+    _check_ratios(recipe, dtype)
 
     groups: list[Group] = []
     dense: list[Dense] = []
@@ -206,11 +208,8 @@ def make_plan(
         else:
             dense += [Dense(matrix.name, matrix.rows * matrix.columns, group) for matrix in matrices]
     if not groups:
-        asked = sorted({rule.ratio for rule in recipe.rules if rule.structure})
-        raise CompressionError(
-            f"Nothing would shrink at ratio {listing(f'{ratio:g}' for ratio in asked)}: the model is stored in {dtype}, "
-            f"and {dense[0].name if dense else 'no matrix'} {dense[0].reason if dense else 'was chosen'}."
-        )
+        closest = next((item for item in dense if item.reason.startswith(_TOO_SMALL)), dense[0])
+        raise CompressionError(f"Nothing would shrink: {closest.name} {closest.reason}. Ask for another ratio.")
     rest = skeleton.total - sum(group.parameters for group in groups) - sum(item.parameters for item in dense)
     dense.append(Dense("everything else", rest, "norms, biases and other parameters of no kind"))
     return Plan(family.model_type, architecture, dtype, recipe, skeleton, tuple(groups), tuple(dense))
@@ -222,6 +221,17 @@ def _check_matches(recipe: Recipe, skeleton: Skeleton, architecture: str) -> Non
         if not any(matches(matrix, (selector,)) for matrix in skeleton.matrices):
             present = listing(dict.fromkeys(matrix.kind for matrix in skeleton.matrices))
             raise CompressionError(f"'{selector}' matches no weight matrix of this {architecture}; it has {present}.")
+
+
+def _check_ratios(recipe: Recipe, dtype: str) -> None:
+    """Raise if a ratio is no more than what the model's own dtype already gives."""
+    own = FLOAT32 / STORAGES[dtype]
+    for rule in recipe.rules:
+        if rule.structure and rule.ratio <= own:
+            raise CompressionError(
+                f"Nothing would shrink at ratio {rule.ratio:g}: ratios count from float32, and the model, stored in {dtype}, "
+                f"is at {own:g} already. Ask for more, e.g. ratio {2 * own:g}."
+            )
 
 
 def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tuple[Rule, tuple[Matrix, ...]]]:
@@ -251,11 +261,8 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], dtype: str) -> Group | str:
     budget = int(parameters * FLOAT32 / rule.ratio) // STORAGES[storage]
     size = rule.structure.fit(rows, columns, budget)
     if size == 0:
-        return f"would not shrink: even the smallest {rule.structure.title.lower()} is larger than ratio {rule.ratio:g} allows"
-    group = Group(_name(matrices), rule, matrices, size, storage)
-    if group.stored_bytes >= parameters * STORAGES[dtype]:
-        return f"would not shrink: {group.stored_bytes:,} bytes stored, {parameters * STORAGES[dtype]:,} as it is"
-    return group
+        return f"{_TOO_SMALL}: even the smallest {rule.structure.title.lower()} is larger than ratio {rule.ratio:g} allows"
+    return Group(_name(matrices), rule, matrices, size, storage)
 
 
 def _name(matrices: tuple[Matrix, ...]) -> str:

@@ -1,0 +1,79 @@
+"""Run in a fresh process: load every folder of a directory as a stranger would, and write what was found.
+
+usage: load_folders.py {package,remote} FOLDERS OUT. With "remote" the package cannot be imported.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+mode, root, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+if mode == "remote":
+    sys.modules["hf_offline_compress"] = None  # any import of it now fails
+else:
+    import hf_offline_compress  # noqa: F401
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+from transformers.models.auto import modeling_auto
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+HEADS = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "Model": "AutoModel",
+}
+
+
+def auto_class(head):
+    """Return the auto class that users load a head with; GPT2DoubleHeadsModel has none."""
+    return None if "DoubleHeads" in head else next(auto for suffix, auto in HEADS.items() if head.endswith(suffix))
+
+
+def inputs_for(head):
+    """The batch of common.inputs_for, which imports the package and so cannot be used here."""
+    ids = torch.tensor([[5, 9, 30, 41, 52, 60, 8, 2], [5, 33, 12, 60, 61, 7, 2, 2]])
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    if "MultipleChoice" in head or "DoubleHeads" in head:
+        return {"input_ids": torch.stack([ids, ids.flip(1)], dim=1), "attention_mask": torch.stack([mask, mask], dim=1)}
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+facts, outputs = {}, {}
+for folder in sorted(root.iterdir()):
+    head = folder.name.split("-")[0]
+    trust = {"trust_remote_code": True} if mode == "remote" else {}
+    name = auto_class(head)
+    if name is None and mode == "remote":  # through the class that the base model's reference leads to
+        base = transformers.AutoModel.from_pretrained(folder, **trust)
+        cls = getattr(sys.modules[type(base).__module__], f"Compressed{head}")
+    elif name is None:
+        cls = getattr(hf_offline_compress, f"Compressed{head}")
+    else:
+        cls = getattr(modeling_auto, name)
+    options = {} if name is None else trust
+    model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
+    with torch.no_grad():
+        result = model.eval()(**inputs_for(head))
+    outputs[folder.name] = torch.cat([v.float().flatten() for v in result.values() if isinstance(v, torch.Tensor)])
+    facts[folder.name] = {
+        "class": type(model).__name__,
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "compressed": len(model.compressed_modules()),
+        "tokenizer": type(AutoTokenizer.from_pretrained(folder, **trust)).__name__,
+    }
+assert (mode == "remote") == (sys.modules["hf_offline_compress"] is None)
+(out / "facts.json").write_text(json.dumps(facts))
+torch.save(outputs, out / "outputs.pt")

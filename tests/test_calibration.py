@@ -1,0 +1,129 @@
+"""Calibration text and statistics: what is counted, what is left out, what is shared."""
+
+import pytest
+import torch
+from common import HEADS, TEXTS, make_model, make_tokenizer
+
+from hf_offline_compress import CompressionError
+from hf_offline_compress.calibration import collect
+from hf_offline_compress.calibration_text import TOKENS, Batch, load_texts, make_batches
+from hf_offline_compress.families import family_of
+
+
+def matrices_of(model, *kinds):
+    config = model.config.to_dict()
+    skeleton = family_of(config).skeleton(config, type(model).__name__)
+    return [m for m in skeleton.matrices if not kinds or m.kind in kinds]
+
+
+def test_bundled_text():
+    text = load_texts("bundled")
+    assert len(text.texts) >= 400 and text.source == "bundled"
+    assert all(20 <= len(passage.split()) <= 100 for passage in text.texts)
+    assert len(set(text.texts)) == len(text.texts)
+    assert len({word for passage in text.texts for word in passage.lower().split()}) > 5000
+
+
+def test_sources(tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text("one\n\n  two  \n")
+    text = load_texts(file)
+    assert text.texts == ("one", "two") and text.source == "lines.txt"
+    assert load_texts(["one", "two"]).sha256 == text.sha256
+    assert load_texts(None) is None and load_texts("none") is None
+
+
+@pytest.mark.parametrize("what,message", [([1, 2], "list of strings"), ([], "no usable line"), ("a/b.txt", "no calibration file")])
+def test_sources_that_are_none(what, message):
+    with pytest.raises(CompressionError, match=message):
+        load_texts(what)
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CompressionError, match=r"'empty.txt' has no usable line"):
+        load_texts(tmp_path / "empty.txt")
+    with pytest.raises(CompressionError, match=r"'binary.txt' is not UTF-8"):
+        load_texts(str(tmp_path / "binary.txt"))
+
+
+def test_data_sets(tmp_path, monkeypatch):
+    import datasets
+
+    made = datasets.Dataset.from_dict({"label": [0, 1], "sentence": ["a cat", "a dog"]})
+
+    def load(name, config, split, streaming):
+        assert (name, config, split, streaming) == ("me/pets", "small", "test", True)
+        return made.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text = load_texts("me/pets:small:test")
+    assert text.texts == ("a cat", "a dog") and text.source == "me/pets:small:test"
+    with pytest.raises(CompressionError, match="no data set of that name could be loaded"):
+        load_texts("me/plants")
+
+
+def test_masks_and_padding():
+    batches, record = make_batches(load_texts(TEXTS), make_tokenizer("bert"), masked=True, positions=40, seed=0, batch_size=8)
+    tokenizer = make_tokenizer("bert")
+    ids = torch.cat([b.input_ids[b.attention_mask.bool()] for b in batches])
+    assert record.tokens == len(ids) and record.texts == len(TEXTS)
+    masked = ids == tokenizer.mask_token_id
+    words = ~torch.isin(ids, torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id]))
+    assert 0.08 < masked.sum() / words.sum() < 0.25
+    assert (ids == tokenizer.cls_token_id).sum() == len(TEXTS)
+    plain, record = make_batches(load_texts(TEXTS), make_tokenizer("bert"), masked=False, positions=40, seed=0)
+    assert not any((b.input_ids == tokenizer.mask_token_id).any() for b in plain) and record.masked == 0
+
+
+def test_size_and_seed():
+    tokenizer = make_tokenizer("gpt2")
+    text = load_texts("bundled")
+    first, record = make_batches(text, tokenizer, masked=False, positions=40, seed=1)
+    second, _ = make_batches(text, tokenizer, masked=False, positions=40, seed=1)
+    other, _ = make_batches(text, tokenizer, masked=False, positions=40, seed=2)
+    assert TOKENS <= record.tokens < TOKENS + 40
+    assert all(a.input_ids.equal(b.input_ids) for a, b in zip(first, second, strict=True))
+    assert not all(a.input_ids.shape == b.input_ids.shape and a.input_ids.equal(b.input_ids) for a, b in zip(first, other, strict=False))
+
+
+@pytest.mark.parametrize("model_type,head", [c for c in HEADS if "MultipleChoice" not in c[1] and "DoubleHeads" not in c[1]])
+def test_moments_are_those_of_the_inputs(model_type, head):
+    model = make_model(model_type, head)
+    ids = torch.randint(5, 60, (4, 10))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    wanted = [m for m in matrices_of(model) if not m.embedding]
+    statistics = collect(model, wanted, [Batch(ids[:2], mask[:2]), Batch(ids[2:], mask[2:])])
+    assert set(statistics.input_moments) == {m.inputs for m in wanted}
+    seen = {}
+    for matrix in wanted:
+        root = model.base_model if matrix.in_base else model
+        root.get_submodule(matrix.module).register_forward_pre_hook(
+            lambda module, args, name=matrix.inputs: seen.__setitem__(name, args[0])
+        )
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for name, moments in statistics.input_moments.items():
+        x = seen[name][mask.bool()] if seen[name].dim() == 3 else seen[name]
+        torch.testing.assert_close(moments, x.T @ x / len(x), atol=1e-4, rtol=1e-4)
+
+
+def test_what_shares_inputs_is_measured_once():
+    assert len({m.inputs for m in matrices_of(make_model("bert", "BertModel"), "query", "key", "value")}) == 3
+    assert len({m.inputs for m in matrices_of(make_model("gpt2", "GPT2Model"), "query", "key", "value")}) == 3
+
+
+def test_token_counts():
+    model = make_model("bert", "BertForMaskedLM")
+    ids, mask = torch.tensor([[5, 5, 7], [9, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    statistics = collect(model, matrices_of(model, "word_embeddings"), [Batch(ids, mask)])
+    assert statistics.token_counts.sum() == 4 and statistics.token_counts[5] == 2 and statistics.token_counts[0] == 0
+    assert not statistics.input_moments
+
+
+def test_no_hook_stays():
+    model = make_model("bert", "BertModel")
+    collect(model, matrices_of(model), [Batch(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))])
+    assert not any(module._forward_pre_hooks for module in model.modules())

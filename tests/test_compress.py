@@ -1,0 +1,306 @@
+"""The main job on bases of every form, what it records, and what it refuses, with nothing written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from common import TEXTS, make_model, make_tokenizer, save_base
+from safetensors.torch import load_file, save_file
+
+import hf_offline_compress.compressor as compressor
+from hf_offline_compress import CompressionError, Recipe, Rule, compress
+from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
+from hf_offline_compress.structures import LowRank
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("bases") / "tiny-bert", "bert", "BertForMaskedLM")
+
+
+def quick(base, recipe="svd", **options):
+    options = {"ratio": 2.0, "calibration": TEXTS, "progress": False, **options}
+    return compress(base, recipe, **options)
+
+
+def test_folder_and_model_in_memory_give_the_same(base):
+    from_folder = quick(base, "calibrated-svd")
+    model = make_model("bert", "BertForMaskedLM")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    in_memory = quick(model, "calibrated-svd", tokenizer=make_tokenizer("bert"))
+    for name, tensor in from_folder.model.state_dict().items():
+        assert tensor.equal(in_memory.model.state_dict()[name]), name
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert type(model).__name__ == "BertForMaskedLM"
+
+
+def test_the_compressed_model_keeps_head_labels_and_options(tmp_path):
+    base = save_base(
+        tmp_path / "b", "bert", "BertForSequenceClassification", id2label={0: "no", 1: "so", 2: "yes"}, label2id={"no": 0, "so": 1, "yes": 2}
+    )
+    result = quick(base)
+    assert result.model.config.id2label == {0: "no", 1: "so", 2: "yes"}
+    assert type(result.model).__name__ == "CompressedBertForSequenceClassification"
+    assert not result.model.training
+
+
+def test_auto_class_chooses_the_head(base):
+    assert type(quick(base, auto_class="AutoModel").model).__name__ == "CompressedBertModel"
+    with pytest.raises(CompressionError, match="no weights for classifier.bias, classifier.weight"):
+        quick(base, auto_class="AutoModelForTokenClassification")
+    with pytest.raises(CompressionError, match="no 'AutoModelForPoetry' for BERT"):
+        quick(base, auto_class="AutoModelForPoetry")
+
+
+def test_errors_are_those_of_the_weights(base):
+    result = quick(base, "calibrated-svd", modules="linears")
+    dense = make_model("bert", "BertForMaskedLM").state_dict()
+    for group in result.report.groups:
+        (name,) = group.members
+        weight, stored = dense[f"bert.{name}.weight"], result.model.bert.get_submodule(name).dense_weight()
+        assert group.relative_error == pytest.approx(float((weight - stored).norm() / weight.norm()), rel=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(weight, stored, dim=1).mean()
+        assert group.cosine_distance == pytest.approx(float(1 - cosine), abs=1e-5)
+        assert 0 < group.calibrated_error < 1
+
+
+def test_calibration_lowers_the_error_on_real_inputs(base):
+    texts, modules = TEXTS, "linears"
+    calibrated = quick(base, "calibrated-svd", modules=modules, calibration=texts)
+    plain = quick(base, "svd", modules=modules)
+    words = make_tokenizer("bert")(texts, return_tensors="pt", padding=True)
+    dense = make_model("bert", "BertForMaskedLM").bert
+    keep = words["attention_mask"].bool()
+    with torch.no_grad():
+        hidden = dense(**words)[0][keep]
+        errors = [float((r.model.bert(**words)[0][keep] - hidden).norm()) for r in (calibrated, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_without_text_the_objective_is_data_free(base):
+    free, plain = quick(base, "calibrated-svd", calibration=None), quick(base, "svd")
+    assert free.report.calibration is None
+    assert not any(group.objective["calibrated"] for group in free.report.groups)
+    state = plain.model.state_dict()
+    assert all(tensor.equal(state[name]) for name, tensor in free.model.state_dict().items())
+
+
+def test_the_report_says_what_is_needed_to_do_it_again(base):
+    report = quick(base, "calibrated-svd", seed=7).report
+    assert report.base == {"name": "tiny-bert", "revision": None}
+    assert report.calibration["source"] == "caller" and report.calibration["masked"] == 0.15
+    assert len(report.calibration["sha256"]) == 64 and report.calibration["tokens"] > 300
+    assert report.seed == report.calibration["seed"] == 7
+    assert {"torch", "transformers", "hf-offline-compress"} <= set(report.versions)
+    assert set(report.seconds) == {"load", "calibrate", "solve", "build"}
+    again = quick(base, Recipe(**{f: getattr(compressor.load_recipe("calibrated-svd"), f) for f in ("name", "rules")}), seed=7)
+    assert again.report.groups[0].relative_error == report.groups[0].relative_error
+
+
+@pytest.mark.parametrize("recipe", ["calibrated-svd", "ae"])
+def test_same_seed_same_bytes(base, recipe, tmp_path):
+    for name in ("a", "b"):
+        quick(base, recipe, modules="key", seed=3).save(tmp_path / name)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_full_size_is_exact():
+    """Rank min(rows, columns) is reached where the ratio allows it: one wide matrix."""
+    model = make_model("gpt2", "GPT2Model", n_inner=4)
+    recipe = Recipe("r", (Rule(LowRank(), ratio=1.01),), modules=(r"h\.\d\.mlp\..*",))
+    with pytest.raises(CompressionError, match="would not shrink|matches no"):
+        quick(model, Recipe("r", (Rule(LowRank(), ratio=40.0),), modules=(r"h\.\d\.mlp\..*",)), ratio=None)
+    result = quick(model, recipe, ratio=None)
+    assert all(group.size <= 4 for group in result.report.groups)
+
+
+def test_gpt2_parts_may_differ():
+    model = make_model("gpt2", "GPT2LMHeadModel")
+    result = quick(model, modules="key,word_embeddings", ratio=1.5)
+    attention = result.model.transformer.h[0].attn.c_attn
+    assert isinstance(attention, FusedLinear)
+    assert [type(part).__name__ for part in attention.values()] == ["Linear", "LowRankLinear", "Linear"]
+    x = torch.randn(2, 32)
+    dense = model.transformer.h[0].attn.c_attn(x)
+    got = attention(x)
+    torch.testing.assert_close(got[:, :32], dense[:, :32])
+    torch.testing.assert_close(got[:, 64:], dense[:, 64:])
+    assert not torch.allclose(got[:, 32:64], dense[:, 32:64])
+    assert isinstance(result.model.lm_head, TiedHead)
+
+
+def test_half_precision_bases_stay_half(tmp_path):
+    make_model("bert", "BertForMaskedLM").half().save_pretrained(tmp_path / "half")
+    make_tokenizer("bert").save_pretrained(tmp_path / "half")
+    result = quick(tmp_path / "half", "calibrated-svd", ratio=4)
+    assert result.model.dtype == torch.float16 and result.report.dtype == "float16"
+    untouched = load_file(tmp_path / "half/model.safetensors")["bert.embeddings.LayerNorm.weight"]
+    assert result.model.bert.embeddings.LayerNorm.weight.equal(untouched)
+    assert quick(tmp_path / "half", ratio=4, dtype="float32").model.dtype == torch.float32
+
+
+def test_storage_is_narrower_on_disk_only(base, tmp_path):
+    result = quick(base, ratio=4, storage="float16")
+    result.save(tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert stored["bert.encoder.layer.0.attention.self.query.latents"].dtype == torch.float16
+    assert stored["bert.encoder.layer.0.attention.self.query.bias"].dtype == torch.float32
+    assert result.model.bert.encoder.layer[0].attention.self.query.latents.dtype == torch.float32
+
+
+def test_pickled_weights_are_read_safely(tmp_path):
+    folder = save_base(tmp_path / "old", "bert", "BertModel")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert quick(folder).report.groups
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("unpickled",))
+
+    torch.save({"x": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+        quick(folder)
+
+
+def test_companions_come_along(base, tmp_path):
+    source = tmp_path / "sentences"
+    shutil.copytree(base, source)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "../secret"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    torch.save({"weight": torch.ones(2, 2)}, source / "1_Pooling/pytorch_model.bin")
+    (source / "generation_config.json").write_text('{"max_length": 7}')
+    (source / "optimizer.pt").write_bytes(b"state")
+    (source / ".env").write_text("TOKEN=hf_secret")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "name_or_path": "/home/somebody/model"}))
+    out = quick(source).save(tmp_path / "out")
+    names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert {"modules.json", "1_Pooling/config.json", "1_Pooling/model.safetensors", "generation_config.json"} <= names
+    assert not names & {"optimizer.pt", ".env", "1_Pooling/pytorch_model.bin", "pytorch_model.bin"}
+    assert load_file(out / "1_Pooling/model.safetensors")["weight"].equal(torch.ones(2, 2))
+    assert b"somebody" not in (out / "tokenizer_config.json").read_bytes()
+
+
+def test_tokenizers_learn_how_many_positions_there_are(tmp_path):
+    for model_type, head, positions in (("roberta", "RobertaModel", 38), ("gpt2", "GPT2Model", 40)):
+        result = quick(make_model(model_type, head), tokenizer=make_tokenizer(model_type))
+        assert result.tokenizer.model_max_length == positions
+
+
+@pytest.mark.parametrize(
+    "change,options,message",
+    [
+        ("", {"recipe": "wavelets"}, "no recipe 'wavelets'"),
+        ("", {"modules": "heads"}, "'heads' is unknown"),
+        ("", {"ratio": 1.0}, "must be above 1"),
+        ("", {"ratio": 1e6}, "Nothing would shrink"),
+        ("", {"dtype": "int8"}, "dtype 'int8' is not supported"),
+        ("", {"storage": "int8"}, "storage 'int8' is unknown"),
+        ("", {"recipe": "calibrated-svd", "calibration": "absent.txt"}, "no calibration file 'absent.txt'"),
+        ("", {"recipe": "calibrated-svd", "calibration": ["", "  "]}, "no usable line"),
+        ("", {"recipe": "calibrated-svd", "calibration": ["漢字 仮名 交じり 文"]}, "knows almost none.*pass a calibration of your own"),
+        ("no weights", {}, "has no weights: none of model.safetensors"),
+        ("no config", {}, "has no config.json"),
+        ("broken config", {}, "config.json that cannot be read"),
+        ("nan", {}, "NaN or infinite values in bert.embeddings.LayerNorm.bias"),
+        ("t5", {}, "'t5' is not supported; supported are bert, roberta, gpt2"),
+        ("no tokenizer", {"recipe": "calibrated-svd"}, "needs the model's tokenizer"),
+    ],
+)
+def test_what_is_refused(base, tmp_path, monkeypatch, change, options, message):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    config = folder / "config.json"
+    if change == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif change == "no config":
+        config.unlink()
+    elif change == "broken config":
+        config.write_text("{")
+    elif change == "nan":
+        state = load_file(folder / "model.safetensors")
+        state["bert.embeddings.LayerNorm.bias"][3] = float("nan")
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    elif change == "t5":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "t5"}))
+    elif change == "no tokenizer":
+        for file in folder.glob("*token*"):
+            file.unlink()
+        for file in folder.glob("vocab*"):
+            file.unlink()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CompressionError, match=message):
+        quick(folder, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_base_that_is_no_place(tmp_path):
+    with pytest.raises(CompressionError, match="no folder './absent'"):
+        quick("./absent")
+    with pytest.raises(CompressionError, match="no folder 'nobody/nothing', and the Hub cannot be reached"):
+        quick("nobody/nothing")
+
+
+def test_what_is_compressed_already(base, tmp_path):
+    result = quick(base)
+    result.save(tmp_path / "out")
+    for again in (tmp_path / "out", result.model):
+        with pytest.raises(CompressionError, match="compressed already"):
+            quick(again)
+
+
+def test_calibrating_a_model_without_tokenizer():
+    with pytest.raises(CompressionError, match="pass tokenizer="):
+        quick(make_model("bert", "BertModel"), "calibrated-svd")
+
+
+def test_targets(base, tmp_path):
+    result = quick(base)
+    target = tmp_path / "deep" / "out"
+    result.save(target)
+    result.save(target, overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/diary.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for path, overwrite, message in (
+        (target, False, "is not empty"),
+        (tmp_path / "other", True, "was not written by this package"),
+        (tmp_path / "file", True, "is a file"),
+    ):
+        with pytest.raises(CompressionError, match=message):
+            result.save(path, overwrite=overwrite)
+    assert (tmp_path / "other/diary.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "file", "other"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_while_saving_leaves_what_was_there(base, tmp_path, monkeypatch, overwrite):
+    result = quick(base)
+    target = tmp_path / "out"
+    if overwrite:
+        result.save(target)
+        (target / "mark").write_text("old")
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_offline_compress.folder.copy_companions", fail)
+    with pytest.raises(KeyboardInterrupt):
+        result.save(target, overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    assert not overwrite or (target / "mark").read_text() == "old"
+
+
+def test_solver_and_structure_must_agree(base, monkeypatch):
+    class Forgetful(LowRank):
+        def decoder_tensors(self, size, columns):
+            return {**super().decoder_tensors(size, columns), "bias": (columns,)}
+
+    with pytest.raises(RuntimeError, match="tensors other than planned"):
+        quick(base, Recipe("r", (Rule(Forgetful()),)))

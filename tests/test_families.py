@@ -1,0 +1,81 @@
+"""The parameter lists that plans are made from are those of the real models."""
+
+import pytest
+from common import HEADS, make_model
+
+from hf_offline_compress import CompressionError
+from hf_offline_compress.families import FAMILIES, KINDS, family_of
+
+
+def stored_shapes(model):
+    """Return name → shape of what save_pretrained would store: tied tensors under their source's name."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def skeleton_of(model):
+    config = model.config.to_dict()
+    return family_of(config).skeleton(config, type(model).__name__)
+
+
+@pytest.mark.parametrize("model_type,head", HEADS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_skeleton_is_the_model(model_type, head, tied):
+    model = make_model(model_type, head, tie_word_embeddings=tied)
+    assert skeleton_of(model).parameters == stored_shapes(model)
+
+
+@pytest.mark.parametrize(
+    "model_type,head,overrides",
+    [
+        ("bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
+        ("roberta", "RobertaForCausalLM", {"is_decoder": True, "add_cross_attention": True}),
+        ("gpt2", "GPT2LMHeadModel", {"add_cross_attention": True, "n_inner": 48}),
+        ("bert", "BertForTokenClassification", {"num_labels": 7}),
+        ("gpt2", "GPT2DoubleHeadsModel", {"summary_proj_to_labels": False}),
+        ("gpt2", "GPT2DoubleHeadsModel", {"summary_use_proj": False}),
+    ],
+)
+def test_skeleton_of_unusual_configs(model_type, head, overrides):
+    model = make_model(model_type, head, **overrides)
+    assert skeleton_of(model).parameters == stored_shapes(model)
+
+
+@pytest.mark.parametrize("model_type,head", HEADS)
+def test_matrices_are_views_of_the_checkpoint(model_type, head):
+    model = make_model(model_type, head)
+    skeleton = skeleton_of(model)
+    state = model.state_dict()
+    for matrix in skeleton.matrices:
+        assert matrix.kind in KINDS
+        assert tuple(matrix.dense(state, skeleton.prefix).shape) == (matrix.rows, matrix.columns)
+    layers = {matrix.layer for matrix in skeleton.matrices if matrix.kind == "query"}
+    assert layers == {0, 1, 2}
+
+
+def test_fused_parts_are_cut_and_turned():
+    model = make_model("gpt2", "GPT2Model")
+    skeleton = skeleton_of(model)
+    weight = model.h[1].attn.c_attn.weight  # [in, 3 * out]
+    parts = {m.part: m for m in skeleton.matrices if m.layer == 1 and m.part}
+    for i, part in enumerate(("query", "key", "value")):
+        assert parts[part].dense(model.state_dict(), "").equal(weight[:, 32 * i : 32 * (i + 1)].T)
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        ({"model_type": "t5"}, "'t5' is not supported; supported are bert, roberta, gpt2"),
+        ({}, "'None' is not supported"),
+        ({"model_type": "compressed_bert"}, "compressed already"),
+        ({"model_type": "bert", "quantization_config": {"bits": 4}}, "quantized already"),
+    ],
+)
+def test_what_cannot_be_compressed(config, message):
+    with pytest.raises(CompressionError, match=message):
+        family_of(config)
+
+
+def test_unknown_head():
+    with pytest.raises(CompressionError, match="BertForPoetry.*BertForMaskedLM"):
+        FAMILIES["bert"].skeleton({}, "BertForPoetry")

@@ -1,0 +1,145 @@
+"""Runtime layers against their own dense weight, and the rules that keep a decoded weight a cache."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, FusedLinear, TiedHead
+from hf_offline_compress.structures import Autoencoder, LowRank
+
+ENTRIES = {
+    "low_rank": LowRank().runtime(5),
+    "linear_autoencoder": Autoencoder(decoder="linear").runtime(5),
+    "linear_autoencoder_with_bias": Autoencoder(decoder="linear", norms=False).runtime(5),
+    "autoencoder": Autoencoder().runtime(5),
+    "autoencoder_without_norms": Autoencoder(norms=False, output_activation="none").runtime(5),
+}
+ROWS, COLUMNS = 14, 9
+every_entry = pytest.mark.parametrize("entry", list(ENTRIES))
+
+
+def make(kind, entry, shared=False, **options):
+    group = {**ENTRIES[entry], "storage": "float32"}
+    layer_class = (LINEARS if kind == "linear" else EMBEDDINGS)[group["structure"]]
+    decoder = layer_class.decoder_class(group, COLUMNS) if shared else None
+    layer = layer_class(ROWS, COLUMNS, group, decoder, **options)
+    for parameter in [*layer.parameters(), *(decoder.parameters() if decoder is not None else ())]:
+        torch.nn.init.normal_(parameter)
+    return layer, decoder
+
+
+@every_entry
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15), (torch.float16, 2e-2)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_layers_do_what_their_dense_weight_does(entry, shared, dtype, tolerance, grad):
+    linear, decoder = make("linear", entry, shared, bias=True)
+    embedding, second = make("embedding", entry, shared)
+    for module in (linear, decoder, embedding, second):
+        if module is not None:
+            module.to(dtype)
+    x, ids = torch.randn(3, 4, COLUMNS).to(dtype), torch.tensor([[0, 3, 13], [2, 2, 1]])
+    with torch.set_grad_enabled(grad):
+        weight, table = linear.dense_weight(), embedding.dense_weight()
+        assert weight.shape == (ROWS, COLUMNS) and weight.dtype == dtype
+        close = {"atol": tolerance * 4, "rtol": tolerance}
+        torch.testing.assert_close(linear(x), F.linear(x, weight, linear.bias), **close)
+        torch.testing.assert_close(embedding(ids), F.embedding(ids, table), **close)
+        torch.testing.assert_close(embedding(x, as_logits=True), F.linear(x, table), **close)
+        head = TiedHead(embedding, torch.nn.Parameter(torch.randn(ROWS).to(dtype)))
+        torch.testing.assert_close(head(x), F.linear(x, table, head.bias), **close)
+    assert (linear.in_features, linear.out_features) == (COLUMNS, ROWS)
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (ROWS, COLUMNS)
+
+
+@every_entry
+def test_every_factor_gets_a_gradient(entry):
+    for kind, call in (("linear", torch.randn(2, COLUMNS)), ("embedding", torch.arange(ROWS))):
+        layer, decoder = make(kind, entry, shared=True)
+        layer(call).square().sum().backward()
+        for name, parameter in [*layer.named_parameters(), *decoder.named_parameters()]:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_padding_gets_no_gradient():
+    layer, _ = make("embedding", "low_rank", padding_idx=3)
+    layer(torch.tensor([3, 1])).sum().backward()
+    assert not layer.latents.grad[3].any() and layer.latents.grad[1].any()
+
+
+def test_the_cache_is_used_and_never_stale():
+    layer, decoder = make("linear", "autoencoder", shared=True)
+    x = torch.randn(2, COLUMNS)
+    with torch.no_grad():
+        first = layer(x)
+        cached = layer._cache[1]
+        layer(x)
+        assert layer._cache[1] is cached
+        for parameter in (layer.latents, layer.norms, decoder.layers[0].weight):
+            parameter.mul_(1.5)
+            torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()))
+        assert not torch.allclose(layer(x), first)
+        layer.load_state_dict({name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()})
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()))
+        layer.latents = torch.nn.Parameter(torch.randn_like(layer.latents))
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()))
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()))
+
+
+def test_the_cache_is_no_state():
+    layer, _ = make("linear", "autoencoder")
+    with torch.no_grad():
+        layer(torch.randn(2, COLUMNS))
+    assert set(layer.state_dict()) == {"latents", "norms", *(f"decoder.layers.{i}.{n}" for i in range(3) for n in ("weight", "bias"))}
+    assert copy.deepcopy(layer)._cache is None
+    assert layer.to(torch.float64)._cache is None
+
+
+def test_no_cache_while_gradients_are_on_or_when_told():
+    layer, _ = make("linear", "autoencoder")
+    layer(torch.randn(2, COLUMNS))
+    assert layer._cache is None
+    layer.decoding = "on_the_fly"
+    with torch.no_grad():
+        layer(torch.randn(2, COLUMNS))
+    assert layer._cache is None
+
+
+def test_autocast_and_cache():
+    layer, _ = make("linear", "autoencoder")
+    x = torch.randn(2, COLUMNS)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == torch.float32
+
+
+@every_entry
+def test_compiles_in_one_graph(entry):
+    layer, _ = make("linear", entry)
+    x = torch.randn(2, COLUMNS)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@every_entry
+def test_resizing_keeps_rows_and_adds_the_mean(entry):
+    layer, _ = make("embedding", entry)
+    before = layer.dense_weight().detach()
+    latents = layer.latents.detach().clone()
+    layer.resize(ROWS + 3)
+    torch.testing.assert_close(layer.dense_weight()[:ROWS], before)
+    torch.testing.assert_close(layer.latents[ROWS:], latents.mean(dim=0).expand(3, -1))
+    layer.resize(4)
+    torch.testing.assert_close(layer.dense_weight(), before[:4])
+
+
+def test_fused_parts_side_by_side():
+    parts = {name: torch.nn.Linear(4, 2) for name in ("query", "key", "value")}
+    x = torch.randn(3, 4)
+    assert FusedLinear(parts)(x).equal(torch.cat([part(x) for part in parts.values()], dim=-1))

@@ -1,0 +1,111 @@
+"""Plans: the sizes of the papers to the unit, groups, and what stays dense with its reason."""
+
+import pytest
+
+from hf_offline_compress import CompressionError, Objective, Recipe, Rule, load_recipe, make_plan
+from hf_offline_compress.structures import Autoencoder, LowRank
+
+BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+
+
+@pytest.mark.parametrize(
+    "rows,autoencoder,svd",
+    [((30522,), (217, 67, 26), (249, 74, 29)), ((768,), (45, 14, 5), (128, 38, 15)), ((768,) * 12, (168, 54, 21), (236, 70, 28))],
+    ids=["embeddings", "key", "12 keys"],
+)
+def test_sizes_of_the_papers(rows, autoencoder, svd):
+    for ratio, latent, rank in zip((3, 10, 25), autoencoder, svd, strict=True):
+        budget = int(sum(rows) * 768 / ratio)
+        assert Autoencoder().fit(rows, 768, budget) == latent
+        assert LowRank().fit(rows, 768, budget) == rank
+        # k = int((nm/CR − m − n·[norm]) / (n + m)), the linear autoencoder's
+        for norms in (False, True):
+            expected = int((budget - 768 - sum(rows) * norms) / (sum(rows) + 768))
+            assert Autoencoder(decoder="linear", norms=norms).fit(rows, 768, budget) == expected
+
+
+def test_a_nonlinear_autoencoder_counts_every_number():
+    x, n, m = 45, 768, 768
+    assert Autoencoder().parameters(x, (n,), m) == 10 * x * x + (n + 6 + 4 * m) * x + m + n
+
+
+def plan(recipe="svd", config=BERT, **changes):
+    return make_plan(config, load_recipe(recipe).override(**changes))
+
+
+@pytest.mark.parametrize("recipe", ["svd", "ae", "direction-ae"])
+@pytest.mark.parametrize("grouping,groups", [("separated", 73), ("concatenated", 7), ("blocks:5", 19)])
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_groups_and_bytes(recipe, grouping, groups, storage):
+    outcome = plan(recipe, ratio=4, grouping=grouping, storage=storage)
+    assert len(outcome.groups) == groups == len({group.name for group in outcome.groups})
+    assert all(group.ratio >= 4 for group in outcome.groups)
+    itemsize = {"float32": 4, "float16": 2}[storage]
+    counted = 0
+    for shape, _ in outcome.tensors().values():
+        size = itemsize
+        for side in shape:
+            size *= side
+        counted += size
+    assert counted == outcome.stored_bytes
+    assert sum(len(group.matrices) for group in outcome.groups) == 73
+    assert outcome.parameters + sum(item.parameters for item in outcome.dense) == outcome.skeleton.total == 109482240
+
+
+def test_blocks_are_neighbouring_layers():
+    groups = [g for g in plan(grouping="blocks:5", modules="key").groups]
+    assert [[m.layer for m in g.matrices] for g in groups] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    assert [g.name for g in groups] == ["key_0_4", "key_5_9", "key_10_11"]
+
+
+def test_what_stays_dense_and_why():
+    rules = (Rule(None, modules=(r"encoder\.layer\.0\..*",)), Rule(LowRank(), ratio=2.0))
+    outcome = make_plan(BERT, Recipe("r", rules))
+    reasons = {item.name: item.reason for item in outcome.dense}
+    assert reasons["encoder.layer.0.attention.self.query"] == "was left out by a rule"
+    assert reasons["pooler.dense"] == "was not chosen"
+    assert not any(m.layer == 0 for g in outcome.groups for m in g.matrices)
+
+
+def test_a_matrix_that_would_not_shrink_stays_dense():
+    config = {**BERT, "architectures": ["BertForSequenceClassification"]}
+    outcome = plan(config=config, modules="linears,head", ratio=3)
+    (reason,) = [item.reason for item in outcome.dense if item.name == "classifier"]
+    assert "would not shrink" in reason
+
+
+def test_rules_apply_in_order():
+    special = Rule(Autoencoder(), Objective(cosine=1.0), modules=("query",), ratio=8.0)
+    outcome = make_plan(BERT, Recipe("r", (special, Rule(LowRank(), ratio=2.0)), modules=("attention",)))
+    assert {g.structure.name for g in outcome.groups if g.matrices[0].kind == "query"} == {"autoencoder"}
+    assert {g.structure.name for g in outcome.groups if g.matrices[0].kind == "key"} == {"low_rank"}
+
+
+def test_factors_are_no_wider_than_the_model():
+    outcome = plan(config={**BERT, "dtype": "float16"}, storage="float32", ratio=4)
+    assert {group.storage for group in outcome.groups} == {"float16"}
+
+
+@pytest.mark.parametrize(
+    "changes,config,message",
+    [
+        ({"ratio": 1e9}, BERT, "Nothing would shrink: embeddings.word_embeddings would not shrink: even the smallest low rank"),
+        ({"ratio": 2}, {**BERT, "dtype": "float16"}, "the model, stored in float16, is at 2 already. Ask for more, e.g. ratio 4"),
+        ({"modules": r"h\..*"}, BERT, "matches no weight matrix of this BertModel; it has word_embeddings, "),
+        ({"modules": "pooler"}, {**BERT, "architectures": ["BertForMaskedLM"]}, "'pooler' matches no weight matrix"),
+        ({}, {**BERT, "dtype": "float64"}, "dtype 'float64' is not supported"),
+        ({}, {**BERT, "architectures": ["BertForPoetry"]}, "BertForPoetry"),
+    ],
+)
+def test_what_cannot_be_planned(changes, config, message):
+    with pytest.raises(CompressionError, match=message):
+        plan(config=config, **changes)
+
+
+def test_the_tied_head_is_counted_once():
+    untied = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
+    tied = {**untied, "tie_word_embeddings": True}
+    words = 50257 * 768
+    assert plan(config=untied).skeleton.total - plan(config=tied).skeleton.total == words
+    assert "head_lm_head" in {group.name for group in plan(config=untied, modules="all").groups}
+    assert "head_lm_head" not in {group.name for group in plan(config=tied, modules="linears,word_embeddings").groups}

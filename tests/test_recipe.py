@@ -1,0 +1,115 @@
+"""Recipes: presets, files, overrides, and an error in one sentence for everything that is wrong with one."""
+
+import json
+
+import pytest
+import yaml
+
+from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, load_recipe
+from hf_offline_compress.recipe import preset_names, recipe_from_dict, split_selectors
+from hf_offline_compress.structures import Autoencoder, LowRank
+
+MINIMAL = {"rules": [{"structure": "low_rank"}]}
+
+
+def rule(**changes):
+    return {"rules": [{"structure": "low_rank", **changes}]}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description and recipe.references
+    assert recipe.modules == ("linears", "word_embeddings")
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert load_recipe(file) == recipe == load_recipe(str(file))
+
+
+def test_names_of_the_presets():
+    assert {"svd", "calibrated-svd", "direction-ae", "ae"} <= set(preset_names())
+
+
+def test_what_presets_ask_for():
+    assert load_recipe("svd").rules[0].objective == Objective(l2=1)
+    assert load_recipe("calibrated-svd").calibrated and not load_recipe("svd").calibrated
+    paper_d, paper_r = load_recipe("direction-ae").rules[0], load_recipe("ae").rules[0]
+    assert paper_d.structure.decoder == "linear" and paper_d.objective == Objective(cosine=0.1995, l1=0.0025)
+    assert paper_r.structure.decoder == "nonlinear" and paper_r.objective == Objective(cosine=0.9091, l2=0.0909)
+    assert str(paper_r.grouping) == "concatenated"
+
+
+def test_overrides():
+    recipe = load_recipe("svd").override(modules="query,key", ratio=5, grouping="blocks:2", storage="float16")
+    assert recipe.modules == ("query", "key")
+    assert (recipe.rules[0].ratio, str(recipe.rules[0].grouping), recipe.rules[0].storage) == (5, "blocks:2", "float16")
+    assert load_recipe("svd").override() == load_recipe("svd")
+    assert not load_recipe("calibrated-svd").without_calibration().calibrated
+
+
+def test_a_recipe_made_in_python():
+    recipe = Recipe("mine", (Rule(LowRank(), grouping=Grouping(3)), Rule(None, modules=("pooler",))))
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    assert load_recipe(recipe) is recipe
+
+
+def test_options_of_a_structure():
+    structure = {"name": "autoencoder", "decoder_widths": [3], "activation": "gelu", "training": {"epochs": 7}}
+    recipe = recipe_from_dict({"rules": [{"structure": structure, "objective": {"cosine": 1}}]})
+    asked = recipe.rules[0].structure
+    assert isinstance(asked, Autoencoder) and asked.decoder_widths == (3,) and asked.training.epochs == 7
+
+
+@pytest.mark.parametrize("text,parts", [("a,b", ("a", "b")), (r"h\.\d{1,2}\..*, wte", (r"h\.\d{1,2}\..*", "wte")), (None, None)])
+def test_selectors_with_commas(text, parts):
+    assert split_selectors(text) == parts
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ([], "not a mapping"),
+        ({"rules": []}, "at least one rule"),
+        ({**MINIMAL, "colour": 1}, "unknown key 'colour'; known keys are name, rules, modules"),
+        (rule(colour=1), "unknown key 'colour'; known keys are structure, objective"),
+        ({"rules": [{"ratio": 2}]}, "names no structure"),
+        ({"rules": [{"structure": "dense"}]}, "no rule that compresses"),
+        ({"rules": [{"structure": "wavelets"}]}, "'wavelets', which is unknown; known are low_rank, autoencoder"),
+        ({"rules": [{"structure": {"name": "low_rank", "rank": 3}}]}, "unknown key 'rank'"),
+        ({"rules": [{"structure": {"name": "autoencoder", "norms": 1}}]}, "norms: 1, which is not true or false"),
+        ({"rules": [{"structure": {"name": "autoencoder", "training": {"epochs": 0}}}]}, "must be at least 1"),
+        ({"rules": [{"structure": {"name": "autoencoder", "decoder": "cubic"}}]}, "'cubic' is unknown; known are linear"),
+        ({"rules": [{"structure": {"name": "autoencoder", "activation": "sine"}}]}, "activation 'sine' is unknown"),
+        ({"rules": [{"structure": {"name": "autoencoder", "decoder_widths": [0]}}]}, "every width must be above 0"),
+        ({"rules": [{"structure": {"name": "autoencoder", "training": {"learning_rate": 0}}}]}, "must be above 0"),
+        (rule(objective="close"), "'close', which is unknown; known are l2, calibrated"),
+        (rule(objective={"l2": -1}), "none may be negative"),
+        (rule(objective={"l2": 0}), "at least one must be above 0"),
+        (rule(objective={"cosine": 1}), "'low_rank' cannot be solved for cosine"),
+        ({"rules": [{"structure": "autoencoder", "objective": "calibrated"}]}, "cannot be solved for calibrated"),
+        (rule(grouping="piles"), "'piles' is unknown; known are separated"),
+        (rule(grouping="blocks:0"), "'blocks:0' is unknown"),
+        (rule(ratio=1), "must be above 1"),
+        (rule(ratio=0.5), "must be above 1"),
+        (rule(ratio="big"), "`ratio` must be a number"),
+        (rule(ratio=float("nan")), "must be above 1"),
+        (rule(storage="int3.5"), "'int3.5' is unknown; known are float32"),
+        ({**MINIMAL, "modules": ["heads"]}, "'heads' is unknown; known are word_embeddings"),
+        ({**MINIMAL, "modules": [r"h\.(0"]}, "not a valid regular expression"),
+        ({**MINIMAL, "modules": []}, "`modules` is empty"),
+        ({**MINIMAL, "modules": 3}, "must be a name or a list of names"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe(content, message):
+    with pytest.raises(CompressionError, match=message):
+        recipe_from_dict(content)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(CompressionError, match="no recipe 'tidy'.*presets are ae, calibrated-svd"):
+        load_recipe("tidy")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("rules: [")
+    with pytest.raises(CompressionError, match=r"'broken.yaml' is not valid YAML"):
+        load_recipe(broken)

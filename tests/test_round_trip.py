@@ -1,0 +1,132 @@
+"""What is saved is what a stranger loads: every family, head and structure, in fresh processes, with and without us.
+
+One process a mode loads all folders, since starting one costs seconds.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import HEADS, TEXTS, make_model, make_tokenizer, outputs_of
+from safetensors import safe_open
+
+from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
+from hf_offline_compress.structures import Autoencoder, LowRank, Training
+
+CALIBRATED = Objective(l2=1.0, calibrated=True)
+COSINE = Objective(cosine=0.9, l2=0.1)
+QUICK = Training(epochs=2, final_epochs=0)
+ALL = ("linears", "word_embeddings", "position_embeddings")
+RECIPES = {
+    "low_rank": Recipe("low_rank", (Rule(LowRank(), CALIBRATED, ratio=2.0),), modules=(".+",)),
+    "low_rank_shared": Recipe(
+        "low_rank_shared", (Rule(LowRank(), CALIBRATED, Grouping(None), ratio=2.5, storage="float16"),), modules=ALL
+    ),
+    "autoencoder": Recipe("autoencoder", (Rule(Autoencoder(training=QUICK), COSINE, ratio=1.2),), modules=ALL),
+    "autoencoder_shared": Recipe(
+        "autoencoder_shared", (Rule(Autoencoder(training=QUICK), COSINE, Grouping(2), ratio=1.5),), modules=ALL
+    ),
+    "linear_autoencoder": Recipe(
+        "linear_autoencoder",
+        (Rule(Autoencoder(decoder="linear", norms=False, training=QUICK), COSINE, ratio=2.0),),
+        modules=(*ALL, "attention"),
+    ),
+}
+CASES = [(t, h, r) for t, h in HEADS for r in RECIPES if r in ("low_rank", "autoencoder_shared") or "LM" in h]
+LOADER = Path(__file__).with_name("load_folders.py")
+
+
+def name_of(model_type, head, recipe):
+    return f"{head}-{recipe}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Compress every case; return its folder and the result."""
+    root = tmp_path_factory.mktemp("folders")
+    made = {}
+    for model_type, head, recipe in CASES:
+        result = compress(
+            make_model(model_type, head), RECIPES[recipe], tokenizer=make_tokenizer(model_type), calibration=TEXTS, progress=False
+        )
+        name = name_of(model_type, head, recipe)
+        result.save(root / name)
+        made[name] = (root / name, result)
+    return root, made
+
+
+@pytest.fixture(scope="module", params=["package", "remote"])
+def loaded(request, folders, tmp_path_factory):
+    """Load all folders in one fresh process; return what it found."""
+    out = tmp_path_factory.mktemp(request.param)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules"), "PYTHONPATH": str(LOADER.parent)}
+    run = subprocess.run(
+        [sys.executable, str(LOADER), request.param, str(folders[0]), str(out)],
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((out / "facts.json").read_text()), torch.load(out / "outputs.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("model_type,head,recipe", CASES)
+def test_a_fresh_process_gives_the_same_outputs(folders, loaded, model_type, head, recipe):
+    name = name_of(model_type, head, recipe)
+    folder, result = folders[1][name]
+    facts, outputs = loaded[0][name], loaded[1][name]
+    torch.testing.assert_close(outputs, outputs_of(result.model, head), atol=1e-5, rtol=0)
+    assert facts["class"] == f"Compressed{head}"
+    assert facts["missing"] == facts["unexpected"] == []
+    assert facts["compressed"] == len(result.model.compressed_modules()) > 0
+    assert facts["tokenizer"] == type(result.tokenizer).__name__
+
+
+@pytest.mark.parametrize("model_type,head,recipe", CASES)
+def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe):
+    folder, result = folders[1][name_of(model_type, head, recipe)]
+    plan = make_plan(make_model(model_type, head).config.to_dict(), RECIPES[recipe], architecture=head)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    planned = plan.tensors()
+    assert {name: (tuple(stored[name].shape), str(stored[name].dtype)) for name in planned} == {
+        name: (shape, f"torch.{dtype}") for name, (shape, dtype) in planned.items()
+    }
+    sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in stored.items()}
+    assert sum(sizes[name] for name in planned) == plan.stored_bytes == result.report.totals["compressed_stored_bytes"]
+    assert sum(sizes.values()) == plan.total_stored_bytes == result.report.totals["stored_bytes"]
+    assert plan.total_stored_bytes < result.report.totals["dense_bytes"]
+    assert inspect_folder(folder).report == json.loads(json.dumps(result.report.to_dict()))
+
+
+@pytest.mark.parametrize("model_type,head,recipe", [case for case in CASES if "LM" in case[1]])
+def test_tied_heads_stay_tied(folders, model_type, head, recipe):
+    folder, result = folders[1][name_of(model_type, head, recipe)]
+    model = result.model
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    hidden = torch.randn(2, embedding.embedding_dim)
+    bias = 0 if output.bias is None else output.bias
+    torch.testing.assert_close(output(hidden), hidden @ embedding.dense_weight().T + bias, atol=1e-4, rtol=1e-4)
+    names = safe_open(folder / "model.safetensors", "pt").keys()
+    words = embedding.num_embeddings
+    assert sum("word_embeddings.latents" in n or "wte.latents" in n for n in names) == 1
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert not any(file.get_slice(n).get_shape()[:1] == [words] and len(file.get_slice(n).get_shape()) == 2 and "latents" not in n for n in file.keys())  # noqa: SIM118
+
+
+def test_nothing_of_this_machine_is_saved(folders):
+    private = [str(folders[0]), str(Path.cwd()), str(Path.home()), *TEXTS[:5]]
+    for file in folders[0].rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not [text for text in private if len(text) > 3 and text.encode() in content], file.name
+            assert file.suffix in (".json", ".py", ".safetensors", ".txt"), file.name
+            if file.suffix == ".json":
+                assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", content.decode()), file.name

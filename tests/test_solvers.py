@@ -1,0 +1,181 @@
+"""Solvers on matrices: closed forms are optimal, exact at full size, and never get worse with size."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_offline_compress.calibration import add_gram_
+from hf_offline_compress.recipe import Objective
+from hf_offline_compress.runtime.layers_compressed import LINEARS
+from hf_offline_compress.solvers import Problem, solve
+from hf_offline_compress.solvers.autoencoder import loss_terms
+from hf_offline_compress.structures import Autoencoder, LowRank, Training
+
+L2 = Objective(l2=1.0)
+COSINE = Objective(cosine=1.0)
+SHAPES = [(24, 10), (10, 24), (16, 16)]
+QUICK = Training(epochs=4, final_epochs=2, batch_size=16, learning_rate=3e-3)
+
+
+def matrix(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.diag(0.8 ** torch.arange(min(rows, columns)))
+    left = torch.randn(rows, min(rows, columns), generator=generator)
+    return left @ spectrum @ torch.randn(min(rows, columns), columns, generator=generator)
+
+
+def moments(columns, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, columns, generator=generator) * torch.linspace(0.1, 3, columns)
+    return inputs.T @ inputs / len(inputs)
+
+
+def reconstruct(problem, factors):
+    """Return what the runtime layers make of the factors, members stacked."""
+    entry = {**problem.structure.runtime(problem.size), "storage": "float32"}
+    parts = []
+    for weight, own in zip(problem.weights, factors.members, strict=True):
+        layer = LINEARS[entry["structure"]](*weight.shape, entry)
+        state = own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}
+        layer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        parts.append(layer.dense_weight().detach())
+    return torch.cat(parts)
+
+
+def low_rank(weight, size, **options):
+    problem = Problem(LowRank(), L2, size, (weight,), **options)
+    return reconstruct(problem, solve(problem))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_l2_is_the_truncated_svd(shape, rank):
+    weight = matrix(*shape)
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    torch.testing.assert_close(low_rank(weight, rank), ((u[:, :rank] * s[:rank]) @ v[:rank]).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("inputs", [False, True])
+def test_weighted_error_is_the_least_possible(shape, rank, rows, inputs):
+    weight = matrix(*shape)
+    h = moments(shape[1]) if inputs else None
+    d = torch.linspace(0.2, 5, shape[0]) if rows else None
+    approximation = low_rank(weight, rank, input_moments=h, row_weights=d)
+    root = torch.linalg.cholesky(h.double()) if inputs else torch.eye(shape[1], dtype=torch.float64)
+    scale = d.double().sqrt() if rows else torch.ones(shape[0], dtype=torch.float64)
+
+    def error(w):
+        return torch.linalg.norm(scale[:, None] * (weight - w).double() @ root)
+
+    least = torch.linalg.svdvals(scale[:, None] * weight.double() @ root)[rank:].norm()
+    assert error(approximation) <= least * (1 + 2e-3)  # damping costs a little
+    if rows or inputs:
+        assert error(approximation) < error(low_rank(weight, rank))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("singular", [False, True])
+def test_exact_at_full_size(shape, singular):
+    weight = matrix(*shape)
+    h = moments(shape[1])
+    if singular:
+        h[:, -3:] = 0
+        h[-3:] = 0
+    size = min(shape)
+    for options in ({}, {"input_moments": h}, {"row_weights": torch.rand(shape[0]) + 0.1}):
+        torch.testing.assert_close(low_rank(weight, size, **options), weight, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"input_moments": moments(16)}, {"row_weights": torch.linspace(0.1, 2, 24)}])
+def test_never_worse_with_size(options):
+    weight = matrix(24, 16)
+    h = options.get("input_moments", torch.eye(16))
+    d = options.get("row_weights", torch.ones(24))
+    errors = []
+    for size in range(1, 17):
+        difference = weight - low_rank(weight, size, **options)
+        errors.append(float((d * ((difference @ h) * difference).sum(dim=1)).sum()))
+    assert all(later <= earlier + 1e-5 for earlier, later in zip(errors[:-1], errors[1:], strict=True))
+
+
+def test_members_share_one_basis():
+    weights = tuple(matrix(8, 12, seed) for seed in range(3))
+    problem = Problem(LowRank(), L2, 5, weights)
+    factors = solve(problem)
+    torch.testing.assert_close(reconstruct(problem, factors), low_rank(torch.cat(weights), 5), atol=1e-5, rtol=0)
+    assert [tuple(m["latents"].shape) for m in factors.members] == [(8, 5)] * 3
+    assert tuple(factors.decoder["weight"].shape) == (12, 5)
+
+
+def test_degenerate_matrices():
+    for weight in (torch.zeros(6, 4), torch.ones(6, 4)):
+        torch.testing.assert_close(low_rank(weight, 2), weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(low_rank(weight, 2, input_moments=torch.zeros(4, 4)), weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("columns", [3, 10, 64])
+def test_gram(columns):
+    x = torch.randn(50, columns)
+    total = torch.ones(columns, columns)
+    add_gram_(total, x)
+    torch.testing.assert_close(total, x.T @ x + 1, atol=1e-4, rtol=1e-5)
+
+
+AUTOENCODERS = [
+    Autoencoder(decoder="linear", norms=False, training=QUICK),
+    Autoencoder(decoder="linear", norms=True, training=QUICK),
+    Autoencoder(decoder="nonlinear", norms=True, training=QUICK),
+    Autoencoder(decoder="nonlinear", norms=False, activation="gelu", output_activation="none", training=QUICK),
+]
+
+
+@pytest.mark.parametrize("structure", AUTOENCODERS, ids=lambda s: f"{s.decoder}-{s.norms}")
+@pytest.mark.parametrize("objective", [L2, COSINE, Objective(cosine=0.2, l1=0.01)], ids=["l2", "cosine", "cosine+l1"])
+def test_autoencoder_reaches_the_loss_it_reports(structure, objective):
+    weight = matrix(60, 12)
+    weight[7] = 0  # as a padding row
+    problem = Problem(structure, objective, 4, (weight[:20], weight[20:]))
+    factors = solve(problem)
+    result = reconstruct(problem, factors)
+    used = weight.norm(dim=1) > 0
+    assert float(loss_terms(result[used], weight[used], objective, 0.1)) == pytest.approx(factors.notes["loss"], rel=1e-3)
+    if structure.norms:
+        torch.testing.assert_close(result.norm(dim=1), weight.norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_linear_autoencoder_never_loses_to_its_closed_form(norms):
+    weight = matrix(60, 12)
+    directed = torch.nn.functional.normalize(weight, dim=1)
+    start = directed @ (v := torch.linalg.svd(directed, full_matrices=False).Vh[:4]).T @ v
+    problem = Problem(Autoencoder(decoder="linear", norms=norms, training=QUICK), COSINE, 4, (weight,))
+    result = reconstruct(problem, solve(problem))
+    assert loss_terms(result, weight, COSINE, 1.0) <= loss_terms(start, weight, COSINE, 1.0) + 1e-6
+
+
+def test_training_helps():
+    weight = matrix(60, 12)
+    short = Autoencoder(training=dataclasses.replace(QUICK, epochs=1, final_epochs=0))
+    long = Autoencoder(training=dataclasses.replace(QUICK, epochs=60))
+    losses = [solve(Problem(s, COSINE, 4, (weight,))).notes["loss"] for s in (short, long)]
+    assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("structure", [LowRank(), *AUTOENCODERS], ids=lambda s: f"{s.name}-{getattr(s, 'decoder', '')}")
+def test_same_seed_same_bytes(structure):
+    weight = matrix(40, 12)
+    first, second = (solve(Problem(structure, L2, 3, (weight,), seed=5)) for _ in range(2))
+    for a, b in ((first.members[0], second.members[0]), (first.decoder, second.decoder)):
+        assert all(a[name].equal(b[name]) for name in a)
+
+
+def test_solving_leaves_the_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    solve(Problem(AUTOENCODERS[2], L2, 3, (matrix(40, 12),)))
+    assert torch.rand(4).equal(expected)
