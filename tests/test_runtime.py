@@ -43,7 +43,7 @@ def test_bfloat16(saved):
     model = AUTO[head].from_pretrained(folder, dtype=torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     expected = outputs_of(copy.deepcopy(result.model).to(torch.bfloat16), head)
-    torch.testing.assert_close(outputs_of(model, head), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs_of(model, head), expected, atol=1e-5, rtol=0)
 
 
 def test_shards(saved, tmp_path):
@@ -51,7 +51,7 @@ def test_shards(saved, tmp_path):
     result.save(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards/model.safetensors.index.json").is_file()
     model = AUTO[head].from_pretrained(tmp_path / "shards")
-    torch.testing.assert_close(outputs_of(model, head), outputs_of(result.model, head), atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs_of(model, head), outputs_of(result.model, head), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("decoders", ["cpu", "disk"])
@@ -67,17 +67,17 @@ def test_a_layer_and_the_shared_decoders_on_disk(saved, tmp_path, decoders):
     model = AUTO[head].from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert any(p.device.type == "meta" for p in model.parameters())
     for _ in range(2):
-        torch.testing.assert_close(outputs_of(model, head), outputs_of(result.model, head), atol=1e-6, rtol=0)
+        torch.testing.assert_close(outputs_of(model, head), outputs_of(result.model, head), atol=1e-5, rtol=0)
     model.save_pretrained(tmp_path / "again")
     again = AUTO[head].from_pretrained(tmp_path / "again")
-    torch.testing.assert_close(outputs_of(again, head), outputs_of(result.model, head), atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs_of(again, head), outputs_of(result.model, head), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu"])
 def test_device_maps_by_name(saved, device_map):
     folder, head, result = saved
     model = AUTO[head].from_pretrained(folder, device_map=device_map)
-    torch.testing.assert_close(outputs_of(model, head), outputs_of(result.model, head), atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs_of(model, head), outputs_of(result.model, head), atol=1e-5, rtol=0)
 
 
 def test_a_resaved_folder_stands_on_its_own(saved, tmp_path):
@@ -110,7 +110,7 @@ def test_decoding_modes_agree_and_are_saved(saved, tmp_path):
     model = AUTO[head].from_pretrained(folder)
     cached = outputs_of(model, head)
     model.set_decoding("on_the_fly")
-    torch.testing.assert_close(outputs_of(model, head), cached, atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs_of(model, head), cached, atol=1e-5, rtol=0)
     assert not any(getattr(module, "_cache", None) for module in model.compressed_modules().values())
     model.save_pretrained(tmp_path / "fly")
     again = AUTO[head].from_pretrained(tmp_path / "fly")
@@ -164,7 +164,7 @@ def test_resizing_the_vocabulary(saved, tmp_path, size, multiple):
     again, info = AUTO[head].from_pretrained(tmp_path / "resized", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, after, atol=1e-6, rtol=0)
+        torch.testing.assert_close(again(ids).logits, after, atol=1e-5, rtol=0)
 
 
 def test_other_heads_and_the_body_load_from_the_same_folder(saved):
@@ -173,7 +173,7 @@ def test_other_heads_and_the_body_load_from_the_same_folder(saved):
     ids = inputs_for(head)
     with torch.no_grad():
         hidden = body.eval()(**ids)[0]
-        torch.testing.assert_close(hidden, result.model.base_model(**ids)[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(hidden, result.model.base_model(**ids)[0], atol=1e-5, rtol=0)
     other = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert all(torch.isfinite(p).all() for p in other.parameters())
     assert len(other.compressed_modules()) == len(result.model.compressed_modules())

@@ -35,7 +35,8 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
     """
     base = model.base_model
     decoders: dict[str, nn.Module] = {}
-    for name, group in compression["groups"].items():
+    # Sorted, as a saved config.json is: the order of parameters must not depend on where the config came from.
+    for name, group in sorted(compression["groups"].items()):
         for member in group["members"]:
             root = model if member.get("head") else base
             module = _find(root, member["module"])
