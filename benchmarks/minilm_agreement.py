@@ -42,6 +42,8 @@ def main() -> None:
             ("svd", "none", None),
             ("calibrated-svd", "bundled", "bundled"),
             ("calibrated-svd", "STS-B train", train),
+            ("allocated-svd", "bundled", "bundled"),
+            ("allocated-svd", "STS-B train", train),
         ):
             start = time.perf_counter()
             result = compress(

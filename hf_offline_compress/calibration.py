@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibration_text import Batch
 from .families import Matrix
+
+if TYPE_CHECKING:
+    from .sensitivity import Sensitivity
 
 
 @dataclass
@@ -20,10 +23,12 @@ class Statistics:
     Attributes:
         input_moments: name of the inputs (`Matrix.inputs`) → E[x xᵀ] [columns, columns], float32.
         token_counts: how often each token was looked up, [tokens], float64.
+        sensitivity: what errors at outputs do to the model; measured only if asked for.
     """
 
     input_moments: dict[str, Tensor] = field(default_factory=dict)
     token_counts: Tensor | None = None
+    sensitivity: Sensitivity | None = None
 
 
 @torch.no_grad()

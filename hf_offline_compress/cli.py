@@ -35,6 +35,7 @@ Ratio = Annotated[float | None, typer.Option(help=HELP["ratio"], show_default=Fa
 Modules = Annotated[str | None, typer.Option(help=HELP["modules"] + "; with commas between", show_default=False)]
 GroupingOption = Annotated[str | None, typer.Option(help=HELP["grouping"], show_default=False)]
 Storage = Annotated[str | None, typer.Option(help=HELP["storage"], show_default=False)]
+Allocation = Annotated[str | None, typer.Option(help=HELP["allocation"], show_default=False)]
 Dtype = Annotated[str | None, typer.Option(help="dtype of the model; the checkpoint's if not given", show_default=False)]
 AutoClass = Annotated[
     str | None, typer.Option(help="class to load the base with; the one it was saved from if not given", show_default=False)
@@ -69,6 +70,7 @@ def compress(
     modules: Modules = None,
     grouping: GroupingOption = None,
     storage: Storage = None,
+    allocation: Allocation = None,
     calibration: Annotated[
         str, typer.Option(help="text to calibrate on: bundled, none, a file with one text a line, or a data set's name")
     ] = "bundled",
@@ -106,6 +108,7 @@ def compress(
             modules=split_selectors(modules),
             grouping=grouping,
             storage=storage,
+            allocation=allocation,
             calibration=calibration,
             auto_class=auto_class,
             dtype=dtype,
@@ -138,6 +141,7 @@ def plan(
     modules: Modules = None,
     grouping: GroupingOption = None,
     storage: Storage = None,
+    allocation: Allocation = None,
     auto_class: AutoClass = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -151,7 +155,11 @@ def plan(
         from .plan import make_plan
 
         asked = load_recipe(recipe).override(
-            modules=split_selectors(modules), ratio=ratio, grouping=grouping, storage=storage
+            modules=split_selectors(modules),
+            ratio=ratio,
+            grouping=grouping,
+            storage=storage,
+            allocation=allocation,
         )
         name, config = read_config(base, revision=revision)
         outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)

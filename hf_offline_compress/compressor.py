@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .allocation import Choices, allocate
 from .base import BaseCheckpoint, clamp_length, load_model, load_tokenizer, resolve_architecture, resolve_base
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
 from .errors import CompressionError, listing
 from .families import Matrix, family_of
 from .folder import check_target, save_folder
-from .plan import Group, Plan, make_plan
+from .plan import FLOAT32, Group, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, group_report, totals, versions
-from .solvers import Factors, Problem, solve
+from .sensitivity import Sensitivity, measure_sensitivity
+from .solvers import Factors, Problem, expected_errors, solve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,6 +89,7 @@ def compress(
     modules: str | Sequence[str] | None = None,
     grouping: str | None = None,
     storage: str | None = None,
+    allocation: str | None = None,
     calibration: str | Path | Sequence[str] | None = "bundled",
     tokenizer: PreTrainedTokenizerBase | None = None,
     auto_class: str | None = None,
@@ -108,6 +111,7 @@ def compress(
         modules: kinds, shorthands, or regular expressions that match whole module names.
         grouping: "separated", "concatenated" or "blocks:N".
         storage: dtype of the stored factors, "float32", "float16" or "bfloat16".
+        allocation: "uniform", every group at the ratio; or "by_gain", all together, each as large as pays most.
         calibration: "bundled", texts, a file with one text a line, a data set's name, or None for no data.
         tokenizer: of the base, if that is a model in memory.
         auto_class: which class to load the base with, e.g. "AutoModelForMaskedLM"; by default the one it was saved from.
@@ -124,7 +128,7 @@ def compress(
     Raises:
         CompressionError: something in the request cannot be done. Nothing has been written.
     """
-    recipe = load_recipe(recipe).override(modules=modules, ratio=ratio, grouping=grouping, storage=storage)
+    recipe = load_recipe(recipe).override(modules=modules, ratio=ratio, grouping=grouping, storage=storage, allocation=allocation)
     texts = load_texts(calibration) if recipe.calibrated else None
     if texts is None:
         recipe = recipe.without_calibration()
@@ -206,6 +210,9 @@ def compress_model(
         if texts is not None:
             with clock("calibrate"):
                 statistics, record = _calibrate(compute, plan, texts, tokenizer, seed, batch_size, progress)
+        if recipe.allocation == "by_gain":
+            with clock("allocate"):
+                plan = _allocated(compute, plan, statistics, progress)
         with clock("solve"):
             factors, reports = _solve_groups(compute, plan, statistics, seed, progress)
         with clock("build"):
@@ -255,10 +262,34 @@ def _calibrate(
         model,
         wanted,
         batches,
-        tied=plan.skeleton.tied,
+        tied=plan.skeleton.tied and plan.recipe.sensitive,
         progress=lambda items: tqdm(items, desc="calibrating", unit="batch", disable=not progress),
     )
+    if plan.recipe.sensitive:
+        statistics.sensitivity = measure_sensitivity(
+            model,
+            [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices],
+            batches,
+            mask_token=tokenizer.mask_token_id if record.masked else None,
+            seed=seed,
+            progress=lambda items: tqdm(items, desc="sensitivity", unit="batch", disable=not progress),
+        )
     return statistics, record
+
+
+def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Plan:
+    """Return the plan with the bytes that its groups have in all given to those that gain most from them."""
+    state = model.state_dict()
+    choices = []
+    for group in tqdm(plan.groups, desc="allocating", unit="group", disable=not progress):
+        problem = _problem(group, state, plan.skeleton.prefix, statistics)
+        candidates = range(1, group.structure.limit(sum(group.rows), group.columns) + 1)
+        costs = [float(replace(group, size=size).stored_bytes) for size in candidates]
+        errors = expected_errors(problem).cpu()[1 : len(costs) + 1]
+        choices.append(Choices(errors, torch.tensor(costs, dtype=torch.float64)))
+    budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in plan.groups)
+    chosen = allocate(choices, budget)
+    return plan.resized({group.name: i + 1 for group, i in zip(plan.groups, chosen, strict=True)})
 
 
 def _solve_groups(
@@ -273,32 +304,19 @@ def _solve_groups(
     with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
         for index, group in enumerate(plan.groups):
             started, before = time.perf_counter(), bar.n
-            weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
-            moments, row_weights = _weighting(group, statistics)
 
             def step(share: float, before: float = before) -> None:
                 bar.update(before + share - bar.n)
 
-            solved = solve(
-                Problem(
-                    group.structure,
-                    group.rule.objective,
-                    group.size,
-                    weights,
-                    input_moments=moments,
-                    row_weights=row_weights,
-                    seed=seed + index,
-                    progress=step,
-                )
-            )
+            problem = replace(_problem(group, state, prefix, statistics), seed=seed + index, progress=step)
+            solved = solve(problem)
             stored = _stored(group, solved, plan.dtype)
             tensors |= _named(group, stored, prefix)
             reports.append(
                 group_report(
                     group,
-                    list(zip(weights, _reconstructed(group, stored), strict=True)),
-                    input_moments=moments,
-                    row_weights=row_weights,
+                    problem,
+                    list(_reconstructed(group, stored)),
                     seconds=time.perf_counter() - started,
                     notes=solved.notes,
                 )
@@ -310,19 +328,27 @@ def _solve_groups(
     return tensors, reports
 
 
-def _weighting(group: Group, statistics: Statistics) -> tuple[Tensor | None, Tensor | None]:
-    """Return the input moments [columns, columns] and row weights [rows] of a calibrated group, where there are any."""
+def _problem(group: Group, state: Any, prefix: str, statistics: Statistics) -> Problem:
+    """Return what is to be solved for a group: its matrices, and how errors in them are weighted."""
+    weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
+    problem = Problem(group.structure, group.rule.objective, group.size, weights)
     if not group.rule.objective.calibrated:
-        return None, None
-    first = group.matrices[0]
+        return problem
+    first, sensitivity = group.matrices[0], statistics.sensitivity
     if first.embedding:
-        if first.kind != "word_embeddings" or statistics.token_counts is None:
-            return None, None
         counts = statistics.token_counts
-        shares = counts / counts.sum().clamp_min(1)
-        return None, (1 - UNIFORM_SHARE) * shares * len(shares) + UNIFORM_SHARE
+        if first.kind != "word_embeddings" or counts is None:
+            return problem
+        shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
+        moments = sensitivity.output_moments.get(first.name) if sensitivity else None
+        if sensitivity and moments is not None and first.inputs in statistics.input_moments:
+            # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
+            moments = moments + sensitivity.head_share * statistics.input_moments[first.inputs]
+        return replace(problem, row_weights=shares, input_moments=moments)
     found = [statistics.input_moments[m.inputs] for m in group.matrices]
-    return torch.stack(found).mean(dim=0) if len(found) > 1 else found[0], None
+    outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices) if sensitivity else None
+    pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
+    return replace(problem, input_moments=pooled, output_moments=outputs)
 
 
 def _stored(group: Group, factors: Factors, dtype: str) -> Factors:
@@ -330,7 +356,10 @@ def _stored(group: Group, factors: Factors, dtype: str) -> Factors:
 
     def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         storage, held = getattr(torch, group.storage), getattr(torch, dtype)
-        return {name: tensor.to("cpu", storage).to(held).contiguous() for name, tensor in tensors.items()}
+        return {
+            name: (tensor.to(storage).to(held) if tensor.is_floating_point() else tensor).cpu().contiguous()
+            for name, tensor in tensors.items()
+        }
 
     return Factors(tuple(rounded(member) for member in factors.members), rounded(factors.decoder), factors.notes)
 

@@ -6,14 +6,14 @@ A plan needs no weights and no torch: it is the dry run, and what `compress` the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from .errors import CompressionError, listing
 from .families import Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
-from .structures import Shape, Structure
+from .structures import INDEX_DTYPE, Shape, Structure
 
 FORMAT_VERSION = 1
 DECODERS = "compression_decoders"
@@ -63,7 +63,7 @@ class Group:
     @property
     def stored_bytes(self) -> int:
         """Bytes that are stored for the group."""
-        return self.structure.parameters(self.size, self.rows, self.columns) * STORAGES[self.storage]
+        return self.structure.stored_bytes(self.size, self.rows, self.columns, STORAGES[self.storage])
 
     @property
     def ratio(self) -> float:
@@ -83,9 +83,15 @@ class Group:
 
     def decoder_tensors(self, prefix: str) -> dict[str, Shape]:
         """Return full name and shape of the tensors that decode the members."""
-        only = self.matrices[0]
+        only, structure = self.matrices[0], self.structure
         at = f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{prefix if only.in_base else ''}{only.name}.decoder"
-        return {f"{at}.{name}": shape for name, shape in self.structure.decoder_tensors(self.size, self.columns).items()}
+        shapes = structure.decoder_tensors(self.size, self.columns) | structure.index_tensors(self.size, self.columns)
+        return {f"{at}.{name}": shape for name, shape in shapes.items()}
+
+    def dtype_of(self, tensor: str) -> str:
+        """Return the dtype that a tensor of the group, by its full name, is stored in."""
+        indices = self.structure.index_tensors(self.size, self.columns)
+        return INDEX_DTYPE if tensor.rpartition(".")[2] in indices else self.storage
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,12 @@ class Plan:
             shapes = group.decoder_tensors(self.skeleton.prefix)
             for matrix in group.matrices:
                 shapes |= group.member_tensors(matrix, self.skeleton.prefix)
-            names |= {name: (shape, group.storage) for name, shape in shapes.items()}
+            names |= {name: (shape, group.dtype_of(name)) for name, shape in shapes.items()}
         return names
+
+    def resized(self, sizes: Mapping[str, int]) -> Plan:
+        """Return the plan with other sizes of its groups, by name."""
+        return replace(self, groups=tuple(replace(group, size=sizes[group.name]) for group in self.groups))
 
     def runtime(self) -> dict[str, Any]:
         """Return the plan as the config carries it: plain JSON, all that the runtime needs to build the modules."""
@@ -258,8 +268,8 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], dtype: str) -> Group | str:
     storage = (rule.storage or dtype) if dtype == "float32" else dtype
     rows, columns = tuple(matrix.rows for matrix in matrices), matrices[0].columns
     parameters = sum(rows) * columns
-    budget = int(parameters * FLOAT32 / rule.ratio) // STORAGES[storage]
-    size = rule.structure.fit(rows, columns, budget)
+    budget = int(parameters * FLOAT32 / rule.ratio)
+    size = rule.structure.fit(rows, columns, budget, STORAGES[storage])
     if size == 0:
         return f"{_TOO_SMALL}: even the smallest {rule.structure.title.lower()} is larger than ratio {rule.ratio:g} allows"
     return Group(_name(matrices), rule, matrices, size, storage)

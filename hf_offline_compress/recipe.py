@@ -34,12 +34,15 @@ class Objective:
         l1: weight of the annealed L1 term.
         calibrated: weigh errors by what the layer really sees: for a linear layer the second moments of its inputs,
             for an embedding how often each token occurs.
+        sensitive: weigh errors also by what they do to the model's own output, to second order (Gauss-Newton): the
+            second moments of the gradients at the layer's outputs. Needs `calibrated`.
     """
 
     cosine: float = 0.0
     l2: float = 0.0
     l1: float = 0.0
     calibrated: bool = False
+    sensitive: bool = False
 
     def __post_init__(self) -> None:
         """Reject a loss that is nothing, or rewards an error."""
@@ -49,14 +52,21 @@ class Objective:
                 f"The objective's weights are cosine={self.cosine}, l2={self.l2}, l1={self.l1}; "
                 "none may be negative and at least one must be above 0."
             )
+        if self.sensitive and not self.calibrated:
+            raise CompressionError("An objective that is sensitive must be calibrated too: both are measured on the text.")
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of what is asked for, as `Structure.objectives` lists them."""
-        return tuple(name for name in ("cosine", "l2", "l1", "calibrated") if getattr(self, name))
+        return tuple(name for name in ("cosine", "l2", "l1", "calibrated", "sensitive") if getattr(self, name))
 
 
-OBJECTIVES = {"l2": Objective(l2=1.0), "calibrated": Objective(l2=1.0, calibrated=True)}
+OBJECTIVES = {
+    "l2": Objective(l2=1.0),
+    "calibrated": Objective(l2=1.0, calibrated=True),
+    "sensitive": Objective(l2=1.0, calibrated=True, sensitive=True),
+}
+ALLOCATIONS = ("uniform", "by_gain")
 
 
 @dataclass(frozen=True)
@@ -131,12 +141,23 @@ class Recipe:
             "help": "which matrices to compress: kinds, shorthands, or regular expressions that match whole module names"
         },
     )
+    allocation: str = field(
+        default="uniform",
+        metadata={
+            "help": "who gets the bytes: uniform, every group at the ratio; or by_gain, all groups together at the ratio, "
+            "each as large as pays most"
+        },
+    )
     description: str = ""
     references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Reject an empty recipe and unknown kinds."""
+        """Reject an empty recipe, unknown kinds, and an allocation that nothing could be measured for."""
         _check_selectors(self.modules)
+        if self.allocation not in ALLOCATIONS:
+            raise CompressionError(f"The allocation '{self.allocation}' is unknown; known are {listing(ALLOCATIONS)}.")
+        if self.allocation == "by_gain" and any(r.structure and not r.structure.known_gains for r in self.rules):
+            raise CompressionError("The allocation 'by_gain' needs structures whose errors are known beforehand: low_rank.")
         if not any(rule.structure for rule in self.rules):
             raise CompressionError(f"The recipe '{self.name}' has no rule that compresses anything.")
 
@@ -145,6 +166,11 @@ class Recipe:
         """Whether any rule wants calibration text."""
         return any(rule.objective.calibrated for rule in self.rules if rule.structure)
 
+    @property
+    def sensitive(self) -> bool:
+        """Whether any rule wants gradients on calibration text."""
+        return any(rule.objective.sensitive for rule in self.rules if rule.structure)
+
     def override(
         self,
         *,
@@ -152,6 +178,7 @@ class Recipe:
         ratio: float | None = None,
         grouping: object = None,
         storage: str | None = None,
+        allocation: str | None = None,
     ) -> Recipe:
         """Return the recipe with what is not None replaced, in every rule that compresses.
 
@@ -169,13 +196,16 @@ class Recipe:
             self,
             rules=tuple(replace(rule, **changes) if rule.structure else rule for rule in self.rules),
             modules=self.modules if modules is None else _names(modules, "modules"),
+            allocation=self.allocation if allocation is None else allocation,
         )
 
     def without_calibration(self) -> Recipe:
         """Return the recipe for when there is no text: every calibrated objective becomes its data-free self."""
         return replace(
             self,
-            rules=tuple(replace(rule, objective=replace(rule.objective, calibrated=False)) for rule in self.rules),
+            rules=tuple(
+                replace(rule, objective=replace(rule.objective, calibrated=False, sensitive=False)) for rule in self.rules
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,6 +215,7 @@ class Recipe:
             "description": self.description,
             "references": list(self.references),
             "modules": list(self.modules),
+            "allocation": self.allocation,
             "rules": [
                 {
                     "modules": list(rule.modules),
@@ -255,6 +286,7 @@ def recipe_from_dict(content: object, label: str = "recipe") -> Recipe:
         name=str(content.get("name", Path(label).stem)),
         rules=tuple(_rule(rule, f"Rule {i} of the recipe '{label}'") for i, rule in enumerate(rules, 1)),
         modules=_names(content.get("modules", DEFAULT_MODULES), "modules"),
+        allocation=str(content.get("allocation", "uniform")),
         description=str(content.get("description", "")),
         references=_names(content.get("references", ()), "references"),
     )

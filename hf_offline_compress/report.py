@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .plan import Dense, Group, Plan
 from .recipe import STORAGES
+from .solvers import Problem
 
 REPORT_FILE = "compression_report.json"
 VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
@@ -105,33 +106,27 @@ class Report:
 
 
 def group_report(
-    group: Group,
-    pairs: list[tuple[Tensor, Tensor]],
-    *,
-    input_moments: Tensor | None,
-    row_weights: Tensor | None,
-    seconds: float,
-    notes: dict[str, float],
+    group: Group, problem: Problem, stored: list[Tensor], *, seconds: float, notes: dict[str, float]
 ) -> GroupReport:
     """Return the record of one group.
 
     Args:
         group: from the plan.
-        pairs: for each member its weight and what stands for it now, both [rows, columns].
-        input_moments: as the solver had them.
-        row_weights: as the solver had them.
+        problem: what was to be solved, with the weights and how errors in them count.
+        stored: for each member what stands for its weight now, [rows, columns].
         seconds: time to solve it.
         notes: what the solver said.
     """
     squared = torch.zeros(2, dtype=torch.float64)  # of the error, of the weight
     weighted = torch.zeros(2, dtype=torch.float64)
     cosines: list[Tensor] = []
+    input_moments, row_weights = problem.input_moments, problem.row_weights
     start = 0
-    for weight, stored in pairs:
-        weight, stored = weight.float(), stored.float()
+    for weight, replacement in zip(problem.weights, stored, strict=True):
+        weight, replacement = weight.float(), replacement.float().to(weight.device)
         importance = None if row_weights is None else row_weights[start : start + len(weight)].to(weight)
         start += len(weight)
-        for i, part in enumerate((weight - stored, weight)):
+        for i, part in enumerate((weight - replacement, weight)):
             rows = part.square().sum(dim=1)
             squared[i] += rows.sum(dtype=torch.float64).cpu()
             if input_moments is not None:
@@ -140,7 +135,7 @@ def group_report(
                 rows = rows * importance
             weighted[i] += rows.sum(dtype=torch.float64).cpu()
         used = weight.norm(dim=1) > 0
-        cosines.append(1 - torch.nn.functional.cosine_similarity(weight[used], stored[used], dim=1))
+        cosines.append(1 - torch.nn.functional.cosine_similarity(weight[used], replacement[used], dim=1))
     calibrated = input_moments is not None or row_weights is not None
     return GroupReport(
         name=group.name,

@@ -11,6 +11,7 @@ from hf_offline_compress.structures import Autoencoder, LowRank
 
 ENTRIES = {
     "low_rank": LowRank().runtime(5),
+    "low_rank_with_identity": LowRank(identity_block=True).runtime(5),
     "linear_autoencoder": Autoencoder(decoder="linear").runtime(5),
     "linear_autoencoder_with_bias": Autoencoder(decoder="linear", norms=False).runtime(5),
     "autoencoder": Autoencoder().runtime(5),
@@ -27,6 +28,9 @@ def make(kind, entry, shared=False, **options):
     layer = layer_class(ROWS, COLUMNS, group, decoder, **options)
     for parameter in [*layer.parameters(), *(decoder.parameters() if decoder is not None else ())]:
         torch.nn.init.normal_(parameter)
+    for module in (layer.decoder if decoder is None else decoder,):
+        if getattr(module, "order", None) is not None:
+            module.order.copy_(torch.randperm(COLUMNS))
     return layer, decoder
 
 

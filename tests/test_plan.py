@@ -16,12 +16,12 @@ BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 def test_sizes_of_the_papers(rows, autoencoder, svd):
     for ratio, latent, rank in zip((3, 10, 25), autoencoder, svd, strict=True):
         budget = int(sum(rows) * 768 / ratio)
-        assert Autoencoder().fit(rows, 768, budget) == latent
-        assert LowRank().fit(rows, 768, budget) == rank
+        assert Autoencoder().fit(rows, 768, 4 * budget, 4) == latent
+        assert LowRank().fit(rows, 768, 4 * budget, 4) == rank
         # k = int((nm/CR − m − n·[norm]) / (n + m)), the linear autoencoder's
         for norms in (False, True):
             expected = int((budget - 768 - sum(rows) * norms) / (sum(rows) + 768))
-            assert Autoencoder(decoder="linear", norms=norms).fit(rows, 768, budget) == expected
+            assert Autoencoder(decoder="linear", norms=norms).fit(rows, 768, 4 * budget, 4) == expected
 
 
 def test_a_nonlinear_autoencoder_counts_every_number():

@@ -28,7 +28,7 @@ def test_presets(name, tmp_path):
 
 
 def test_names_of_the_presets():
-    assert {"svd", "calibrated-svd", "direction-ae", "ae"} <= set(preset_names())
+    assert {"svd", "calibrated-svd", "allocated-svd", "direction-ae", "ae"} <= set(preset_names())
 
 
 def test_what_presets_ask_for():
@@ -83,11 +83,14 @@ def test_selectors_with_commas(text, parts):
         ({"rules": [{"structure": {"name": "autoencoder", "activation": "sine"}}]}, "activation 'sine' is unknown"),
         ({"rules": [{"structure": {"name": "autoencoder", "decoder_widths": [0]}}]}, "every width must be above 0"),
         ({"rules": [{"structure": {"name": "autoencoder", "training": {"learning_rate": 0}}}]}, "must be above 0"),
-        (rule(objective="close"), "'close', which is unknown; known are l2, calibrated"),
+        (rule(objective="close"), "'close', which is unknown; known are l2, calibrated, sensitive"),
         (rule(objective={"l2": -1}), "none may be negative"),
         (rule(objective={"l2": 0}), "at least one must be above 0"),
         (rule(objective={"cosine": 1}), "'low_rank' cannot be solved for cosine"),
         ({"rules": [{"structure": "autoencoder", "objective": "calibrated"}]}, "cannot be solved for calibrated"),
+        ({**MINIMAL, "allocation": "fair"}, "'fair' is unknown; known are uniform, by_gain"),
+        ({"rules": [{"structure": "autoencoder"}], "allocation": "by_gain"}, "needs structures whose errors are known"),
+        (rule(objective={"l2": 1, "sensitive": True}), "must be calibrated too"),
         (rule(grouping="piles"), "'piles' is unknown; known are separated"),
         (rule(grouping="blocks:0"), "'blocks:0' is unknown"),
         (rule(ratio=1), "must be above 1"),
@@ -107,7 +110,7 @@ def test_what_is_wrong_with_a_recipe(content, message):
 
 
 def test_files_that_are_no_recipes(tmp_path):
-    with pytest.raises(CompressionError, match="no recipe 'tidy'.*presets are ae, calibrated-svd"):
+    with pytest.raises(CompressionError, match="no recipe 'tidy'.*presets are ae, allocated-svd, calibrated-svd"):
         load_recipe("tidy")
     broken = tmp_path / "broken.yaml"
     broken.write_text("rules: [")

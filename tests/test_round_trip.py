@@ -19,6 +19,7 @@ from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, ins
 from hf_offline_compress.structures import Autoencoder, LowRank, Training
 
 CALIBRATED = Objective(l2=1.0, calibrated=True)
+SENSITIVE = Objective(l2=1.0, calibrated=True, sensitive=True)
 COSINE = Objective(cosine=0.9, l2=0.1)
 QUICK = Training(epochs=2, final_epochs=0)
 ALL = ("linears", "word_embeddings", "position_embeddings")
@@ -26,6 +27,12 @@ RECIPES = {
     "low_rank": Recipe("low_rank", (Rule(LowRank(), CALIBRATED, ratio=2.0),), modules=(".+",)),
     "low_rank_shared": Recipe(
         "low_rank_shared", (Rule(LowRank(), CALIBRATED, Grouping(None), ratio=2.5, storage="float16"),), modules=ALL
+    ),
+    "allocated": Recipe(
+        "allocated",
+        (Rule(LowRank(identity_block=True), SENSITIVE, ratio=2.0),),
+        modules=("linears", "word_embeddings"),
+        allocation="by_gain",
     ),
     "autoencoder": Recipe("autoencoder", (Rule(Autoencoder(training=QUICK), COSINE, ratio=1.2),), modules=ALL),
     "autoencoder_shared": Recipe(
@@ -37,7 +44,7 @@ RECIPES = {
         modules=(*ALL, "attention"),
     ),
 }
-CASES = [(t, h, r) for t, h in HEADS for r in RECIPES if r in ("low_rank", "autoencoder_shared") or "LM" in h]
+CASES = [(t, h, r) for t, h in HEADS for r in RECIPES if r in ("low_rank", "allocated", "autoencoder_shared") or "LM" in h]
 LOADER = Path(__file__).with_name("load_folders.py")
 
 
@@ -93,6 +100,11 @@ def test_a_fresh_process_gives_the_same_outputs(folders, loaded, model_type, hea
 def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe):
     folder, result = folders[1][name_of(model_type, head, recipe)]
     plan = make_plan(make_model(model_type, head).config.to_dict(), RECIPES[recipe], architecture=head)
+    if recipe == "allocated":
+        budget = plan.parameters * 4 / 2.0
+        plan = plan.resized({group.name: group.size for group in result.report.groups})
+        assert 0.9 * budget < plan.stored_bytes <= budget
+        assert len({group.size for group in plan.groups if group.columns == 32}) > 1
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     planned = plan.tensors()

@@ -10,6 +10,7 @@ from hf_offline_compress.recipe import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.solvers import Problem, solve
 from hf_offline_compress.solvers.autoencoder import loss_terms
+from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
 from hf_offline_compress.structures import Autoencoder, LowRank, Training
 
 L2 = Objective(l2=1.0)
@@ -43,8 +44,8 @@ def reconstruct(problem, factors):
     return torch.cat(parts)
 
 
-def low_rank(weight, size, **options):
-    problem = Problem(LowRank(), L2, size, (weight,), **options)
+def low_rank(weight, size, structure=None, **options):
+    problem = Problem(structure or LowRank(), L2, size, (weight,), **options)
     return reconstruct(problem, solve(problem))
 
 
@@ -75,6 +76,43 @@ def test_weighted_error_is_the_least_possible(shape, rank, rows, inputs):
     assert error(approximation) <= least * (1 + 2e-3)  # damping costs a little
     if rows or inputs:
         assert error(approximation) < error(low_rank(weight, rank))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 6])
+def test_output_moments_weigh_the_outputs(shape, rank):
+    weight, h, g = matrix(*shape), moments(shape[1]), moments(shape[0], seed=2)
+    damped = g.double() + OUTPUT_DAMPING * g.double().diagonal().mean() * torch.eye(shape[0])
+    left, right = torch.linalg.cholesky(damped).T, torch.linalg.cholesky(h.double())
+    problem = Problem(LowRank(), L2, rank, (weight,), input_moments=h, output_moments=(g,))
+    error = torch.linalg.norm(left @ (weight - reconstruct(problem, solve(problem))).double() @ right).square()
+    least = torch.linalg.svdvals(left @ weight.double() @ right)[rank:].square().sum()
+    assert error <= least * (1 + 4e-3)
+    assert float(low_rank_errors(problem)[rank]) == pytest.approx(float(least), rel=4e-3)
+
+
+def test_output_moments_of_several_members():
+    weights, h = tuple(matrix(8, 12, seed) for seed in range(3)), moments(12)
+    outputs = tuple(moments(8, seed) for seed in range(3))
+    problem = Problem(LowRank(), L2, 5, weights, input_moments=h, output_moments=outputs)
+    stacked = Problem(
+        LowRank(), L2, 5, (torch.cat(weights),), input_moments=h, output_moments=(torch.block_diag(*outputs),)
+    )
+    # One mean serves the damping of a whole block-diagonal matrix, three serve three: close, not equal.
+    torch.testing.assert_close(low_rank_errors(problem), low_rank_errors(stacked), rtol=0.1, atol=1e-6)
+    assert reconstruct(problem, solve(problem)).shape == (24, 12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 10])
+@pytest.mark.parametrize("inputs", [False, True])
+def test_an_identity_block_changes_the_bytes_and_nothing_else(shape, rank, inputs):
+    weight, h = matrix(*shape), moments(shape[1]) if inputs else None
+    plain = low_rank(weight, rank, input_moments=h)
+    torch.testing.assert_close(low_rank(weight, rank, LowRank(identity_block=True), input_moments=h), plain, atol=1e-4, rtol=0)
+    numbers = [LowRank(identity_block=b).parameters(rank, shape[:1], shape[1]) for b in (False, True)]
+    assert numbers[0] - numbers[1] == rank**2
+    assert LowRank(identity_block=True).parameters(min(shape), shape[:1], shape[1]) == shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

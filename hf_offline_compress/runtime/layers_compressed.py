@@ -23,14 +23,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LinearDecoder(nn.Module):
-    """Rows from latents by one matrix: rows = latents · weightᵀ (+ bias)."""
+    """Rows from latents by one matrix: rows = latents · weightᵀ (+ bias).
+
+    With an identity block, the first `latent` columns of the rows, in the order of `order`, are the latents themselves,
+    and `weight` [columns − latent, latent] gives only the others.
+    """
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
         super().__init__()
-        self.storage = group["storage"]
-        self.weight = nn.Parameter(torch.empty(columns, group["latent"]))
+        self.storage, self.latent = group["storage"], group["latent"]
+        stored = columns - self.latent if group["identity_block"] else columns
+        self.weight = nn.Parameter(torch.empty(stored, self.latent))
         self.bias = nn.Parameter(torch.empty(columns)) if group["decoder_bias"] else None
+        self.register_buffer("order", torch.empty(columns, dtype=torch.int16) if group["identity_block"] else None)
 
     def forward(self, tensor: Tensor, transposed: bool = False) -> Tensor:
         """Return rows [..., columns] of latents [..., latent].
@@ -38,10 +44,20 @@ class LinearDecoder(nn.Module):
         With `transposed`, return for inputs x [..., columns] the products [..., latent] with the columns of the weight;
         the product with the bias, if there is one, is appended.
         """
+        if self.order is not None:
+            return self._with_identity(tensor, self.order.long(), transposed)
         if not transposed:
             return F.linear(tensor, self.weight, self.bias)
         products = tensor @ self.weight
         return products if self.bias is None else torch.cat([products, (tensor @ self.bias)[..., None]], dim=-1)
+
+    def _with_identity(self, tensor: Tensor, order: Tensor, transposed: bool) -> Tensor:
+        if transposed:
+            ordered = tensor.index_select(-1, order)
+            return ordered[..., : self.latent] + ordered[..., self.latent :] @ self.weight
+        others = F.linear(tensor, self.weight)
+        ordered = torch.cat([tensor.to(others.dtype), others], dim=-1)
+        return torch.zeros_like(ordered).index_copy(-1, order, ordered)
 
     def factors(self) -> dict[str, Tensor]:
         """Return the tensors that are kept in the group's storage."""

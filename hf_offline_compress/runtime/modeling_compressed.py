@@ -50,6 +50,8 @@ class CompressedModelMixin:
         if isinstance(module, CompressedWeight | LinearDecoder | NonLinearDecoder):
             with init.guard_torch_init_functions():
                 module.reset_parameters(self.config.initializer_range)
+            if getattr(module, "order", None) is not None:
+                init.copy_(module.order, torch.arange(len(module.order), dtype=module.order.dtype))
         elif isinstance(module, TiedHead):
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -21,7 +21,9 @@ class Problem:
         size: rank or latent width.
         weights: the members, each [rows, columns].
         input_moments: E[x xᵀ] [columns, columns] of the inputs (pooled over members), or None.
-        row_weights: importance of each row's squared error, [all rows of all members], above 0; or None.
+        output_moments: for each member E[g gᵀ] [rows, rows] of the gradients at its outputs, or None.
+        row_weights: importance of each row's squared error, [all rows of all members], above 0; or None. Not with
+            output moments.
         seed: of whatever is random.
         progress: called with the share that is done, in 0..1, now and then.
     """
@@ -31,6 +33,7 @@ class Problem:
     size: int
     weights: tuple[Tensor, ...]
     input_moments: Tensor | None = None
+    output_moments: tuple[Tensor, ...] | None = None
     row_weights: Tensor | None = None
     seed: int = 0
     progress: Callable[[float], None] = lambda share: None

@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ..structures import LowRank
 from .base import Factors, Problem
 
 # Second moments of few texts are singular; this share of their mean diagonal is added.
 DAMPING = 1e-4
+# Gradients are noisier than inputs, and fewer.
+OUTPUT_DAMPING = 0.1
 
 
 @torch.no_grad()
 def solve_low_rank(problem: Problem) -> Factors:
-    """Return the factors of least error ‖D (W − Z B) H^½‖ of the given rank, W the members stacked along rows.
+    """Return the factors of least error ‖D (W − Z B) L‖ of the given rank, W the members stacked along rows.
 
-    D² are the row weights and H the input moments; either may be absent. Without D, the answer is the projection onto
-    the leading left singular vectors U of W H^½: Z = U and B = Uᵀ W, for which H needs no inverse (DRONE, NeurIPS 2021).
-    With D it is Z = W L V and B = Vᵀ L⁻¹, H = L Lᵀ, V the leading right singular vectors of D W L (FWSVD, ICLR 2022, has
-    L = I).
+    H = L Lᵀ are the input moments, and D Dᵀ the row weights or (block by block) the output moments; either may be absent.
+    Of M = D W L the leading left or right singular vectors are computed, whichever are fewer:
+
+    - left ones U: Z = D⁻¹ U and B = Uᵀ D W, for which H needs no inverse (DRONE, NeurIPS 2021);
+    - right ones V: Z = W L V and B = Vᵀ L⁻¹, for which D needs none (FWSVD, ICLR 2022, has L = I).
     """
-    weight = torch.cat([w.double() for w in problem.weights])
-    rank = problem.size
-    root = None if problem.input_moments is None else damped_root(problem.input_moments.to(weight))
-    if problem.row_weights is None:
-        latents = _left_vectors(weight if root is None else weight @ root, rank)
-        basis = latents.T @ weight
+    weight = _stacked(problem)
+    root = _input_root(problem, weight)
+    shaped = weight if root is None else weight @ root
+    left = _left_metric(problem, weight)
+    rows, columns = weight.shape
+    if rows <= columns:
+        scaled = left.apply(shaped)
+        vectors = _leading(scaled @ scaled.T, problem.size)
+        latents, basis = left.solve(vectors), vectors.T @ left.apply(weight)
     else:
-        shaped = weight if root is None else weight @ root
-        scaled = shaped * problem.row_weights.to(shaped).sqrt()[:, None]
-        right = _leading(scaled.T @ scaled, rank)
-        latents = shaped @ right
-        basis = right.T if root is None else torch.linalg.solve_triangular(root, right.T, upper=False, left=False)
-    latents, basis = _balanced(latents, basis)
+        scaled = left.apply(shaped)
+        vectors = _leading(scaled.T @ scaled, problem.size)
+        latents = shaped @ vectors
+        if left.is_identity:
+            # W L V spans what the left vectors do; orthonormalised, it needs the inverse of neither L nor Σ.
+            latents = torch.linalg.qr(latents).Q
+            basis = latents.T @ weight
+        elif root is None:
+            basis = vectors.T
+        else:
+            basis = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+    assert isinstance(problem.structure, LowRank)
+    if problem.structure.identity_block:
+        latents, decoder = _with_identity(latents, basis)
+    else:
+        latents, basis = _balanced(latents, basis)
+        decoder = {"weight": basis.T}
     parts = torch.split(latents, [len(w) for w in problem.weights])
-    return Factors(tuple({"latents": part} for part in parts), {"weight": basis.T})
+    return Factors(tuple({"latents": part} for part in parts), decoder)
 
 
-def damped_root(moments: Tensor) -> Tensor:
-    """Return L with L Lᵀ = H + damping, lower triangular [columns, columns]."""
+@torch.no_grad()
+def low_rank_errors(problem: Problem) -> Tensor:
+    """Return the squared error ‖D (W − Ŵ) L‖² that the best answer has at rank 0, 1, 2, …, [min(rows, columns) + 1]."""
+    weight = _stacked(problem)
+    root = _input_root(problem, weight)
+    scaled = _left_metric(problem, weight).apply(weight if root is None else weight @ root)
+    gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
+    gains = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending: sums from the small end are what higher ranks miss
+    missed = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    return missed.flip(0)
+
+
+def damped_root(moments: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return L with L Lᵀ = H + damping, lower triangular, float64."""
+    moments = moments.double()
     mean = moments.diagonal().mean().clamp_min(torch.finfo(moments.dtype).tiny)
     eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    for damping in (DAMPING, 1e-2, 1.0):
-        root, failed = torch.linalg.cholesky_ex(moments + damping * mean * eye)
+    for share in (damping, 1e-2 + damping, 1.0):
+        root, failed = torch.linalg.cholesky_ex(moments + share * mean * eye)
         if not failed:
             break
     return root
+
+
+class _LeftMetric:
+    """D: applied to, or divided out of, the rows of all members."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor], identity: bool) -> None:
+        self.apply, self.solve, self.is_identity = apply, solve, identity
+
+
+def _left_metric(problem: Problem, weight: Tensor) -> _LeftMetric:
+    if problem.output_moments is not None:
+        roots = [damped_root(moments.to(weight.device), OUTPUT_DAMPING) for moments in problem.output_moments]
+        sizes = [len(root) for root in roots]
+
+        def apply(x: Tensor) -> Tensor:
+            return torch.cat([root.T @ part for root, part in zip(roots, x.split(sizes), strict=True)])
+
+        def solve(x: Tensor) -> Tensor:
+            parts = zip(roots, x.split(sizes), strict=True)
+            return torch.cat([torch.linalg.solve_triangular(root.T, part, upper=True) for root, part in parts])
+
+        return _LeftMetric(apply, solve, identity=False)
+    if problem.row_weights is not None:
+        scale = problem.row_weights.to(weight).sqrt()[:, None]
+        return _LeftMetric(lambda x: x * scale, lambda x: x / scale, identity=False)
+    return _LeftMetric(lambda x: x, lambda x: x, identity=True)
+
+
+def _stacked(problem: Problem) -> Tensor:
+    return torch.cat([weight.double() for weight in problem.weights])
+
+
+def _input_root(problem: Problem, weight: Tensor) -> Tensor | None:
+    return None if problem.input_moments is None else damped_root(problem.input_moments.to(weight.device))
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
@@ -53,13 +120,21 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
 
 
-def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """Return the leading left singular vectors [rows, rank], orthonormal."""
-    rows, columns = matrix.shape
-    if rows <= columns:
-        return _leading(matrix @ matrix.T, rank)
-    # M V spans what U does; orthonormalising it needs no division by singular values that may be zero.
-    return torch.linalg.qr(matrix @ _leading(matrix.T @ matrix, rank)).Q
+def _with_identity(latents: Tensor, basis: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return factors of the same product, with an identity in as many columns of the basis as it has rows.
+
+    The columns are the pivots of an LU decomposition of the transposed basis, Bᵀ = P L U, so that no entry of what is
+    left of L grows: B[:, order] = Uᵀ L₁ᵀ [1, (L₂ L₁⁻¹)ᵀ].
+    """
+    rank, columns = basis.shape
+    packed, pivots = torch.linalg.lu_factor(basis.T)
+    order = list(range(columns))
+    for i, pivot in enumerate((pivots - 1).tolist()):
+        order[i], order[pivot] = order[pivot], order[i]
+    first = packed[:rank].tril(-1) + torch.eye(rank, dtype=basis.dtype, device=basis.device)
+    weight = torch.linalg.solve_triangular(first, packed[rank:], upper=False, left=False, unitriangular=True)
+    indices = torch.tensor(order, device=basis.device)
+    return latents @ basis[:, indices[:rank]], {"weight": weight, "order": indices.to(torch.int16)}
 
 
 def _balanced(latents: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

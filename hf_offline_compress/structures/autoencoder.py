@@ -111,7 +111,12 @@ class Autoencoder(Structure):
     def runtime(self, size: int) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
         if self.decoder == "linear":
-            return {"structure": "low_rank", "latent": size + self.norms, "decoder_bias": not self.norms}
+            return {
+                "structure": "low_rank",
+                "latent": size + self.norms,
+                "decoder_bias": not self.norms,
+                "identity_block": False,
+            }
         return {
             "structure": "autoencoder",
             "latent": size,

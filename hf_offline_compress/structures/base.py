@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, ClassVar
 
 Shape = tuple[int, ...]
+INDEX_DTYPE, INDEX_BYTES = "int16", 2
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Structure(ABC):
     title: ClassVar[str]
     reference: ClassVar[str]
     objectives: ClassVar[tuple[str, ...]]
+    # Whether the error at every size is known without solving for it, so that bytes can go where they gain most.
+    known_gains: ClassVar[bool] = False
 
     @abstractmethod
     def member_tensors(self, size: int, rows: int, columns: int) -> dict[str, Shape]:
@@ -31,6 +34,10 @@ class Structure(ABC):
     @abstractmethod
     def decoder_tensors(self, size: int, columns: int) -> dict[str, Shape]:
         """Return name and shape of the tensors that the members of a group share."""
+
+    def index_tensors(self, size: int, columns: int) -> dict[str, Shape]:
+        """Return the tensors of the decoder that hold positions, not values; they are kept as int16."""
+        return {}
 
     @abstractmethod
     def runtime(self, size: int) -> dict[str, Any]:
@@ -46,12 +53,17 @@ class Structure(ABC):
         shapes += self.decoder_tensors(size, columns).values()
         return sum(prod(shape) for shape in shapes)
 
-    def fit(self, rows: tuple[int, ...], columns: int, budget: int) -> int:
-        """Return the largest size that stores at most `budget` numbers; 0 where even size 1 stores more."""
+    def stored_bytes(self, size: int, rows: tuple[int, ...], columns: int, itemsize: int) -> int:
+        """Return how many bytes a group stores, at `itemsize` bytes a number."""
+        indices = sum(prod(shape) for shape in self.index_tensors(size, columns).values())
+        return self.parameters(size, rows, columns) * itemsize + indices * INDEX_BYTES
+
+    def fit(self, rows: tuple[int, ...], columns: int, budget: int, itemsize: int) -> int:
+        """Return the largest size that stores at most `budget` bytes; 0 where even size 1 stores more."""
         low, high = 0, self.limit(sum(rows), columns)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.parameters(middle, rows, columns) <= budget:
+            if self.stored_bytes(middle, rows, columns, itemsize) <= budget:
                 low = middle
             else:
                 high = middle - 1

@@ -1,0 +1,175 @@
+"""What an error at a layer's output does to the model's own output, to second order: the Gauss-Newton metric.
+
+For a model f and an error δ at some layer's output, the model's output changes by J δ. For hidden states that is measured
+in squared length; for logits, as divergence between the predicted distributions, whose second-order form is the Fisher
+matrix F. Either way the expected change is δᵀ G δ with G = E[g gᵀ], where g is the gradient of ⟨v, f⟩ with v ~ N(0, 1), or
+of −log p(y) with y drawn from the model's own prediction: no labels are needed (Martens & Grosse, ICML 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .calibration import add_gram_
+from .calibration_text import Batch
+from .families import PARTS, Matrix
+
+# A backward pass keeps every layer's activations: few sequences at a time, and a part of the text, are enough.
+SEQUENCES = 4
+TOKENS = 8_192
+
+
+@dataclass
+class Sensitivity:
+    """Second moments of gradients.
+
+    Attributes:
+        output_moments: name of a matrix → E[g gᵀ] of the gradients at its outputs, float32: [rows, rows], or for an
+            embedding [columns, columns].
+        head_share: how much of the loss's curvature lies at the logits: E[Σ g²] over tokens. 0 where there are none.
+    """
+
+    output_moments: dict[str, Tensor] = field(default_factory=dict)
+    head_share: float = 0.0
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    matrices: Iterable[Matrix],
+    batches: Sequence[Batch],
+    *,
+    mask_token: int | None,
+    seed: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Sensitivity:
+    """Return the sensitivity of the model's output to errors at the outputs of the given matrices.
+
+    The model's output is its logits where it has any, else its last hidden states.
+
+    Args:
+        model: stock model in evaluation mode; its parameters get no gradients.
+        matrices: those whose outputs are asked for.
+        batches: token ids with attention masks.
+        mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
+        seed: of the drawn directions and labels.
+        progress: wraps the parts of the batches, e.g. in a progress bar.
+    """
+    wanted = list(matrices)
+    sums: dict[str, Tensor] = {}
+    base: Any = model.base_model
+    mask: Tensor | None = None
+
+    def accumulate(name: str, gradient: Tensor) -> None:
+        flat = gradient[mask] if gradient.shape[:2] == mask.shape else gradient.reshape(-1, gradient.shape[-1])  # type: ignore[union-attr]
+        if name not in sums:
+            sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32)
+        add_gram_(sums[name], flat.float())
+
+    def watch(parts: dict[str | None, str]) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            def backward(gradient: Tensor) -> None:
+                for part, name in parts.items():
+                    width = gradient.shape[-1] // len(PARTS)
+                    at = PARTS.index(part) * width if part else 0
+                    accumulate(name, gradient[..., at : at + width] if part else gradient)
+
+            output.register_hook(backward)
+
+        return hook
+
+    by_module: dict[tuple[str, bool], dict[str | None, str]] = {}
+    for matrix in wanted:
+        by_module.setdefault((matrix.module, matrix.in_base), {})[matrix.part] = matrix.name
+    handles = [base.get_input_embeddings().register_forward_hook(_as_leaf)]
+    handles += [
+        (base if in_base else model).get_submodule(module).register_forward_hook(watch(parts))
+        for (module, in_base), parts in by_module.items()
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    tokens, curvature = 0, 0.0
+    try:
+        with torch.enable_grad(), _frozen(model):
+            for batch in progress(_portions(batches)):
+                device = next(model.parameters()).device
+                mask = batch.attention_mask.bool().to(device)
+                ids = batch.input_ids.to(device)
+                places = mask & (ids == mask_token) if mask_token is not None else mask
+                loss, at_logits = _probe(model, ids, mask, places, generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+                tokens += int(mask.sum())
+                curvature += at_logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    moments = {name: total.div_(max(1, tokens)) for name, total in sums.items()}
+    return Sensitivity(moments, curvature / max(1, tokens))
+
+
+def _probe(
+    model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """Return a scalar whose gradient is the probe's, and Σ g² at the logits of a language model."""
+    if _speaks(model):
+        output = model(input_ids=ids, attention_mask=mask.long())
+        loss, curvature = ids.new_zeros((), dtype=torch.float32), 0.0
+        for name, logits in output.items():
+            if not name.endswith("logits"):
+                continue
+            per_token = logits.dim() == 3
+            chosen = (logits[places] if per_token else logits).float()
+            if chosen.shape[-1] == 1:  # a regression: the squared error's curvature is constant
+                loss = loss + (chosen * torch.randn(chosen.shape, generator=generator).to(chosen)).sum()
+                continue
+            probabilities = chosen.detach().softmax(dim=-1)
+            drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(chosen.device)
+            loss = loss + F.cross_entropy(chosen, drawn, reduction="sum")
+            if per_token:
+                residual = probabilities - F.one_hot(drawn, chosen.shape[-1])
+                curvature += float(residual.square().sum())
+        return loss, curvature
+    hidden: Any = model.base_model
+    hidden = hidden(input_ids=ids, attention_mask=mask.long())[0]
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden)
+    return (hidden * direction)[mask].sum(), 0.0
+
+
+def _speaks(model: nn.Module) -> bool:
+    """Whether the model has logits on plain batches: a head, but not one that chooses between several inputs."""
+    return model.base_model is not model and not type(model).__name__.endswith(("MultipleChoice", "DoubleHeadsModel"))
+
+
+def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Let gradients begin at the word embeddings, since no parameter asks for any."""
+    return output.detach().requires_grad_()
+
+
+def _portions(batches: Sequence[Batch]) -> list[Batch]:
+    """Return about `TOKENS` tokens in portions of `SEQUENCES` sequences, spread evenly over lengths."""
+    total = sum(int(batch.attention_mask.sum()) for batch in batches)
+    every = max(1, round(total / TOKENS))
+    portions = [
+        Batch(ids, mask)
+        for batch in batches
+        for ids, mask in zip(batch.input_ids.split(SEQUENCES), batch.attention_mask.split(SEQUENCES), strict=True)
+    ]
+    return portions[::every]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Any:
+    """Turn off the gradients of all parameters for a while."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
