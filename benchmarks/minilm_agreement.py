@@ -34,7 +34,9 @@ def main() -> None:
     random.Random(0).shuffle(train)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     reference = sentence_embeddings(AutoModel.from_pretrained(MODEL_DIR), tokenizer, judged)
-    print(f"{len(judged)} sentences of STS-B dev, ratio {options.ratio:g}, separated; agreement = mean cosine with dense\n")
+    print(
+        f"{len(judged)} sentences of STS-B dev, ratio {options.ratio:g}, separated; agreement = mean cosine with dense\n"
+    )
     print("| modules | recipe | calibration | bytes of the matrices | agreement | seconds |")
     print("|---|---|---|---|---|---|")
     for modules in ("linears", "word_embeddings", ("linears", "word_embeddings")):

@@ -81,16 +81,16 @@ def demo(base: str, out: Path, ratio: float, storage: str) -> None:
         dense, reference = in_fresh_process(source.folder, Path(scratch, "dense"))
         rows.append(("dense, float32", dense, 1.0, None))
         _, halved = in_fresh_process(source.folder, Path(scratch, "half"), "bfloat16")
-        rows.append(("dense, bfloat16", {**dense, "bytes": dense["parameters"] * 2}, agreement(halved, reference), None))
+        rows.append(
+            ("dense, bfloat16", {**dense, "bytes": dense["parameters"] * 2}, agreement(halved, reference), None)
+        )
         for recipe, folder in folders.items():
             facts, embeddings = in_fresh_process(folder, Path(scratch, f"{recipe}-measured"))
             rows.append((f"{recipe}, {ratio:g} x", facts, agreement(embeddings, reference), seconds[recipe]))
     print(f"\n{'':22}{'class':>22}{'bytes on disk':>16}{'parameters':>14}{'agreement':>12}{'seconds':>10}")
     for name, facts, value, took in rows:
         spent = f"{took:.1f}" if took is not None else "-"
-        print(
-            f"{name:22}{facts['class']:>22}{facts['bytes']:>16,}{facts['parameters']:>14,}{value:>12.4f}{spent:>10}"
-        )
+        print(f"{name:22}{facts['class']:>22}{facts['bytes']:>16,}{facts['parameters']:>14,}{value:>12.4f}{spent:>10}")
     print(
         f"\nagreement: mean cosine with the dense model's embeddings of {SENTENCES} sentences. "
         f"ratio {ratio:g} counts the chosen matrices, stored in {storage}.\n"

@@ -95,13 +95,13 @@ def read_config(
     if folder.is_dir():
         return folder.resolve().name, _read_json(folder / "config.json", f"The folder '{base}'")
     _check_id(base)
-    path = _from_hub(str(base), lambda hub: hub.hf_hub_download(str(base), "config.json", revision=revision, token=token))
+    path = _from_hub(
+        str(base), lambda hub: hub.hf_hub_download(str(base), "config.json", revision=revision, token=token)
+    )
     return str(base), _read_json(Path(path), f"The repository '{base}'")
 
 
-def resolve_base(
-    base: str | Path, *, revision: str | None = None, token: str | bool | None = None
-) -> BaseCheckpoint:
+def resolve_base(base: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> BaseCheckpoint:
     """Return a base with all its files on this disk; from the Hub, only those that are needed are fetched.
 
     Raises:
@@ -152,9 +152,7 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
     return model.eval()
 
 
-def load_tokenizer(
-    base: BaseCheckpoint, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(base: BaseCheckpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """Return the base's tokenizer, or None if it has none."""
     from transformers import AutoTokenizer
 
@@ -273,7 +271,9 @@ def _from_hub(name: str, fetch: Any) -> str:
             ) from error
         raise CompressionError(f"'{name}' on the Hub has no config.json: it is no transformers checkpoint.") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        raise CompressionError(f"'{name}' could not be fetched from the Hub: {' '.join(str(error).split())[:300]}") from error
+        raise CompressionError(
+            f"'{name}' could not be fetched from the Hub: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _read_json(path: Path, label: str, wanted: type = dict) -> Any:

@@ -98,7 +98,11 @@ def load_texts(calibration: str | Path | Sequence[str] | None) -> CalibrationTex
             return _texts(path.read_text("utf-8").splitlines(), path.name)
         except UnicodeDecodeError as error:
             raise CompressionError(f"The calibration file '{path.name}' is not UTF-8 text.") from error
-    if isinstance(calibration, Path) or path.suffix in (".txt", ".text", ".csv", ".json", ".jsonl", ".md") or path.is_dir():
+    if (
+        isinstance(calibration, Path)
+        or path.suffix in (".txt", ".text", ".csv", ".json", ".jsonl", ".md")
+        or path.is_dir()
+    ):
         raise CompressionError(f"There is no calibration file '{calibration}'; pass a text file with one text a line.")
     return _texts(_from_datasets(calibration), calibration)
 
@@ -193,7 +197,7 @@ def _from_datasets(spec: str) -> list[str]:
         raise CompressionError(
             f"'{spec}' is no local file, and reading it as a data set needs `pip install datasets`."
         ) from error
-    name, config, split = (spec.split(":") + ["", ""])[:3]
+    name, config, split = [*spec.split(":"), "", ""][:3]
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         column = next((c for c in TEXT_COLUMNS if c in (stream.column_names or [])), None)

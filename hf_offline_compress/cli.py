@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,9 @@ from .version import __version__
 if TYPE_CHECKING:
     from .plan import Plan
 
-HELP = {item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata}
+HELP = {
+    item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
+}
 
 app = typer.Typer(
     help="Make BERT, RoBERTa and GPT-2 models several times smaller, offline; AutoModel loads the result.",
@@ -29,16 +31,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Base = Annotated[str, typer.Argument(help="the model to compress: a Hub id or a local folder", show_default=False)]
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="the model to compress: a Hub id or a local folder", show_default=False)
+]
 RecipeOption = Annotated[str, typer.Option(help=f"a preset ({', '.join(preset_names())}) or a YAML file")]
 Ratio = Annotated[float | None, typer.Option(help=HELP["ratio"], show_default=False)]
 Modules = Annotated[str | None, typer.Option(help=HELP["modules"] + "; with commas between", show_default=False)]
 GroupingOption = Annotated[str | None, typer.Option(help=HELP["grouping"], show_default=False)]
 Storage = Annotated[str | None, typer.Option(help=HELP["storage"], show_default=False)]
 Allocation = Annotated[str | None, typer.Option(help=HELP["allocation"], show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="dtype of the model; the checkpoint's if not given", show_default=False)]
+Dtype = Annotated[
+    str | None, typer.Option(help="dtype of the model; the checkpoint's if not given", show_default=False)
+]
 AutoClass = Annotated[
-    str | None, typer.Option(help="class to load the base with; the one it was saved from if not given", show_default=False)
+    str | None,
+    typer.Option(help="class to load the base with; the one it was saved from if not given", show_default=False),
 ]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a base on the Hub", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
@@ -64,7 +71,7 @@ def _root(
 @app.command()
 def compress(
     base: Base,
-    out: Annotated[Path, typer.Argument(help="the folder to write", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write", show_default=False)],
     recipe: RecipeOption = "calibrated-svd",
     ratio: Ratio = None,
     modules: Modules = None,
@@ -86,7 +93,9 @@ def compress(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that comes with the base's tokenizer")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that this command has written")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a folder that this command has written")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -151,7 +160,7 @@ def plan(
     """Show what compress would do, from the base's config alone."""
 
     def work() -> None:
-        from .base import resolve_architecture, read_config
+        from .base import read_config, resolve_architecture
         from .plan import make_plan
 
         asked = load_recipe(recipe).override(
@@ -173,7 +182,9 @@ def plan(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="a folder that compress has written", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
+    ],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -316,10 +327,13 @@ def _print_dense(items: list[tuple[str, int, str]]) -> None:
         print(f"  {names}: {sum(count for _, count in chosen):,} parameters; {reason}")
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
-        cells = (cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         print("  ".join(cells).rstrip())
 
 

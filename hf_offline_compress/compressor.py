@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,12 @@ from .base import BaseCheckpoint, clamp_length, load_model, load_tokenizer, reso
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
 from .errors import CompressionError, listing
-from .families import Matrix, family_of
-from .folder import check_target, save_folder
+from .families import family_of
+from .folder import save_folder
 from .plan import FLOAT32, Group, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, group_report, totals, versions
-from .sensitivity import Sensitivity, measure_sensitivity
+from .sensitivity import measure_sensitivity
 from .solvers import Factors, Problem, expected_errors, solve
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def compress(
     Raises:
         CompressionError: something in the request cannot be done. Nothing has been written.
     """
-    recipe = load_recipe(recipe).override(modules=modules, ratio=ratio, grouping=grouping, storage=storage, allocation=allocation)
+    recipe = load_recipe(recipe).override(
+        modules=modules, ratio=ratio, grouping=grouping, storage=storage, allocation=allocation
+    )
     texts = load_texts(calibration) if recipe.calibrated else None
     if texts is None:
         recipe = recipe.without_calibration()
@@ -391,7 +393,9 @@ def _reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
     layer_class = LINEARS[str(entry["structure"])]
     for matrix, own in zip(group.matrices, factors.members, strict=True):
         layer = layer_class(matrix.rows, matrix.columns, entry)
-        layer.load_state_dict(own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True)
+        layer.load_state_dict(
+            own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True
+        )
         with torch.no_grad():
             yield layer.dense_weight()
 
@@ -419,7 +423,7 @@ def _build(
     built.config.name_or_path = ""
     if getattr(model, "generation_config", None) is not None and built.can_generate():
         built.generation_config = model.generation_config
-    return built.eval()  # type: ignore[no-any-return]
+    return built.eval()
 
 
 def _untouched(model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -442,7 +446,7 @@ def _untouched(model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor]) -
     for module in fused:
         del state[f"{prefix}{module}.weight"], state[f"{prefix}{module}.bias"]
     if plan.skeleton.tied and any(m.kind == "word_embeddings" for m in compressed):
-        for target, origin in (model._tied_weights_keys or {}).items():  # type: ignore[union-attr]
+        for target, origin in (model._tied_weights_keys or {}).items():
             if origin == f"{prefix}{plan.skeleton.word_embeddings}.weight":
                 state.pop(target, None)
     return state
@@ -488,6 +492,3 @@ class _Clock:
         started = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - started, 3)
-
-
-__all__: Iterable[str] = ["CompressionResult", "check_target", "compress", "compress_model"]

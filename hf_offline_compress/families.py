@@ -143,9 +143,7 @@ class Skeleton:
         """Add an embedding [rows, columns]."""
         self.parameters[f"{self.prefix}{module}.weight"] = (rows, columns)
         if kind:
-            self.matrices.append(
-                Matrix(module, kind, None, rows, columns, inputs=module, embedding=True, bias=False)
-            )
+            self.matrices.append(Matrix(module, kind, None, rows, columns, inputs=module, embedding=True, bias=False))
 
     def norm(self, module: str, width: int, *, in_base: bool = True) -> None:
         """Add a layer norm."""

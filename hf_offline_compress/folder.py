@@ -143,7 +143,7 @@ def _forget_paths(file: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     config = _read(folder / "config.json")
-    return bool(config) and config.get("model_type") in MODEL_TYPES  # type: ignore[union-attr]
+    return config is not None and config.get("model_type") in MODEL_TYPES
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from .errors import CompressionError, listing
@@ -84,7 +83,9 @@ class Group:
     def decoder_tensors(self, prefix: str) -> dict[str, Shape]:
         """Return full name and shape of the tensors that decode the members."""
         only, structure = self.matrices[0], self.structure
-        at = f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{prefix if only.in_base else ''}{only.name}.decoder"
+        at = (
+            f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{prefix if only.in_base else ''}{only.name}.decoder"
+        )
         shapes = structure.decoder_tensors(self.size, self.columns) | structure.index_tensors(self.size, self.columns)
         return {f"{at}.{name}": shape for name, shape in shapes.items()}
 
@@ -271,7 +272,9 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], dtype: str) -> Group | str:
     budget = int(parameters * FLOAT32 / rule.ratio)
     size = rule.structure.fit(rows, columns, budget, STORAGES[storage])
     if size == 0:
-        return f"{_TOO_SMALL}: even the smallest {rule.structure.title.lower()} is larger than ratio {rule.ratio:g} allows"
+        return (
+            f"{_TOO_SMALL}: even the smallest {rule.structure.title.lower()} is larger than ratio {rule.ratio:g} allows"
+        )
     return Group(_name(matrices), rule, matrices, size, storage)
 
 

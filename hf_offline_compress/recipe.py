@@ -53,7 +53,9 @@ class Objective:
                 "none may be negative and at least one must be above 0."
             )
         if self.sensitive and not self.calibrated:
-            raise CompressionError("An objective that is sensitive must be calibrated too: both are measured on the text.")
+            raise CompressionError(
+                "An objective that is sensitive must be calibrated too: both are measured on the text."
+            )
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -157,7 +159,9 @@ class Recipe:
         if self.allocation not in ALLOCATIONS:
             raise CompressionError(f"The allocation '{self.allocation}' is unknown; known are {listing(ALLOCATIONS)}.")
         if self.allocation == "by_gain" and any(r.structure and not r.structure.known_gains for r in self.rules):
-            raise CompressionError("The allocation 'by_gain' needs structures whose errors are known beforehand: low_rank.")
+            raise CompressionError(
+                "The allocation 'by_gain' needs structures whose errors are known beforehand: low_rank."
+            )
         if not any(rule.structure for rule in self.rules):
             raise CompressionError(f"The recipe '{self.name}' has no rule that compresses anything.")
 
@@ -204,7 +208,8 @@ class Recipe:
         return replace(
             self,
             rules=tuple(
-                replace(rule, objective=replace(rule.objective, calibrated=False, sensitive=False)) for rule in self.rules
+                replace(rule, objective=replace(rule.objective, calibrated=False, sensitive=False))
+                for rule in self.rules
             ),
         )
 
@@ -268,7 +273,9 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise CompressionError(f"The recipe file '{label}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise CompressionError(
+            f"The recipe file '{label}' is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     return recipe_from_dict(content, label)
 
 
@@ -329,7 +336,9 @@ def _objective(content: object, label: str) -> Objective:
                 "mapping with weights for cosine, l2, l1."
             )
         return OBJECTIVES[content]
-    return _build(Objective, _mapping(content, f"The objective of {label[0].lower()}{label[1:]}", Objective), "The objective")
+    return _build(
+        Objective, _mapping(content, f"The objective of {label[0].lower()}{label[1:]}", Objective), "The objective"
+    )
 
 
 def _build(cls: Any, options: Mapping[str, Any], label: str) -> Any:
@@ -342,7 +351,9 @@ def _build(cls: Any, options: Mapping[str, Any], label: str) -> Any:
         if is_dataclass(wanted):
             values[name] = _build(wanted, value, f"{label}'s {name}")
         elif get_args(wanted):
-            values[name] = tuple(_number(item, name) for item in (value if isinstance(value, list | tuple) else [value]))
+            values[name] = tuple(
+                _number(item, name) for item in (value if isinstance(value, list | tuple) else [value])
+            )
         elif wanted is float:
             values[name] = _number(value, name)
         elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):

@@ -76,11 +76,11 @@ class _LazyConfigs(dict[str, Any]):
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         self._resolve()
-        return super().values()  # type: ignore[return-value]
+        return super().values()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         self._resolve()
-        return super().items()  # type: ignore[return-value]
+        return super().items()
 
 
 def _announce(table: ModuleType) -> None:

@@ -21,8 +21,8 @@ from .calibration import add_gram_
 from .calibration_text import Batch
 from .families import PARTS, Matrix
 
-# A backward pass keeps every layer's activations: few sequences at a time, and a part of the text, are enough.
-SEQUENCES = 4
+# A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
+TOKENS_AT_ONCE = 512
 TOKENS = 8_192
 
 
@@ -102,7 +102,7 @@ def measure_sensitivity(
                 ids = batch.input_ids.to(device)
                 places = mask & (ids == mask_token) if mask_token is not None else mask
                 loss, at_logits = _probe(model, ids, mask, places, generator)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 tokens += int(mask.sum())
                 curvature += at_logits
     finally:
@@ -151,13 +151,14 @@ def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _portions(batches: Sequence[Batch]) -> list[Batch]:
-    """Return about `TOKENS` tokens in portions of `SEQUENCES` sequences, spread evenly over lengths."""
+    """Return about `TOKENS` tokens in portions of about `TOKENS_AT_ONCE`, spread evenly over lengths."""
     total = sum(int(batch.attention_mask.sum()) for batch in batches)
     every = max(1, round(total / TOKENS))
     portions = [
         Batch(ids, mask)
         for batch in batches
-        for ids, mask in zip(batch.input_ids.split(SEQUENCES), batch.attention_mask.split(SEQUENCES), strict=True)
+        for at_once in [max(1, TOKENS_AT_ONCE // batch.input_ids.shape[1])]
+        for ids, mask in zip(batch.input_ids.split(at_once), batch.attention_mask.split(at_once), strict=True)
     ]
     return portions[::every]
 

@@ -16,7 +16,26 @@ from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from hf_offline_compress.families import FAMILIES
 
-WORDS = "the cat dog sat on a mat and ran home . red blue sun moon walks over hills".split()
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "ran",
+    "home",
+    ".",
+    "red",
+    "blue",
+    "sun",
+    "moon",
+    "walks",
+    "over",
+    "hills",
+]
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(6 + i % 9)) for i in range(60)]
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -11,7 +11,7 @@ mode, root, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 if mode == "remote":
     sys.modules["hf_offline_compress"] = None  # any import of it now fails
 else:
-    import hf_offline_compress  # noqa: F401
+    import hf_offline_compress
 
 import torch
 import transformers

@@ -52,10 +52,15 @@ def batch(rows=3, length=9):
 
 
 def mean_moments(model, matrices, part, repeats=60, **options):
-    return sum(
-        measure_sensitivity(model, matrices, [part], mask_token=None, seed=s, **options).output_moments[matrices[0].name]
-        for s in range(repeats)
-    ) / repeats
+    return (
+        sum(
+            measure_sensitivity(model, matrices, [part], mask_token=None, seed=s, **options).output_moments[
+                matrices[0].name
+            ]
+            for s in range(repeats)
+        )
+        / repeats
+    )
 
 
 @pytest.mark.parametrize("model_type,head", [("bert", "BertModel"), ("gpt2", "GPT2Model")])
@@ -71,7 +76,9 @@ def test_hidden_states_change_as_predicted(model_type, head):
         reference = model(part.input_ids, attention_mask=part.attention_mask)[0][tokens]
         for seed in range(60):
             noise = 1e-3 * torch.randn(*part.input_ids.shape, 32, generator=torch.Generator().manual_seed(seed))
-            handle = module.register_forward_hook(lambda m, a, out, noise=noise: out + noise * part.attention_mask[..., None])
+            handle = module.register_forward_hook(
+                lambda m, a, out, noise=noise: out + noise * part.attention_mask[..., None]
+            )
             moved = model(part.input_ids, attention_mask=part.attention_mask)[0][tokens]
             handle.remove()
             changes.append((moved - reference).square().sum() / tokens.sum() / 1e-6)
@@ -89,7 +96,9 @@ def test_logits_change_as_predicted():
         before = model(part.input_ids, attention_mask=part.attention_mask).logits[tokens].log_softmax(-1)
         for seed in range(60):
             noise = 3e-3 * torch.randn(*part.input_ids.shape, 32, generator=torch.Generator().manual_seed(seed))
-            handle = module.register_forward_hook(lambda m, a, out, noise=noise: out + noise * part.attention_mask[..., None])
+            handle = module.register_forward_hook(
+                lambda m, a, out, noise=noise: out + noise * part.attention_mask[..., None]
+            )
             after = model(part.input_ids, attention_mask=part.attention_mask).logits[tokens].log_softmax(-1)
             handle.remove()
             divergences.append((before.exp() * (before - after)).sum() / tokens.sum() / 9e-6)
@@ -101,5 +110,7 @@ def test_measuring_leaves_the_model_alone():
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     measure_sensitivity(model, matrices_of(model, "query", "word_embeddings"), [batch()], mask_token=4, seed=0)
     for name, parameter in model.named_parameters():
-        assert parameter.equal(before[name][0]) and parameter.requires_grad == before[name][1] and parameter.grad is None
+        assert (
+            parameter.equal(before[name][0]) and parameter.requires_grad == before[name][1] and parameter.grad is None
+        )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -33,7 +33,9 @@ def test_sources(tmp_path):
     assert load_texts(None) is None and load_texts("none") is None
 
 
-@pytest.mark.parametrize("what,message", [([1, 2], "list of strings"), ([], "no usable line"), ("a/b.txt", "no calibration file")])
+@pytest.mark.parametrize(
+    "what,message", [([1, 2], "list of strings"), ([], "no usable line"), ("a/b.txt", "no calibration file")]
+)
 def test_sources_that_are_none(what, message):
     with pytest.raises(CompressionError, match=message):
         load_texts(what)
@@ -65,7 +67,9 @@ def test_data_sets(tmp_path, monkeypatch):
 
 
 def test_masks_and_padding():
-    batches, record = make_batches(load_texts(TEXTS), make_tokenizer("bert"), masked=True, positions=40, seed=0, batch_size=8)
+    batches, record = make_batches(
+        load_texts(TEXTS), make_tokenizer("bert"), masked=True, positions=40, seed=0, batch_size=8
+    )
     tokenizer = make_tokenizer("bert")
     ids = torch.cat([b.input_ids[b.attention_mask.bool()] for b in batches])
     assert record.tokens == len(ids) and record.texts == len(TEXTS)
@@ -85,10 +89,15 @@ def test_size_and_seed():
     other, _ = make_batches(text, tokenizer, masked=False, positions=40, seed=2)
     assert TOKENS <= record.tokens < TOKENS + 40
     assert all(a.input_ids.equal(b.input_ids) for a, b in zip(first, second, strict=True))
-    assert not all(a.input_ids.shape == b.input_ids.shape and a.input_ids.equal(b.input_ids) for a, b in zip(first, other, strict=False))
+    assert not all(
+        a.input_ids.shape == b.input_ids.shape and a.input_ids.equal(b.input_ids)
+        for a, b in zip(first, other, strict=False)
+    )
 
 
-@pytest.mark.parametrize("model_type,head", [c for c in HEADS if "MultipleChoice" not in c[1] and "DoubleHeads" not in c[1]])
+@pytest.mark.parametrize(
+    "model_type,head", [c for c in HEADS if "MultipleChoice" not in c[1] and "DoubleHeads" not in c[1]]
+)
 def test_moments_are_those_of_the_inputs(model_type, head):
     model = make_model(model_type, head)
     ids = torch.randint(5, 60, (4, 10))

@@ -37,7 +37,11 @@ def test_folder_and_model_in_memory_give_the_same(base):
 
 def test_the_compressed_model_keeps_head_labels_and_options(tmp_path):
     base = save_base(
-        tmp_path / "b", "bert", "BertForSequenceClassification", id2label={0: "no", 1: "so", 2: "yes"}, label2id={"no": 0, "so": 1, "yes": 2}
+        tmp_path / "b",
+        "bert",
+        "BertForSequenceClassification",
+        id2label={0: "no", 1: "so", 2: "yes"},
+        label2id={"no": 0, "so": 1, "yes": 2},
     )
     result = quick(base)
     assert result.model.config.id2label == {0: "no", 1: "so", 2: "yes"}
@@ -94,7 +98,9 @@ def test_the_report_says_what_is_needed_to_do_it_again(base):
     assert report.seed == report.calibration["seed"] == 7
     assert {"torch", "transformers", "hf-offline-compress"} <= set(report.versions)
     assert set(report.seconds) == {"load", "calibrate", "solve", "build"}
-    again = quick(base, Recipe(**{f: getattr(compressor.load_recipe("calibrated-svd"), f) for f in ("name", "rules")}), seed=7)
+    again = quick(
+        base, Recipe(**{f: getattr(compressor.load_recipe("calibrated-svd"), f) for f in ("name", "rules")}), seed=7
+    )
     assert again.report.groups[0].relative_error == report.groups[0].relative_error
 
 
@@ -202,7 +208,11 @@ def test_tokenizers_learn_how_many_positions_there_are(tmp_path):
         ("", {"storage": "int8"}, "storage 'int8' is unknown"),
         ("", {"recipe": "calibrated-svd", "calibration": "absent.txt"}, "no calibration file 'absent.txt'"),
         ("", {"recipe": "calibrated-svd", "calibration": ["", "  "]}, "no usable line"),
-        ("", {"recipe": "calibrated-svd", "calibration": ["漢字 仮名 交じり 文"]}, "knows almost none.*pass a calibration of your own"),
+        (
+            "",
+            {"recipe": "calibrated-svd", "calibration": ["漢字 仮名 交じり 文"]},
+            "knows almost none.*pass a calibration of your own",
+        ),
         ("no weights", {}, "has no weights: none of model.safetensors"),
         ("no config", {}, "has no config.json"),
         ("broken config", {}, "config.json that cannot be read"),

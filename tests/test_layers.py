@@ -97,7 +97,11 @@ def test_the_cache_is_no_state():
     layer, _ = make("linear", "autoencoder")
     with torch.no_grad():
         layer(torch.randn(2, COLUMNS))
-    assert set(layer.state_dict()) == {"latents", "norms", *(f"decoder.layers.{i}.{n}" for i in range(3) for n in ("weight", "bias"))}
+    assert set(layer.state_dict()) == {
+        "latents",
+        "norms",
+        *(f"decoder.layers.{i}.{n}" for i in range(3) for n in ("weight", "bias")),
+    }
     assert copy.deepcopy(layer)._cache is None
     assert layer.to(torch.float64)._cache is None
 

@@ -10,7 +10,11 @@ BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 
 @pytest.mark.parametrize(
     "rows,autoencoder,svd",
-    [((30522,), (217, 67, 26), (249, 74, 29)), ((768,), (45, 14, 5), (128, 38, 15)), ((768,) * 12, (168, 54, 21), (236, 70, 28))],
+    [
+        ((30522,), (217, 67, 26), (249, 74, 29)),
+        ((768,), (45, 14, 5), (128, 38, 15)),
+        ((768,) * 12, (168, 54, 21), (236, 70, 28)),
+    ],
     ids=["embeddings", "key", "12 keys"],
 )
 def test_sizes_of_the_papers(rows, autoencoder, svd):
@@ -53,7 +57,7 @@ def test_groups_and_bytes(recipe, grouping, groups, storage):
 
 
 def test_blocks_are_neighbouring_layers():
-    groups = [g for g in plan(grouping="blocks:5", modules="key").groups]
+    groups = plan(grouping="blocks:5", modules="key").groups
     assert [[m.layer for m in g.matrices] for g in groups] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
     assert [g.name for g in groups] == ["key_0_4", "key_5_9", "key_10_11"]
 
@@ -89,8 +93,16 @@ def test_factors_are_no_wider_than_the_model():
 @pytest.mark.parametrize(
     "changes,config,message",
     [
-        ({"ratio": 1e9}, BERT, "Nothing would shrink: embeddings.word_embeddings would not shrink: even the smallest low rank"),
-        ({"ratio": 2}, {**BERT, "dtype": "float16"}, "the model, stored in float16, is at 2 already. Ask for more, e.g. ratio 4"),
+        (
+            {"ratio": 1e9},
+            BERT,
+            "Nothing would shrink: embeddings.word_embeddings would not shrink: even the smallest low rank",
+        ),
+        (
+            {"ratio": 2},
+            {**BERT, "dtype": "float16"},
+            "the model, stored in float16, is at 2 already. Ask for more, e.g. ratio 4",
+        ),
         ({"modules": r"h\..*"}, BERT, "matches no weight matrix of this BertModel; it has word_embeddings, "),
         ({"modules": "pooler"}, {**BERT, "architectures": ["BertForMaskedLM"]}, "'pooler' matches no weight matrix"),
         ({}, {**BERT, "dtype": "float64"}, "dtype 'float64' is not supported"),

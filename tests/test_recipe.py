@@ -61,7 +61,9 @@ def test_options_of_a_structure():
     assert isinstance(asked, Autoencoder) and asked.decoder_widths == (3,) and asked.training.epochs == 7
 
 
-@pytest.mark.parametrize("text,parts", [("a,b", ("a", "b")), (r"h\.\d{1,2}\..*, wte", (r"h\.\d{1,2}\..*", "wte")), (None, None)])
+@pytest.mark.parametrize(
+    "text,parts", [("a,b", ("a", "b")), (r"h\.\d{1,2}\..*, wte", (r"h\.\d{1,2}\..*", "wte")), (None, None)]
+)
 def test_selectors_with_commas(text, parts):
     assert split_selectors(text) == parts
 
@@ -79,7 +81,10 @@ def test_selectors_with_commas(text, parts):
         ({"rules": [{"structure": {"name": "low_rank", "rank": 3}}]}, "unknown key 'rank'"),
         ({"rules": [{"structure": {"name": "autoencoder", "norms": 1}}]}, "norms: 1, which is not true or false"),
         ({"rules": [{"structure": {"name": "autoencoder", "training": {"epochs": 0}}}]}, "must be at least 1"),
-        ({"rules": [{"structure": {"name": "autoencoder", "decoder": "cubic"}}]}, "'cubic' is unknown; known are linear"),
+        (
+            {"rules": [{"structure": {"name": "autoencoder", "decoder": "cubic"}}]},
+            "'cubic' is unknown; known are linear",
+        ),
         ({"rules": [{"structure": {"name": "autoencoder", "activation": "sine"}}]}, "activation 'sine' is unknown"),
         ({"rules": [{"structure": {"name": "autoencoder", "decoder_widths": [0]}}]}, "every width must be above 0"),
         ({"rules": [{"structure": {"name": "autoencoder", "training": {"learning_rate": 0}}}]}, "must be above 0"),

@@ -44,7 +44,9 @@ RECIPES = {
         modules=(*ALL, "attention"),
     ),
 }
-CASES = [(t, h, r) for t, h in HEADS for r in RECIPES if r in ("low_rank", "allocated", "autoencoder_shared") or "LM" in h]
+CASES = [
+    (t, h, r) for t, h in HEADS for r in RECIPES if r in ("low_rank", "allocated", "autoencoder_shared") or "LM" in h
+]
 LOADER = Path(__file__).with_name("load_folders.py")
 
 
@@ -59,7 +61,11 @@ def folders(tmp_path_factory):
     made = {}
     for model_type, head, recipe in CASES:
         result = compress(
-            make_model(model_type, head), RECIPES[recipe], tokenizer=make_tokenizer(model_type), calibration=TEXTS, progress=False
+            make_model(model_type, head),
+            RECIPES[recipe],
+            tokenizer=make_tokenizer(model_type),
+            calibration=TEXTS,
+            progress=False,
         )
         name = name_of(model_type, head, recipe)
         result.save(root / name)
@@ -71,7 +77,12 @@ def folders(tmp_path_factory):
 def loaded(request, folders, tmp_path_factory):
     """Load all folders in one fresh process; return what it found."""
     out = tmp_path_factory.mktemp(request.param)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules"), "PYTHONPATH": str(LOADER.parent)}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(out / "modules"),
+        "PYTHONPATH": str(LOADER.parent),
+    }
     run = subprocess.run(
         [sys.executable, str(LOADER), request.param, str(folders[0]), str(out)],
         env=env,
@@ -87,7 +98,7 @@ def loaded(request, folders, tmp_path_factory):
 @pytest.mark.parametrize("model_type,head,recipe", CASES)
 def test_a_fresh_process_gives_the_same_outputs(folders, loaded, model_type, head, recipe):
     name = name_of(model_type, head, recipe)
-    folder, result = folders[1][name]
+    result = folders[1][name][1]
     facts, outputs = loaded[0][name], loaded[1][name]
     torch.testing.assert_close(outputs, outputs_of(result.model, head), atol=1e-5, rtol=0)
     assert facts["class"] == f"Compressed{head}"
@@ -106,7 +117,7 @@ def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe
         assert 0.9 * budget < plan.stored_bytes <= budget
         assert len({group.size for group in plan.groups if group.columns == 32}) > 1
     with safe_open(folder / "model.safetensors", "pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        stored = {key: file.get_tensor(key) for key in file.keys()}
     planned = plan.tensors()
     assert {name: (tuple(stored[name].shape), str(stored[name].dtype)) for name in planned} == {
         name: (shape, f"torch.{dtype}") for name, (shape, dtype) in planned.items()
@@ -130,7 +141,12 @@ def test_tied_heads_stay_tied(folders, model_type, head, recipe):
     words = embedding.num_embeddings
     assert sum("word_embeddings.latents" in n or "wte.latents" in n for n in names) == 1
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert not any(file.get_slice(n).get_shape()[:1] == [words] and len(file.get_slice(n).get_shape()) == 2 and "latents" not in n for n in file.keys())  # noqa: SIM118
+        assert not any(
+            file.get_slice(n).get_shape()[:1] == [words]
+            and len(file.get_slice(n).get_shape()) == 2
+            and "latents" not in n
+            for n in file.keys()
+        )
 
 
 def test_nothing_of_this_machine_is_saved(folders):

@@ -18,14 +18,20 @@ SHARED_AE = Rule(Autoencoder(training=QUICK), COSINE, Grouping(None), ratio=1.5)
 SHARED_LOW_RANK = Rule(LowRank(), grouping=Grouping(None), ratio=2.0)
 RECIPES = {"autoencoder": Recipe("ae", (SHARED_AE,)), "low_rank": Recipe("lr", (SHARED_LOW_RANK,))}
 LMS = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("gpt2", "GPT2LMHeadModel")]
-AUTO = {"BertForMaskedLM": AutoModelForMaskedLM, "RobertaForMaskedLM": AutoModelForMaskedLM, "GPT2LMHeadModel": AutoModelForCausalLM}
+AUTO = {
+    "BertForMaskedLM": AutoModelForMaskedLM,
+    "RobertaForMaskedLM": AutoModelForMaskedLM,
+    "GPT2LMHeadModel": AutoModelForCausalLM,
+}
 
 
 def made(model_type, head, recipe):
     return compress(make_model(model_type, head), RECIPES[recipe], tokenizer=make_tokenizer(model_type), progress=False)
 
 
-@pytest.fixture(scope="module", params=[(*lm, recipe) for lm in LMS for recipe in RECIPES], ids=lambda p: f"{p[1]}-{p[2]}")
+@pytest.fixture(
+    scope="module", params=[(*lm, recipe) for lm in LMS for recipe in RECIPES], ids=lambda p: f"{p[1]}-{p[2]}"
+)
 def saved(request, tmp_path_factory):
     model_type, head, recipe = request.param
     result = made(model_type, head, recipe)
@@ -47,7 +53,7 @@ def test_bfloat16(saved):
 
 
 def test_shards(saved, tmp_path):
-    folder, head, result = saved
+    _, head, result = saved
     result.save(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards/model.safetensors.index.json").is_file()
     model = AUTO[head].from_pretrained(tmp_path / "shards")
@@ -81,10 +87,15 @@ def test_device_maps_by_name(saved, device_map):
 
 
 def test_a_resaved_folder_stands_on_its_own(saved, tmp_path):
-    folder, head, result = saved
+    folder, head, _ = saved
     AUTO[head].from_pretrained(folder).save_pretrained(tmp_path / "again")
     files = {file.name for file in (tmp_path / "again").iterdir()}
-    assert {"modeling_compressed.py", "layers_compressed.py", "configuration_compressed.py", "substitution_compressed.py"} <= files
+    assert {
+        "modeling_compressed.py",
+        "layers_compressed.py",
+        "configuration_compressed.py",
+        "substitution_compressed.py",
+    } <= files
     assert (tmp_path / "again/model.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
     first, second = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again"))
     assert first["auto_map"] == second["auto_map"] and first["compression"] == second["compression"]
@@ -92,7 +103,7 @@ def test_a_resaved_folder_stands_on_its_own(saved, tmp_path):
 
 
 def test_copies_keep_their_own_decoders(saved):
-    folder, head, result = saved
+    _, head, result = saved
     duplicate = copy.deepcopy(result.model)
     expected = outputs_of(result.model, head)
     with torch.no_grad():
@@ -106,7 +117,7 @@ def test_copies_keep_their_own_decoders(saved):
 
 
 def test_decoding_modes_agree_and_are_saved(saved, tmp_path):
-    folder, head, result = saved
+    folder, head, _ = saved
     model = AUTO[head].from_pretrained(folder)
     cached = outputs_of(model, head)
     model.set_decoding("on_the_fly")
@@ -120,7 +131,7 @@ def test_decoding_modes_agree_and_are_saved(saved, tmp_path):
 
 
 def test_one_training_step_reaches_every_factor(saved):
-    folder, head, result = saved
+    folder, head, _ = saved
     model = AUTO[head].from_pretrained(folder).train()
     before = outputs_of(model, head)
     model.train()
@@ -188,7 +199,7 @@ def test_a_model_from_its_config_alone_is_finite(saved):
 
 
 def test_compiled_in_one_graph(saved):
-    folder, head, result = saved
+    folder, head, _ = saved
     model = AUTO[head].from_pretrained(folder).eval()
     inputs = inputs_for(head)
     with torch.no_grad():
@@ -227,8 +238,14 @@ def test_trainer_saves_and_resumes(tmp_path):
 
     def trainer(model, steps):
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / "run"), max_steps=steps, save_steps=2, per_device_train_batch_size=4,
-            report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+            output_dir=str(tmp_path / "run"),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
         )
         return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
 
@@ -241,7 +258,7 @@ def test_trainer_saves_and_resumes(tmp_path):
 
 
 def test_configs_from_another_format_are_refused(saved, tmp_path):
-    folder, head, _ = saved
+    folder, _, _ = saved
     config = json.loads((folder / "config.json").read_text())
     config["compression"]["format_version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))

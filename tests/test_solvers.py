@@ -1,6 +1,7 @@
 """Solvers on matrices: closed forms are optimal, exact at full size, and never get worse with size."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -109,7 +110,9 @@ def test_output_moments_of_several_members():
 def test_an_identity_block_changes_the_bytes_and_nothing_else(shape, rank, inputs):
     weight, h = matrix(*shape), moments(shape[1]) if inputs else None
     plain = low_rank(weight, rank, input_moments=h)
-    torch.testing.assert_close(low_rank(weight, rank, LowRank(identity_block=True), input_moments=h), plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        low_rank(weight, rank, LowRank(identity_block=True), input_moments=h), plain, atol=1e-4, rtol=0
+    )
     numbers = [LowRank(identity_block=b).parameters(rank, shape[:1], shape[1]) for b in (False, True)]
     assert numbers[0] - numbers[1] == rank**2
     assert LowRank(identity_block=True).parameters(min(shape), shape[:1], shape[1]) == shape[0] * shape[1]
@@ -137,7 +140,7 @@ def test_never_worse_with_size(options):
     for size in range(1, 17):
         difference = weight - low_rank(weight, size, **options)
         errors.append(float((d * ((difference @ h) * difference).sum(dim=1)).sum()))
-    assert all(later <= earlier + 1e-5 for earlier, later in zip(errors[:-1], errors[1:], strict=True))
+    assert all(later <= earlier + 1e-5 for earlier, later in pairwise(errors))
 
 
 def test_members_share_one_basis():
@@ -180,7 +183,9 @@ def test_autoencoder_reaches_the_loss_it_reports(structure, objective):
     factors = solve(problem)
     result = reconstruct(problem, factors)
     used = weight.norm(dim=1) > 0
-    assert float(loss_terms(result[used], weight[used], objective, 0.1)) == pytest.approx(factors.notes["loss"], rel=1e-3)
+    assert float(loss_terms(result[used], weight[used], objective, 0.1)) == pytest.approx(
+        factors.notes["loss"], rel=1e-3
+    )
     if structure.norms:
         torch.testing.assert_close(result.norm(dim=1), weight.norm(dim=1), atol=1e-4, rtol=1e-4)
 

@@ -24,6 +24,8 @@ class CompressionConfigMixin:
     once; "on_the_fly": on every use) and `groups`, each with its structure, sizes, storage and member modules.
     """
 
+    compression: Any
+
     def validate_compression(self) -> None:
         """Raise ValueError where this code cannot build what `compression` describes."""
         compression = self.compression
@@ -38,7 +40,9 @@ class CompressionConfigMixin:
         if not isinstance(compression.get("groups"), dict):
             raise ValueError("`compression` needs `groups`, a mapping of names to groups.")
         if compression.get("decoding") not in DECODINGS:
-            raise ValueError(f"`decoding` is {compression.get('decoding')!r}; it must be one of {', '.join(DECODINGS)}.")
+            raise ValueError(
+                f"`decoding` is {compression.get('decoding')!r}; it must be one of {', '.join(DECODINGS)}."
+            )
 
 
 @strict

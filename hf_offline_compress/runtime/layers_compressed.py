@@ -6,6 +6,7 @@ hooks see every use.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class LinearDecoder(nn.Module):
         stored = columns - self.latent if group["identity_block"] else columns
         self.weight = nn.Parameter(torch.empty(stored, self.latent))
         self.bias = nn.Parameter(torch.empty(columns)) if group["decoder_bias"] else None
+        self.order: Tensor | None
         self.register_buffer("order", torch.empty(columns, dtype=torch.int16) if group["identity_block"] else None)
 
     def forward(self, tensor: Tensor, transposed: bool = False) -> Tensor:
@@ -78,7 +80,7 @@ class NonLinearDecoder(nn.Module):
         super().__init__()
         self.storage = group["storage"]
         widths = [group["latent"], *group["hidden"], columns]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.activation = ACTIVATIONS[group["activation"]]
         self.output_activation = ACTIVATIONS[group["output_activation"]]
 
@@ -265,8 +267,8 @@ class AutoencoderWeight(CompressedWeight):
         if any(tensor.device.type == "meta" for tensor in tensors):
             return None
         # In-place changes raise a tensor's version; replaced tensors have another address.
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        key += (torch.is_autocast_enabled(self.latents.device.type),)
+        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        key = (versions, torch.is_autocast_enabled(self.latents.device.type))
         if self._cache is None or self._cache[0] != key:
             self._cache = (key, self.dense_weight())
         return self._cache[1]

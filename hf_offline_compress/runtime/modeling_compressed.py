@@ -50,7 +50,7 @@ class CompressedModelMixin:
         if isinstance(module, CompressedWeight | LinearDecoder | NonLinearDecoder):
             with init.guard_torch_init_functions():
                 module.reset_parameters(self.config.initializer_range)
-            if getattr(module, "order", None) is not None:
+            if isinstance(module, LinearDecoder) and module.order is not None:
                 init.copy_(module.order, torch.arange(len(module.order), dtype=module.order.dtype))
         elif isinstance(module, TiedHead):
             if module.bias is not None:
@@ -114,12 +114,18 @@ class CompressedModelMixin:
             bias[:kept] = head.bias.data[:kept]
             head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
             # The bias has a second owner, the prediction head around the output matrix.
-            owner = self.get_submodule(next(s for t, s in self._tied_weights_keys.items() if t.endswith("bias")).rpartition(".")[0])
+            owner = self.get_submodule(
+                next(s for t, s in self._tied_weights_keys.items() if t.endswith("bias")).rpartition(".")[0]
+            )
             owner.bias = head.bias
         return embedding
 
     def save_pretrained(
-        self: Any, save_directory: str | PathLike[str], *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self: Any,
+        save_directory: str | PathLike[str],
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Save the model and, next to it, the code that loads it where the package is not installed.
 
@@ -175,7 +181,7 @@ _COMPRESSED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     for name in names.split()
 }
 globals().update({cls.__name__: cls for cls in _COMPRESSED.values()})
-__all__ = [cls.__name__ for cls in _COMPRESSED.values()]  # noqa: PLE0605
+__all__ = [cls.__name__ for cls in _COMPRESSED.values()]
 
 
 def compressed_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +76,11 @@ def _networks(structure: Autoencoder, size: int, columns: int) -> tuple[nn.Seque
     activation = _ACTIVATIONS[structure.activation]
     widths = [columns, *(max(1, round(width * size)) for width in structure.encoder_widths), size]
     encoder: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         encoder += [nn.Linear(inputs, outputs), activation()]
     widths = [size, *structure.hidden(size), columns]
     decoder: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         decoder += [nn.Linear(inputs, outputs), activation()]
     decoder[-1] = _ACTIVATIONS[structure.output_activation]()
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
@@ -162,7 +163,7 @@ def _non_linear_factors(
     structure: Autoencoder, decoder: nn.Sequential, latents: Tensor, norms: Tensor, rows: list[int], loss: float
 ) -> Factors:
     linears = [layer for layer in decoder if isinstance(layer, nn.Linear)]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(linears):
         tensors |= {f"layers.{i}.weight": layer.weight.detach(), f"layers.{i}.bias": layer.bias.detach()}
     members = [{"latents": part} for part in latents.split(rows)]

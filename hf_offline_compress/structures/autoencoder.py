@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..errors import CompressionError, listing
@@ -100,7 +101,7 @@ class Autoencoder(Structure):
             return {"weight": (columns, size + 1)} if self.norms else {"weight": (columns, size), "bias": (columns,)}
         widths = [size, *self.hidden(size), columns]
         tensors: dict[str, Shape] = {}
-        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
             tensors |= {f"layers.{i}.weight": (outputs, inputs), f"layers.{i}.bias": (outputs,)}
         return tensors
 

@@ -1,0 +1,190 @@
+"""The command line, as a user types it: one process a call."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from common import TEXTS, run_cli, save_base
+
+from hf_offline_compress import load_recipe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("bases") / "tiny-gpt2", "gpt2", "GPT2LMHeadModel")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "mine.txt"
+    file.write_text("\n".join(TEXTS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def compressed(base, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "small"
+    return out, run_cli(
+        "compress", base, out, "--ratio", 3, "--calibration", text, "--seed", 4, "--modules", "linears,word_embeddings"
+    )
+
+
+def test_compress_says_what_it_did(compressed):
+    out, run = compressed
+    assert run.returncode == 0, run.stderr
+    assert "x smaller" in run.stdout and str(out) in run.stdout
+    assert "compressing" in run.stderr and "calibrating" in run.stderr
+    assert "Loading weights" not in run.stderr
+
+
+def test_inspect(compressed):
+    out, _ = compressed
+    run = run_cli("inspect", out)
+    assert run.returncode == 0, run.stderr
+    for expected in (
+        "CompressedGPT2LMHeadModel",
+        "tiny-gpt2",
+        "calibrated-svd, seed 4",
+        "mine.txt",
+        "query_0",
+        "stays dense",
+        "transformers 5",
+    ):
+        assert expected in run.stdout, expected
+    content = json.loads(run_cli("inspect", out, "--json").stdout)
+    assert content["weight_bytes"] == (out / "model.safetensors").stat().st_size
+    assert content["report"]["recipe"]["rules"][0]["ratio"] == 3
+    assert content["compression"]["groups"]["word_embeddings"]["structure"] == "low_rank"
+
+
+def test_plan_needs_no_weights_and_no_torch(base, tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/config.json").write_bytes((base / "config.json").read_bytes())
+    run = run_cli("plan", tmp_path / "only", "--ratio", 3)
+    assert run.returncode == 0, run.stderr
+    assert (
+        "query_0" in run.stdout
+        and "wpe: 1,280 parameters; was not chosen" in run.stdout
+        and "total ratio" in run.stdout
+    )
+    code = (
+        "import sys; sys.argv = ['x', 'plan', sys.argv[1]]\n"
+        "from hf_offline_compress.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "only")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_plan_as_json_is_what_compress_does(base, compressed):
+    planned = json.loads(run_cli("plan", base, "--ratio", 3, "--json").stdout)
+    report = json.loads((compressed[0] / "compression_report.json").read_text())
+    assert {g["name"]: (g["size"], g["bytes_after"]) for g in planned["groups"]} == {
+        g["name"]: (g["size"], g["stored_bytes"]) for g in report["groups"]
+    }
+    assert planned["total_stored_bytes"] == report["totals"]["stored_bytes"]
+
+
+def test_quiet_and_json(base, tmp_path):
+    run = run_cli("compress", base, tmp_path / "a", "--calibration", "none", "--quiet")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    run = run_cli("compress", base, tmp_path / "b", "--recipe", "svd", "--storage", "float16", "--ratio", 5, "--json")
+    report = json.loads(run.stdout)
+    assert report["recipe"]["name"] == "svd" and report["calibration"] is None
+    assert {group["storage"] for group in report["groups"]} == {"float16"}
+
+
+def test_a_recipe_file(base, tmp_path):
+    import yaml
+
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({**load_recipe("svd").to_dict(), "name": "mine", "modules": ["key"]})
+    )
+    run = run_cli("plan", base, "--recipe", tmp_path / "mine.yaml", "--json")
+    assert [g["members"] for g in json.loads(run.stdout)["groups"]] == [[f"h.{i}.attn.c_attn.key"] for i in range(3)]
+
+
+def test_overwrite(base, tmp_path):
+    arguments = ("compress", base, tmp_path / "out", "--recipe", "svd", "--quiet")
+    assert run_cli(*arguments).returncode == 0
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    refused = run_cli(*arguments, "--ratio", 4)
+    assert refused.returncode == 1 and "is not empty; pass another, or --overwrite" in refused.stderr
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert run_cli(*arguments, "--ratio", 4, "--overwrite").returncode == 0
+    assert len((tmp_path / "out/model.safetensors").read_bytes()) < len(before)
+
+
+@pytest.mark.parametrize(
+    "arguments,code,message",
+    [
+        (("plan", "{base}", "--recipe", "wavelets"), 1, "error: There is no recipe 'wavelets'"),
+        (("plan", "./absent"), 1, "error: There is no folder './absent'"),
+        (("plan", "{base}", "--modules", "heads"), 1, "error: The kind of modules 'heads' is unknown"),
+        (("plan", "{base}", "--ratio", "0.5"), 1, "error: The ratio 0.5 would not make anything smaller"),
+        (("plan", "{base}", "--grouping", "piles"), 1, "error: The grouping 'piles' is unknown"),
+        (("inspect", "{base}"), 1, "is no compressed folder"),
+        (
+            ("compress", "{base}", "{out}", "--calibration", "absent.txt"),
+            1,
+            "error: There is no calibration file 'absent.txt'",
+        ),
+        (("compress", "{base}", "{out}", "--ratio", "1e9"), 1, "error: Nothing would shrink"),
+        (("compress", "{base}", "{out}", "--dtype", "int9"), 1, "error: The dtype 'int9' is not supported"),
+        (("compress", "{base}"), 2, "Missing argument 'OUT'"),
+        (("compress", "{base}", "{out}", "--ratio", "big"), 2, "Invalid value for '--ratio'"),
+        (("shrink", "{base}"), 2, "No such command 'shrink'"),
+    ],
+)
+def test_errors_are_one_line(base, tmp_path, arguments, code, message):
+    filled = [argument.format(base=base, out=tmp_path / "out") for argument in arguments]
+    run = run_cli(*filled)
+    assert run.returncode == code and message in run.stderr
+    assert "Traceback" not in run.stderr and run.stdout == ""
+    assert code != 1 or len(run.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(base):
+    assert "Traceback" in run_cli("plan", base, "--recipe", "wavelets", "--debug").stderr
+
+
+def test_help_names_every_choice():
+    run = run_cli("compress", "--help")
+    for expected in ("allocated-svd", "blocks:N", "bundled", "--overwrite", "--allocation"):
+        assert expected in run.stdout
+    assert run_cli("--version").stdout.startswith("hf-offline-compress 0.")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_run_cut_short_leaves_nothing_that_looks_finished(base, tmp_path, kill):
+    """The run waits in the middle of saving; a killed one may leave a hidden partial folder, never the target."""
+    code = (
+        "import sys, time, hf_offline_compress.folder as f\n"
+        "def wait(*args): print('saving', flush=True); time.sleep(60)\n"
+        "f.copy_companions = wait\n"
+        "sys.argv = ['x', 'compress', *sys.argv[1:], '--recipe', 'svd', '--quiet']\n"
+        "from hf_offline_compress.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(base), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "saving\n"
+    time.sleep(0.1)
+    os.kill(process.pid, kill)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not (tmp_path / "out").exists()
+    if kill == signal.SIGINT:
+        assert errors.strip() == "interrupted; nothing was written" and list(tmp_path.iterdir()) == []
+    assert run_cli("compress", base, tmp_path / "out", "--recipe", "svd", "--quiet").returncode == 0
