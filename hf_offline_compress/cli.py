@@ -271,6 +271,7 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
         "architecture": outcome.architecture,
         "dtype": outcome.dtype,
         "recipe": outcome.recipe.to_dict(),
+        "allocation": outcome.recipe.allocation,
         "ratio": outcome.ratio,
         "total_ratio": outcome.total_ratio,
         "parameters": outcome.skeleton.total,
@@ -310,6 +311,11 @@ def _print_plan(name: str, outcome: Plan) -> None:
         for group in outcome.groups
     ]
     _print_table(("group", "matrices", "rows x columns", "structure", "size", "float32 bytes", "bytes", "ratio"), rows)
+    if outcome.recipe.allocation == "by_gain":
+        print(
+            "\nThe sizes are those of a uniform allocation: what each group gains a byte is known only once it is measured"
+        )
+        print("on text. compress then moves bytes between the groups, within the ratio as a whole.")
     _print_dense([(item.name, item.parameters, item.reason) for item in outcome.dense])
     total = outcome.skeleton.total * 4
     print(

@@ -162,6 +162,10 @@ class Recipe:
             raise CompressionError(
                 "The allocation 'by_gain' needs structures whose errors are known beforehand: low_rank."
             )
+        if self.allocation == "by_gain" and any(r.structure and not r.objective.sensitive for r in self.rules):
+            raise CompressionError(
+                "The allocation 'by_gain' needs the objective 'sensitive': only then do errors of different layers compare."
+            )
         if not any(rule.structure for rule in self.rules):
             raise CompressionError(f"The recipe '{self.name}' has no rule that compresses anything.")
 
@@ -204,9 +208,10 @@ class Recipe:
         )
 
     def without_calibration(self) -> Recipe:
-        """Return the recipe for when there is no text: every calibrated objective becomes its data-free self."""
+        """Return the recipe for when there is no text: every objective becomes its data-free self, allocated uniformly."""
         return replace(
             self,
+            allocation="uniform",
             rules=tuple(
                 replace(rule, objective=replace(rule.objective, calibrated=False, sensitive=False))
                 for rule in self.rules

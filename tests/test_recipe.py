@@ -95,6 +95,7 @@ def test_selectors_with_commas(text, parts):
         ({"rules": [{"structure": "autoencoder", "objective": "calibrated"}]}, "cannot be solved for calibrated"),
         ({**MINIMAL, "allocation": "fair"}, "'fair' is unknown; known are uniform, by_gain"),
         ({"rules": [{"structure": "autoencoder"}], "allocation": "by_gain"}, "needs structures whose errors are known"),
+        ({**rule(objective="calibrated"), "allocation": "by_gain"}, "needs the objective 'sensitive'"),
         (rule(objective={"l2": 1, "sensitive": True}), "must be calibrated too"),
         (rule(grouping="piles"), "'piles' is unknown; known are separated"),
         (rule(grouping="blocks:0"), "'blocks:0' is unknown"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from .base import Factors, Problem
 DAMPING = 1e-4
 # Gradients are noisier than inputs, and fewer.
 OUTPUT_DAMPING = 0.1
+# Eigenproblems up to this size are as fast on one thread.
+ONE_THREAD = 512
 
 
 @torch.no_grad()
@@ -64,7 +67,10 @@ def low_rank_errors(problem: Problem) -> Tensor:
     root = _input_root(problem, weight)
     scaled = _left_metric(problem, weight).apply(weight if root is None else weight @ root)
     gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
-    gains = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending: sums from the small end are what higher ranks miss
+    with _few_threads(len(gram)):
+        gains = torch.linalg.eigvalsh(gram).clamp_min(
+            0
+        )  # ascending: sums from the small end are what higher ranks miss
     missed = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return missed.flip(0)
 
@@ -117,7 +123,19 @@ def _input_root(problem: Problem, weight: Tensor) -> Tensor | None:
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors [n, rank] of a symmetric matrix, the largest first."""
-    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    with _few_threads(len(gram)):
+        return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+
+
+@contextmanager
+def _few_threads(size: int) -> Iterator[None]:
+    """Use one thread for small problems: more gain nothing there, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if size <= ONE_THREAD else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _with_identity(latents: Tensor, basis: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
