@@ -1,6 +1,6 @@
 """Agreement of compressed MiniLM with MiniLM on held-out sentences: what calibration is worth, and which text.
 
-usage: python benchmarks/minilm_agreement.py [--data FOLDER] [--ratio 3]
+usage: python benchmarks/minilm_agreement.py --data FOLDER [--ratio 3]
 
 FOLDER holds stsb-en-train.csv (calibration) and stsb-en-dev.csv (judged on): sentence 1, sentence 2, score.
 """
@@ -27,7 +27,7 @@ def sentences(path: Path) -> list[str]:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--ratio", type=float, default=3.0)
     options = parser.parse_args()
     train, judged = sentences(options.data / "stsb-en-train.csv"), sentences(options.data / "stsb-en-dev.csv")

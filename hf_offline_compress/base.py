@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +142,7 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
     import transformers
 
     stock = getattr(transformers, architecture)
-    with _quiet_transformers():
+    with quiet_transformers():
         model, info = stock.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
     # transformers itself only warns of what it has filled at random; a pooler is often left out and never used.
     missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")
@@ -288,16 +290,17 @@ def _read_json(path: Path, label: str, wanted: type = dict) -> Any:
     return content
 
 
-class _quiet_transformers:  # noqa: N801
-    """Silences transformers' own report of missing keys while ours is made."""
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own bars and notes on loading; ours say what matters."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.before = logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *exc: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.before)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .allocation import Choices, allocate
-from .base import BaseCheckpoint, clamp_length, load_model, load_tokenizer, resolve_architecture, resolve_base
+from .base import (
+    BaseCheckpoint,
+    clamp_length,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_architecture,
+    resolve_base,
+)
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
 from .errors import CompressionError, listing
@@ -287,6 +295,8 @@ def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progr
         problem = _problem(group, state, plan.skeleton.prefix, statistics)
         candidates = range(1, group.structure.limit(sum(group.rows), group.columns) + 1)
         costs = [float(replace(group, size=size).stored_bytes) for size in candidates]
+        dense = group.parameters * STORAGES[plan.dtype]
+        costs = [cost for cost in costs if cost < dense]  # they grow with size: what is left is a beginning
         errors = expected_errors(problem).cpu()[1 : len(costs) + 1]
         choices.append(Choices(errors, torch.tensor(costs, dtype=torch.float64)))
     budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in plan.groups)
@@ -301,10 +311,12 @@ def _solve_groups(
     state = model.state_dict()
     prefix = plan.skeleton.prefix
     tensors: dict[str, Tensor] = {}
-    reports = []
-    last_use = {m.inputs: group.name for group in plan.groups for m in group.matrices}
+    reports: dict[str, GroupReport] = {}
+    # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
+    order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
+    last_use = {m.inputs: group.name for _, group in order for m in group.matrices}
     with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
-        for index, group in enumerate(plan.groups):
+        for index, group in order:
             started, before = time.perf_counter(), bar.n
 
             def step(share: float, before: float = before) -> None:
@@ -314,20 +326,18 @@ def _solve_groups(
             solved = solve(problem)
             stored = _stored(group, solved, plan.dtype)
             tensors |= _named(group, stored, prefix)
-            reports.append(
-                group_report(
-                    group,
-                    problem,
-                    list(_reconstructed(group, stored)),
-                    seconds=time.perf_counter() - started,
-                    notes=solved.notes,
-                )
+            reports[group.name] = group_report(
+                group,
+                problem,
+                list(_reconstructed(group, stored)),
+                seconds=time.perf_counter() - started,
+                notes=solved.notes,
             )
             for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
                 if last_use[matrix.inputs] == group.name:
                     statistics.input_moments.pop(matrix.inputs, None)
             step(1.0)
-    return tensors, reports
+    return tensors, [reports[group.name] for group in plan.groups]
 
 
 def _problem(group: Group, state: Any, prefix: str, statistics: Statistics) -> Problem:
@@ -340,15 +350,18 @@ def _problem(group: Group, state: Any, prefix: str, statistics: Statistics) -> P
     if first.embedding:
         counts = statistics.token_counts
         if first.kind != "word_embeddings" or counts is None:
-            return problem
+            # Positions are all looked up alike: there is nothing to weigh them by.
+            return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
         shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
-        moments = sensitivity.output_moments.get(first.name) if sensitivity else None
+        moments = sensitivity.output_moments.get(first.name) if sensitivity and group.rule.objective.sensitive else None
         if sensitivity and moments is not None and first.inputs in statistics.input_moments:
             # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
             moments = moments + sensitivity.head_share * statistics.input_moments[first.inputs]
         return replace(problem, row_weights=shares, input_moments=moments)
     found = [statistics.input_moments[m.inputs] for m in group.matrices]
-    outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices) if sensitivity else None
+    outputs = None
+    if sensitivity and group.rule.objective.sensitive:
+        outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
     pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
     return replace(problem, input_moments=pooled, output_moments=outputs)
 
@@ -416,7 +429,10 @@ def _build(
         config.name_or_path = source.name
     state = _untouched(model, plan, factors) | factors
     dtype = getattr(torch, plan.dtype)
-    built, info = target.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    with quiet_transformers():
+        built, info = target.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise RuntimeError(f"The compressed model does not take the weights made for it: {problems}.")

@@ -387,7 +387,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if config.get("compression") or str(model_type).startswith("compressed_"):
         raise CompressionError(
-            "This model is compressed already; pass the base model it was made from (its config's `base_model`)."
+            "This model is compressed already; pass the base model it was made from (`hf-offline-compress inspect` names it)."
         )
     if config.get("quantization_config"):
         raise CompressionError(

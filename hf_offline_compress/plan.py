@@ -243,6 +243,11 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
                 f"Nothing would shrink at ratio {rule.ratio:g}: ratios count from float32, and the model, stored in {dtype}, "
                 f"is at {own:g} already. Ask for more, e.g. ratio {2 * own:g}."
             )
+        if rule.structure and rule.storage not in (None, dtype) and dtype != "float32":
+            raise CompressionError(
+                f"The storage '{rule.storage}' does not go with a model in {dtype}: a loaded model has one dtype. "
+                "Leave the storage out, or pass dtype='float32'."
+            )
 
 
 def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tuple[Rule, tuple[Matrix, ...]]]:
@@ -265,8 +270,7 @@ def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tup
 def _sized(rule: Rule, matrices: tuple[Matrix, ...], dtype: str) -> Group | str:
     """Return the largest group within the rule's budget, or the reason for which the matrices stay dense."""
     assert rule.structure is not None
-    # A loaded model has one dtype: factors cannot be wider than that, and half precisions do not mix.
-    storage = (rule.storage or dtype) if dtype == "float32" else dtype
+    storage = rule.storage or dtype
     rows, columns = tuple(matrix.rows for matrix in matrices), matrices[0].columns
     parameters = sum(rows) * columns
     budget = int(parameters * FLOAT32 / rule.ratio)

@@ -15,7 +15,6 @@ from .plan import Dense, Group, Plan
 from .recipe import STORAGES
 from .solvers import Problem
 
-REPORT_FILE = "compression_report.json"
 VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
 
 
@@ -149,7 +148,7 @@ def group_report(
         stored_bytes=group.stored_bytes,
         ratio=group.ratio,
         storage=group.storage,
-        objective=asdict(group.rule.objective),
+        objective=asdict(problem.objective),
         relative_error=_root_ratio(squared),
         cosine_distance=float(torch.cat(cosines).mean()) if cosines else 0.0,
         calibrated_error=_root_ratio(weighted) if calibrated else None,

@@ -9,7 +9,7 @@ from common import TEXTS, make_model, make_tokenizer, save_base
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress.compressor as compressor
-from hf_offline_compress import CompressionError, Recipe, Rule, compress
+from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
 from hf_offline_compress.structures import LowRank
 
@@ -305,6 +305,25 @@ def test_a_failure_while_saving_leaves_what_was_there(base, tmp_path, monkeypatc
         result.save(target, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if overwrite else [])
     assert not overwrite or (target / "mark").read_text() == "old"
+
+
+def test_rules_of_different_objectives(base):
+    sensitive, calibrated = Objective(l2=1, calibrated=True, sensitive=True), Objective(l2=1, calibrated=True)
+    rules = (Rule(LowRank(), sensitive, modules=("query",)), Rule(LowRank(), calibrated))
+    recipe = Recipe("mixed", rules, modules=("linears", "word_embeddings", "position_embeddings"))
+    objectives = {group.kind: group.objective for group in quick(base, recipe).report.groups}
+    assert objectives["query"]["sensitive"] and not objectives["key"]["sensitive"] and objectives["key"]["calibrated"]
+    assert not objectives["position_embeddings"]["calibrated"]
+
+
+@pytest.mark.parametrize("identity_block", [False, True])
+def test_by_gain_never_stores_more_than_dense(base, identity_block):
+    sensitive = Objective(l2=1, calibrated=True, sensitive=True)
+    recipe = Recipe(
+        "greedy", (Rule(LowRank(identity_block=identity_block), sensitive, ratio=1.2),), allocation="by_gain"
+    )
+    report = quick(base, recipe, ratio=None).report
+    assert all(group.ratio > 1 for group in report.groups) and report.totals["ratio"] >= 1.2
 
 
 def test_solver_and_structure_must_agree(base, monkeypatch):

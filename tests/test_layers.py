@@ -116,6 +116,20 @@ def test_no_cache_while_gradients_are_on_or_when_told():
     assert layer._cache is None
 
 
+def test_a_compiled_layer_sees_what_training_changed():
+    layer, _ = make("linear", "autoencoder")
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, COLUMNS)
+    with torch.no_grad():
+        layer(x)
+        compiled(x)
+    compiled(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.dense_weight()), atol=1e-4, rtol=1e-4)
+
+
 def test_autocast_and_cache():
     layer, _ = make("linear", "autoencoder")
     x = torch.randn(2, COLUMNS)
@@ -129,6 +143,7 @@ def test_autocast_and_cache():
 def test_compiles_in_one_graph(entry):
     layer, _ = make("linear", entry)
     x = torch.randn(2, COLUMNS)
+    torch.compiler.reset()  # many small layers in one process: each counts as a recompilation of the same code
     with torch.no_grad():
         expected = layer(x)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

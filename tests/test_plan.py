@@ -85,8 +85,8 @@ def test_rules_apply_in_order():
     assert {g.structure.name for g in outcome.groups if g.matrices[0].kind == "key"} == {"low_rank"}
 
 
-def test_factors_are_no_wider_than_the_model():
-    outcome = plan(config={**BERT, "dtype": "float16"}, storage="float32", ratio=4)
+def test_factors_have_the_models_dtype():
+    outcome = plan(config={**BERT, "dtype": "float16"}, ratio=4)
     assert {group.storage for group in outcome.groups} == {"float16"}
 
 
@@ -105,6 +105,11 @@ def test_factors_are_no_wider_than_the_model():
         ),
         ({"modules": r"h\..*"}, BERT, "matches no weight matrix of this BertModel; it has word_embeddings, "),
         ({"modules": "pooler"}, {**BERT, "architectures": ["BertForMaskedLM"]}, "'pooler' matches no weight matrix"),
+        (
+            {"ratio": 4, "storage": "float32"},
+            {**BERT, "dtype": "float16"},
+            "'float32' does not go with a model in float16",
+        ),
         ({}, {**BERT, "dtype": "float64"}, "dtype 'float64' is not supported"),
         ({}, {**BERT, "architectures": ["BertForPoetry"]}, "BertForPoetry"),
     ],

@@ -23,7 +23,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LinearDecoder(nn.Module):
+class WeightDecoder(nn.Module):
+    """What turns latents into rows of a weight; one for a weight, or one that several share."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        """Remember the dtype that the group is stored in."""
+        super().__init__()
+        self.storage = group["storage"]
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return the tensors that are kept in the group's storage."""
+        return dict(self.named_parameters())
+
+    def reset_parameters(self, std: float) -> None:
+        """Fill with random values, for a model that is made from a config alone."""
+
+
+class LinearDecoder(WeightDecoder):
     """Rows from latents by one matrix: rows = latents · weightᵀ (+ bias).
 
     With an identity block, the first `latent` columns of the rows, in the order of `order`, are the latents themselves,
@@ -32,8 +48,8 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__()
-        self.storage, self.latent = group["storage"], group["latent"]
+        super().__init__(group)
+        self.latent = group["latent"]
         stored = columns - self.latent if group["identity_block"] else columns
         self.weight = nn.Parameter(torch.empty(stored, self.latent))
         self.bias = nn.Parameter(torch.empty(columns)) if group["decoder_bias"] else None
@@ -61,10 +77,6 @@ class LinearDecoder(nn.Module):
         ordered = torch.cat([tensor.to(others.dtype), others], dim=-1)
         return torch.zeros_like(ordered).index_copy(-1, order, ordered)
 
-    def factors(self) -> dict[str, Tensor]:
-        """Return the tensors that are kept in the group's storage."""
-        return dict(self.named_parameters())
-
     def reset_parameters(self, std: float) -> None:
         """Fill with random values, for a model that is made from a config alone."""
         nn.init.normal_(self.weight, std=std)
@@ -72,13 +84,12 @@ class LinearDecoder(nn.Module):
             nn.init.zeros_(self.bias)
 
 
-class NonLinearDecoder(nn.Module):
+class NonLinearDecoder(WeightDecoder):
     """Rows from latents by a small fully connected network."""
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__()
-        self.storage = group["storage"]
+        super().__init__(group)
         widths = [group["latent"], *group["hidden"], columns]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.activation = ACTIVATIONS[group["activation"]]
@@ -90,13 +101,6 @@ class NonLinearDecoder(nn.Module):
             latents = self.activation(layer(latents))
         return self.output_activation(self.layers[-1](latents))
 
-    def factors(self) -> dict[str, Tensor]:
-        """Return the tensors that are kept in the group's storage."""
-        return dict(self.named_parameters())
-
-    def reset_parameters(self, std: float) -> None:
-        """Nothing to do: the layers are `nn.Linear`, which the model initialises itself."""
-
 
 class CompressedWeight(nn.Module):
     """A weight [rows, columns] that is kept as something smaller. What a structure must provide.
@@ -105,7 +109,7 @@ class CompressedWeight(nn.Module):
         decoding: "cached" or "on_the_fly"; of no effect where a structure is applied without decoding.
     """
 
-    decoder_class: type[LinearDecoder] | type[NonLinearDecoder]
+    decoder_class: type[Any]
 
     def __init__(
         self,
@@ -168,7 +172,7 @@ class CompressedWeight(nn.Module):
             nn.init.zeros_(self.bias)
 
     def resize(self, rows: int) -> None:
-        """Change the number of rows; new ones are the mean of the old."""
+        """Change the number of rows; latents and norms of new ones are the mean of the old."""
         for name, old in list(self.named_parameters(recurse=False)):
             new = old.data.new_empty((rows, *old.shape[1:]))
             kept = min(rows, old.shape[0])
@@ -259,6 +263,7 @@ class AutoencoderWeight(CompressedWeight):
         """Return the decoded weight, or None where it must not be kept."""
         # Under offloading hooks, parameters come and go between calls.
         if self.decoding != "cached" or torch.is_grad_enabled() or hasattr(self, "_hf_hook"):
+            self._cache = None  # a step of training may follow, which a compiled graph would not notice
             return None
         if torch.compiler.is_compiling():
             return self._cache[1] if self._cache else None

@@ -18,7 +18,7 @@ from .configuration_compressed import (
     CompressedGPT2Config,
     CompressedRobertaConfig,
 )
-from .layers_compressed import CompressedWeight, LinearDecoder, NonLinearDecoder, TiedHead
+from .layers_compressed import CompressedWeight, LinearDecoder, TiedHead, WeightDecoder
 from .substitution_compressed import compressed_modules, substitute
 
 _STOCK_NAMES: dict[type[PreTrainedConfig], str] = {
@@ -47,7 +47,7 @@ class CompressedModelMixin:
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
         """Fill what the checkpoint did not; see the stock class."""
-        if isinstance(module, CompressedWeight | LinearDecoder | NonLinearDecoder):
+        if isinstance(module, CompressedWeight | WeightDecoder):
             with init.guard_torch_init_functions():
                 module.reset_parameters(self.config.initializer_range)
             if isinstance(module, LinearDecoder) and module.order is not None:
@@ -88,10 +88,10 @@ class CompressedModelMixin:
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """Change the vocabulary's size; see the stock method. New rows of a compressed embedding are the mean row.
+        """Change the vocabulary's size; see the stock method. New rows of a compressed embedding have the mean latents.
 
         Raises:
-            NotImplementedError: the head is compressed on its own, not tied to the embedding.
+            NotImplementedError: embedding or head is compressed, and they are not tied.
         """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(embedding, CompressedWeight) and not isinstance(head, CompressedWeight):
@@ -145,7 +145,7 @@ class CompressedModelMixin:
         narrow = {
             f"{name}.{key}": storage
             for name, module in self.named_modules()
-            if isinstance(module, CompressedWeight | LinearDecoder | NonLinearDecoder)
+            if isinstance(module, CompressedWeight | WeightDecoder)
             for key, tensor in module.factors().items()
             if (storage := getattr(torch, module.storage)).itemsize < tensor.dtype.itemsize
         }

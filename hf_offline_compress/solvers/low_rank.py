@@ -77,11 +77,11 @@ def low_rank_errors(problem: Problem) -> Tensor:
 
 def damped_root(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Return L with L Lᵀ = H + damping, lower triangular, float64."""
-    moments = moments.double()
-    mean = moments.diagonal().mean().clamp_min(torch.finfo(moments.dtype).tiny)
-    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    for share in (damping, 1e-2 + damping, 1.0):
-        root, failed = torch.linalg.cholesky_ex(moments + share * mean * eye)
+    damped = moments.to(torch.float64, copy=True)
+    mean = damped.diagonal().mean().clamp_min(torch.finfo(damped.dtype).tiny)
+    for share in (damping, 1e-2, 1.0):
+        damped.diagonal().add_(share * mean)  # in place: moments of wide layers are large
+        root, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break
     return root

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..errors import CompressionError
 from .base import Shape, Structure
+
+MAX_COLUMNS = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class LowRank(Structure):
 
     def index_tensors(self, size: int, columns: int) -> dict[str, Shape]:
         """Return the order of the columns: those of the identity block first; see the base class."""
+        if self.identity_block and columns > MAX_COLUMNS:
+            raise CompressionError(
+                f"An identity block needs at most {MAX_COLUMNS} columns, for positions in int16; a matrix has {columns}."
+            )
         return {"order": (columns,)} if self.identity_block else {}
 
     def runtime(self, size: int) -> dict[str, Any]:
