@@ -52,10 +52,12 @@ def measure(out: str, *cases: str) -> None:
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
     import hf_offline_compress  # noqa: F401  (so that AutoModel knows compressed models)
     from hf_offline_compress.evaluate import sentence_embeddings
 
+    logging.disable_progress_bar()
     facts, embeddings = [], []
     for case in cases:
         form, _, folder = case.partition("=")
