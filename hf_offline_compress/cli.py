@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -246,6 +247,8 @@ def _run(work: Callable[[], None], debug: bool) -> None:
     """Do the work; an error is one line on stderr and exit code 1."""
     try:
         work()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CompressionError, ImportError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -27,7 +27,7 @@ from .base import (
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
 from .errors import CompressionError, listing
-from .families import family_of
+from .families import FAMILIES, family_of
 from .folder import save_folder
 from .plan import FLOAT32, Group, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
@@ -44,6 +44,7 @@ MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
 # Rows of an embedding count by how often their token occurs, and this share of the weight goes to all alike: a token
 # that the calibration text lacks may well occur in use.
 UNIFORM_SHARE = 0.5
+EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
 # Fields of a base's config that belong to the base alone.
 _NOT_INHERITED = (
     "model_type",
@@ -276,14 +277,23 @@ def _calibrate(
         progress=lambda items: tqdm(items, desc="calibrating", unit="batch", disable=not progress),
     )
     if plan.recipe.sensitive:
+        asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]
+        words = [m for m in plan.skeleton.matrices if m.kind == "word_embeddings"]
+        # Positions are added to words: what is said of an error in one holds for the other.
+        measured = [m for m in asked if not m.embedding] + (words if any(m.embedding for m in asked) else [])
         statistics.sensitivity = measure_sensitivity(
             model,
-            [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices],
+            measured,
             batches,
             mask_token=tokenizer.mask_token_id if record.masked else None,
             seed=seed,
             progress=lambda items: tqdm(items, desc="sensitivity", unit="batch", disable=not progress),
         )
+        if silent := [m.name for m in measured if m.name not in statistics.sensitivity.output_moments]:
+            raise CompressionError(
+                f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
+                "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."
+            )
     return statistics, record
 
 
@@ -348,22 +358,31 @@ def _problem(group: Group, state: Any, prefix: str, statistics: Statistics) -> P
         return problem
     first, sensitivity = group.matrices[0], statistics.sensitivity
     if first.embedding:
-        counts = statistics.token_counts
-        if first.kind != "word_embeddings" or counts is None:
-            # Positions are all looked up alike: there is nothing to weigh them by.
-            return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
-        shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
-        moments = sensitivity.output_moments.get(first.name) if sensitivity and group.rule.objective.sensitive else None
-        if sensitivity and moments is not None and first.inputs in statistics.input_moments:
-            # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
-            moments = moments + sensitivity.head_share * statistics.input_moments[first.inputs]
-        return replace(problem, row_weights=shares, input_moments=moments)
+        return _embedding_problem(group, problem, statistics)
     found = [statistics.input_moments[m.inputs] for m in group.matrices]
     outputs = None
     if sensitivity and group.rule.objective.sensitive:
         outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
     pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
     return replace(problem, input_moments=pooled, output_moments=outputs)
+
+
+def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -> Problem:
+    """Return the problem of an embedding, whose rows count by how often they are looked up; positions all alike."""
+    (matrix,) = group.matrices
+    counts, sensitivity = statistics.token_counts, statistics.sensitivity
+    moments = None
+    if sensitivity and group.rule.objective.sensitive:
+        (moments,) = (g for name, g in sensitivity.output_moments.items() if name in EMBEDDED_WORDS)
+    if matrix.kind != "word_embeddings" or counts is None:
+        if moments is None:  # nothing to weigh positions by
+            return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
+        return replace(problem, row_weights=torch.full((matrix.rows,), 1 / matrix.rows), input_moments=moments)
+    shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
+    if sensitivity and moments is not None and matrix.inputs in statistics.input_moments:
+        # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
+        moments = moments + sensitivity.head_share * statistics.input_moments[matrix.inputs]
+    return replace(problem, row_weights=shares, input_moments=moments)
 
 
 def _stored(group: Group, factors: Factors, dtype: str) -> Factors:

@@ -53,9 +53,11 @@ def measure_sensitivity(
 
     The model's output is its logits where it has any, else its last hidden states.
 
+    Matrices that the model's output does not depend on have no moments in what is returned.
+
     Args:
         model: stock model in evaluation mode; its parameters get no gradients.
-        matrices: those whose outputs are asked for.
+        matrices: those whose outputs are asked for; of embeddings, only the word embeddings.
         batches: token ids with attention masks.
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
         seed: of the drawn directions and labels.
@@ -93,6 +95,7 @@ def measure_sensitivity(
         for (module, in_base), parts in by_module.items()
     ]
     generator = torch.Generator().manual_seed(seed)
+    pooled = any(matrix.kind == "pooler" for matrix in wanted)
     tokens, curvature = 0, 0.0
     try:
         with torch.enable_grad(), _frozen(model):
@@ -101,7 +104,7 @@ def measure_sensitivity(
                 mask = batch.attention_mask.bool().to(device)
                 ids = batch.input_ids.to(device)
                 places = mask & (ids == mask_token) if mask_token is not None else mask
-                loss, at_logits = _probe(model, ids, mask, places, generator)
+                loss, at_logits = _probe(model, ids, mask, places, generator, pooled)
                 loss.backward()
                 tokens += int(mask.sum())
                 curvature += at_logits
@@ -113,7 +116,7 @@ def measure_sensitivity(
 
 
 def _probe(
-    model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator
+    model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator, pooled: bool
 ) -> tuple[Tensor, float]:
     """Return a scalar whose gradient is the probe's, and Σ g² at the logits of a language model."""
     if _speaks(model):
@@ -134,10 +137,14 @@ def _probe(
                 residual = probabilities - F.one_hot(drawn, chosen.shape[-1])
                 curvature += float(residual.square().sum())
         return loss, curvature
-    hidden: Any = model.base_model
-    hidden = hidden(input_ids=ids, attention_mask=mask.long())[0]
-    direction = torch.randn(hidden.shape, generator=generator).to(hidden)
-    return (hidden * direction)[mask].sum(), 0.0
+    base: Any = model.base_model
+    output = base(input_ids=ids, attention_mask=mask.long())
+    hidden = output[0]
+    loss = (hidden * torch.randn(hidden.shape, generator=generator).to(hidden))[mask].sum()
+    if pooled:  # only where the pooler is asked about: who does not use it should not pay for it
+        summary = output.pooler_output
+        loss = loss + (summary * torch.randn(summary.shape, generator=generator).to(summary)).sum()
+    return loss, 0.0
 
 
 def _speaks(model: nn.Module) -> bool:

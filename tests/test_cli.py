@@ -152,6 +152,12 @@ def test_errors_are_one_line(base, tmp_path, arguments, code, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reader_that_has_seen_enough(base):
+    command = f'"{sys.executable}" -m hf_offline_compress plan "{base}" | head -1'
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert run.stdout.startswith("tiny-gpt2") and run.stderr == ""
+
+
 def test_debug_shows_the_traceback(base):
     assert "Traceback" in run_cli("plan", base, "--recipe", "wavelets", "--debug").stderr
 

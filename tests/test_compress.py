@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from common import TEXTS, make_model, make_tokenizer, save_base
+from common import HEADS, TEXTS, make_model, make_tokenizer, save_base
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress.compressor as compressor
@@ -324,6 +324,22 @@ def test_by_gain_never_stores_more_than_dense(base, identity_block):
     )
     report = quick(base, recipe, ratio=None).report
     assert all(group.ratio > 1 for group in report.groups) and report.totals["ratio"] >= 1.2
+
+
+@pytest.mark.parametrize("model_type,head", [c for c in HEADS if "DoubleHeads" not in c[1]])
+def test_all_modules_of_every_head_by_gain(model_type, head):
+    """Poolers, positions and heads too: errors of all of them are in the unit of the model's own output."""
+    result = quick(make_model(model_type, head), "allocated-svd", modules=".+", tokenizer=make_tokenizer(model_type))
+    kinds = {group.kind: group for group in result.report.groups}
+    assert kinds["position_embeddings"].calibrated_error > 0
+    assert ("pooler" in kinds) == any("pooler" in name for name, _ in result.model.named_modules())
+    assert 2 <= result.report.totals["ratio"] < 2.2
+
+
+def test_what_the_output_does_not_depend_on():
+    model = make_model("gpt2", "GPT2DoubleHeadsModel", summary_proj_to_labels=False)
+    with pytest.raises(CompressionError, match="does not depend on multiple_choice_head.summary"):
+        quick(model, "allocated-svd", modules="linears,head", tokenizer=make_tokenizer("gpt2"))
 
 
 def test_solver_and_structure_must_agree(base, monkeypatch):
