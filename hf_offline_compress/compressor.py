@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,42 +19,26 @@ from .base import (
     clamp_length,
     load_model,
     load_tokenizer,
-    quiet_transformers,
     resolve_architecture,
     resolve_base,
 )
+from .building import build_model, named_tensors, reconstructed, rounded_factors
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
 from .errors import CompressionError, listing
-from .families import FAMILIES, family_of
+from .families import family_of
 from .folder import save_folder
-from .plan import FLOAT32, Group, Plan, make_plan
+from .plan import FLOAT32, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, group_report, totals, versions
 from .sensitivity import measure_sensitivity
-from .solvers import Factors, Problem, expected_errors, solve
+from .solvers import expected_errors, solve
+from .weighting import problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
-# Rows of an embedding count by how often their token occurs, and this share of the weight goes to all alike: a token
-# that the calibration text lacks may well occur in use.
-UNIFORM_SHARE = 0.5
-EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
-# Fields of a base's config that belong to the base alone.
-_NOT_INHERITED = (
-    "model_type",
-    "transformers_version",
-    "architectures",
-    "_name_or_path",
-    "auto_map",
-    "quantization_config",
-    "dtype",
-    "torch_dtype",
-)
 
 
 @dataclass(frozen=True)
@@ -227,7 +210,7 @@ def compress_model(
         with clock("solve"):
             factors, reports = _solve_groups(compute, plan, statistics, seed, progress)
         with clock("build"):
-            built = _build(compute, plan, factors, source)
+            built = build_model(compute, plan, factors, source)
     finally:
         if source is None:
             model.to(home).train(was_training)  # type: ignore[arg-type]
@@ -302,7 +285,7 @@ def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progr
     state = model.state_dict()
     choices = []
     for group in tqdm(plan.groups, desc="allocating", unit="group", disable=not progress):
-        problem = _problem(group, state, plan.skeleton.prefix, statistics)
+        problem = problem_of(group, state, plan.skeleton.prefix, statistics)
         candidates = range(1, group.structure.limit(sum(group.rows), group.columns) + 1)
         costs = [float(replace(group, size=size).stored_bytes) for size in candidates]
         dense = group.parameters * STORAGES[plan.dtype]
@@ -332,14 +315,14 @@ def _solve_groups(
             def step(share: float, before: float = before) -> None:
                 bar.update(before + share - bar.n)
 
-            problem = replace(_problem(group, state, prefix, statistics), seed=seed + index, progress=step)
+            problem = replace(problem_of(group, state, prefix, statistics), seed=seed + index, progress=step)
             solved = solve(problem)
-            stored = _stored(group, solved, plan.dtype)
-            tensors |= _named(group, stored, prefix)
+            stored = rounded_factors(group, solved, plan.dtype)
+            tensors |= named_tensors(group, stored, prefix)
             reports[group.name] = group_report(
                 group,
                 problem,
-                list(_reconstructed(group, stored)),
+                list(reconstructed(group, stored)),
                 seconds=time.perf_counter() - started,
                 notes=solved.notes,
             )
@@ -348,143 +331,6 @@ def _solve_groups(
                     statistics.input_moments.pop(matrix.inputs, None)
             step(1.0)
     return tensors, [reports[group.name] for group in plan.groups]
-
-
-def _problem(group: Group, state: Any, prefix: str, statistics: Statistics) -> Problem:
-    """Return what is to be solved for a group: its matrices, and how errors in them are weighted."""
-    weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
-    problem = Problem(group.structure, group.rule.objective, group.size, weights)
-    if not group.rule.objective.calibrated:
-        return problem
-    first, sensitivity = group.matrices[0], statistics.sensitivity
-    if first.embedding:
-        return _embedding_problem(group, problem, statistics)
-    found = [statistics.input_moments[m.inputs] for m in group.matrices]
-    outputs = None
-    if sensitivity and group.rule.objective.sensitive:
-        outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
-    pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
-    return replace(problem, input_moments=pooled, output_moments=outputs)
-
-
-def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -> Problem:
-    """Return the problem of an embedding, whose rows count by how often they are looked up; positions all alike."""
-    (matrix,) = group.matrices
-    counts, sensitivity = statistics.token_counts, statistics.sensitivity
-    moments = None
-    if sensitivity and group.rule.objective.sensitive:
-        (moments,) = (g for name, g in sensitivity.output_moments.items() if name in EMBEDDED_WORDS)
-    if matrix.kind != "word_embeddings" or counts is None:
-        if moments is None:  # nothing to weigh positions by
-            return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
-        return replace(problem, row_weights=torch.full((matrix.rows,), 1 / matrix.rows), input_moments=moments)
-    shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
-    if sensitivity and moments is not None and matrix.inputs in statistics.input_moments:
-        # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
-        moments = moments + sensitivity.head_share * statistics.input_moments[matrix.inputs]
-    return replace(problem, row_weights=shares, input_moments=moments)
-
-
-def _stored(group: Group, factors: Factors, dtype: str) -> Factors:
-    """Return the factors rounded to their storage, in the model's dtype, on the CPU."""
-
-    def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        storage, held = getattr(torch, group.storage), getattr(torch, dtype)
-        return {
-            name: (tensor.to(storage).to(held) if tensor.is_floating_point() else tensor).cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
-
-    return Factors(tuple(rounded(member) for member in factors.members), rounded(factors.decoder), factors.notes)
-
-
-def _named(group: Group, factors: Factors, prefix: str) -> dict[str, Tensor]:
-    """Return the factors by the full names that the plan has for them.
-
-    Raises:
-        RuntimeError: solver and structure disagree on what is stored; an error in this package.
-    """
-    named: dict[str, Tensor] = {}
-    expected = [(group.decoder_tensors(prefix), factors.decoder)]
-    expected += [
-        (group.member_tensors(matrix, prefix), own) for matrix, own in zip(group.matrices, factors.members, strict=True)
-    ]
-    for shapes, tensors in expected:
-        by_leaf = {full: tensor for full in shapes for leaf, tensor in tensors.items() if full.endswith(f".{leaf}")}
-        if {name: tuple(tensor.shape) for name, tensor in by_leaf.items()} != shapes or len(tensors) != len(shapes):
-            raise RuntimeError(f"The solver of '{group.structure.name}' returned tensors other than planned: {shapes}.")
-        named |= by_leaf
-    return named
-
-
-def _reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
-    """Give what each member's factors stand for, [rows, columns], by the very layers that will be run."""
-    from .runtime.layers_compressed import LINEARS
-
-    entry = {**group.structure.runtime(group.size), "storage": group.storage}
-    layer_class = LINEARS[str(entry["structure"])]
-    for matrix, own in zip(group.matrices, factors.members, strict=True):
-        layer = layer_class(matrix.rows, matrix.columns, entry)
-        layer.load_state_dict(
-            own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True
-        )
-        with torch.no_grad():
-            yield layer.dense_weight()
-
-
-def _build(
-    model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor], source: BaseCheckpoint | None
-) -> PreTrainedModel:
-    """Return the compressed model: the class and constructor that AutoModel uses, untouched weights, and the factors."""
-    from .registration import register
-    from .runtime.modeling_compressed import compressed_class
-
-    register()
-    target: Any = compressed_class(type(model))
-    inherited = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_INHERITED}
-    config = target.config_class(**inherited, compression=plan.runtime())
-    config.architectures = [target.__name__]
-    if source is not None:
-        config.name_or_path = source.name
-    state = _untouched(model, plan, factors) | factors
-    dtype = getattr(torch, plan.dtype)
-    with quiet_transformers():
-        built, info = target.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    if problems:
-        raise RuntimeError(f"The compressed model does not take the weights made for it: {problems}.")
-    built.config.name_or_path = ""
-    if getattr(model, "generation_config", None) is not None and built.can_generate():
-        built.generation_config = model.generation_config
-    return built.eval()
-
-
-def _untouched(model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the base's tensors under the names that they have in the compressed model, without what was compressed."""
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    prefix = plan.skeleton.prefix
-    compressed = [matrix for group in plan.groups for matrix in group.matrices]
-    for matrix in compressed:
-        at = f"{prefix if matrix.in_base else ''}{matrix.module}"
-        if not matrix.part:
-            state.pop(f"{at}.weight")
-    fused = {matrix.module for matrix in compressed if matrix.part}
-    chosen = {matrix.name for matrix in compressed}
-    for matrix in (m for m in plan.skeleton.matrices if m.module in fused):
-        at = f"{prefix}{matrix.module}"
-        if matrix.name not in chosen:
-            state[f"{prefix}{matrix.name}.weight"] = matrix.dense(state, prefix).contiguous()
-        start = ("query", "key", "value").index(str(matrix.part)) * matrix.rows
-        state[f"{prefix}{matrix.name}.bias"] = state[f"{at}.bias"][start : start + matrix.rows].clone()
-    for module in fused:
-        del state[f"{prefix}{module}.weight"], state[f"{prefix}{module}.bias"]
-    if plan.skeleton.tied and any(m.kind == "word_embeddings" for m in compressed):
-        for target, origin in (model._tied_weights_keys or {}).items():
-            if origin == f"{prefix}{plan.skeleton.word_embeddings}.weight":
-                state.pop(target, None)
-    return state
 
 
 def _check_finite(model: nn.Module, title: str) -> None:

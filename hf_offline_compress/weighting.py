@@ -1,0 +1,54 @@
+"""Plan + statistics → problems: how errors in each group are weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .calibration import Statistics
+from .families import FAMILIES
+from .plan import Group
+from .solvers import Problem
+
+# Rows of an embedding count by how often their token occurs, and this share of the weight goes to all alike: a token
+# that the calibration text lacks may well occur in use.
+UNIFORM_SHARE = 0.5
+EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
+
+
+def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: Statistics) -> Problem:
+    """Return what is to be solved for a group: its matrices, and how errors in them are weighted."""
+    weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
+    problem = Problem(group.structure, group.rule.objective, group.size, weights)
+    if not group.rule.objective.calibrated:
+        return problem
+    first, sensitivity = group.matrices[0], statistics.sensitivity
+    if first.embedding:
+        return _embedding_problem(group, problem, statistics)
+    found = [statistics.input_moments[m.inputs] for m in group.matrices]
+    outputs = None
+    if sensitivity and group.rule.objective.sensitive:
+        outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
+    pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
+    return replace(problem, input_moments=pooled, output_moments=outputs)
+
+
+def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -> Problem:
+    """Return the problem of an embedding, whose rows count by how often they are looked up; positions all alike."""
+    (matrix,) = group.matrices
+    counts, sensitivity = statistics.token_counts, statistics.sensitivity
+    moments = None
+    if sensitivity and group.rule.objective.sensitive:
+        (moments,) = (g for name, g in sensitivity.output_moments.items() if name in EMBEDDED_WORDS)
+    if matrix.kind != "word_embeddings" or counts is None:
+        if moments is None:  # nothing to weigh positions by
+            return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
+        return replace(problem, row_weights=torch.full((matrix.rows,), 1 / matrix.rows), input_moments=moments)
+    shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
+    if sensitivity and moments is not None and matrix.inputs in statistics.input_moments:
+        # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
+        moments = moments + sensitivity.head_share * statistics.input_moments[matrix.inputs]
+    return replace(problem, row_weights=shares, input_moments=moments)
