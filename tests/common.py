@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from inputs import inputs_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
@@ -104,16 +105,6 @@ def save_base(folder: Path, model_type: str, head: str, **overrides: Any) -> Pat
     make_model(model_type, head, **overrides).save_pretrained(folder)
     make_tokenizer(model_type).save_pretrained(folder)
     return folder
-
-
-def inputs_for(head: str) -> dict[str, torch.Tensor]:
-    """Return a small batch that a head takes."""
-    ids = torch.tensor([[5, 9, 30, 41, 52, 60, 8, 2], [5, 33, 12, 60, 61, 7, 2, 2]])
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    if "MultipleChoice" in head or "DoubleHeads" in head:
-        return {"input_ids": torch.stack([ids, ids.flip(1)], dim=1), "attention_mask": torch.stack([mask, mask], dim=1)}
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @torch.no_grad()

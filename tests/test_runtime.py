@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 import transformers
-from common import TEXTS, inputs_for, make_model, make_tokenizer, outputs_of
+from common import TEXTS, make_model, make_tokenizer, outputs_of
+from inputs import inputs_for
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress

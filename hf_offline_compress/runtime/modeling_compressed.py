@@ -79,7 +79,6 @@ class CompressedModelMixin:
             self.config.compression["decoding"] = decoding
         for module in self.compressed_modules().values():
             module.decoding = decoding
-            module.__dict__.pop("_cache", None)
             module._cache = None
 
     def resize_token_embeddings(
