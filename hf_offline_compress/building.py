@@ -55,8 +55,11 @@ def named_tensors(group: Group, factors: Factors, prefix: str) -> dict[str, Tens
     ]
     for shapes, tensors in expected:
         by_leaf = {full: tensor for full in shapes for leaf, tensor in tensors.items() if full.endswith(f".{leaf}")}
-        if {name: tuple(tensor.shape) for name, tensor in by_leaf.items()} != shapes or len(tensors) != len(shapes):
-            raise RuntimeError(f"The solver of '{group.structure.name}' returned tensors other than planned: {shapes}.")
+        planned = {name: tensor.shape for name, tensor in shapes.items()}
+        if {name: tuple(tensor.shape) for name, tensor in by_leaf.items()} != planned or len(tensors) != len(planned):
+            raise RuntimeError(
+                f"The solver of '{group.structure.name}' returned tensors other than planned: {planned}."
+            )
         named |= by_leaf
     return named
 
@@ -65,7 +68,7 @@ def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
     """Give what each member's factors stand for, [rows, columns], by the very layers that will be run."""
     from .runtime.layers_compressed import LINEARS
 
-    entry = {**group.structure.runtime(group.size), "storage": group.storage}
+    entry = {**group.structure.runtime(group.size, group.shape), "storage": group.storage}
     layer_class = LINEARS[str(entry["structure"])]
     for matrix, own in zip(group.matrices, factors.members, strict=True):
         layer = layer_class(matrix.rows, matrix.columns, entry)

@@ -24,11 +24,14 @@ class Statistics:
         input_moments: name of the inputs (`Matrix.inputs`) → E[x xᵀ] [columns, columns], float32.
         token_counts: how often each token was looked up, [tokens], float64.
         sensitivity: what errors at outputs do to the model; measured only if asked for.
+        importance: what is asked for (`Objective.importance`, `.parameter_wise`) → name of a matrix → importance of its
+            rows [rows], or of its parameters [rows, columns].
     """
 
     input_moments: dict[str, Tensor] = field(default_factory=dict)
     token_counts: Tensor | None = None
     sensitivity: Sensitivity | None = None
+    importance: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()

@@ -285,7 +285,7 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
                 "structure": group.structure.name,
                 "size": group.size,
                 "members": [matrix.name for matrix in group.matrices],
-                "rows": sum(group.rows),
+                "rows": group.rows,
                 "columns": group.columns,
                 "bytes_before": group.parameters * 4,
                 "bytes_after": group.stored_bytes,
@@ -304,7 +304,7 @@ def _print_plan(name: str, outcome: Plan) -> None:
         (
             group.name,
             str(len(group.matrices)),
-            f"{sum(group.rows)} x {group.columns}",
+            f"{group.rows} x {group.columns}",
             group.structure.name,
             str(group.size),
             f"{group.parameters * 4:,}",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from .allocation import Choices, allocate
@@ -22,23 +22,23 @@ from .base import (
     resolve_architecture,
     resolve_base,
 )
-from .building import build_model, named_tensors, reconstructed, rounded_factors
-from .calibration import Statistics, collect
-from .calibration_text import CalibrationRecord, CalibrationText, load_texts, make_batches
+from .building import build_model
+from .calibration import Statistics
+from .calibration_text import CalibrationText, load_texts
 from .errors import CompressionError, listing
 from .families import family_of
 from .folder import save_folder
+from .measuring import measure
 from .plan import FLOAT32, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
-from .report import GroupReport, Report, group_report, totals, versions
-from .sensitivity import measure_sensitivity
-from .solvers import expected_errors, solve
+from .report import Report, totals, versions
+from .selection import perplexity_judge
+from .solvers import expected_errors
+from .solving import solve_groups
 from .weighting import problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def compress(
     storage: str | None = None,
     allocation: str | None = None,
     calibration: str | Path | Sequence[str] | None = "bundled",
+    validation: str | Path | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     auto_class: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -105,6 +106,8 @@ def compress(
         storage: dtype of the stored factors, "float32", "float16" or "bfloat16".
         allocation: "uniform", every group at the ratio; or "by_gain", all together, each as large as pays most.
         calibration: "bundled", texts, a file with one text a line, a data set's name, or None for no data.
+        validation: texts, a file or a data set's name; of what is trained, the step with the lowest perplexity on it is
+            kept, and not that with the lowest loss. For language models.
         tokenizer: of the base, if that is a model in memory.
         auto_class: which class to load the base with, e.g. "AutoModelForMaskedLM"; by default the one it was saved from.
         dtype: what the base is loaded and computed in, and what the result has. By default it is computed in float32,
@@ -126,8 +129,15 @@ def compress(
     texts = load_texts(calibration) if recipe.calibrated else None
     if texts is None:
         recipe = recipe.without_calibration()
+    judging = load_texts(validation)
     clock = _Clock()
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "clock": clock}
+    options: dict[str, Any] = {
+        "validation": judging,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": progress,
+        "clock": clock,
+    }
     if isinstance(base, nn.Module):
         return compress_model(base, recipe, texts, tokenizer=tokenizer, dtype=dtype, device=device, **options)
 
@@ -160,6 +170,7 @@ def compress_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     source: BaseCheckpoint | None = None,
+    validation: CalibrationText | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -175,6 +186,7 @@ def compress_model(
         dtype: of the result; by default the model's.
         device: where it is computed.
         source: where the model was loaded from, if it was.
+        validation: text that chooses among the steps of training; see `compress`.
         batch_size: texts in one forward pass.
         seed: of everything random.
         progress: show progress bars.
@@ -187,7 +199,7 @@ def compress_model(
     family = family_of(config)
     architecture = type(model).__name__
     plan = make_plan(config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype))
-    if texts is not None and tokenizer is None:
+    if (texts or validation) and tokenizer is None:
         raise CompressionError(
             "Calibration needs the model's tokenizer, and there is none; pass tokenizer=, or calibration=None for a "
             "data-free compression."
@@ -203,12 +215,17 @@ def compress_model(
         statistics, record = Statistics(), None
         if texts is not None:
             with clock("calibrate"):
-                statistics, record = _calibrate(compute, plan, texts, tokenizer, seed, batch_size, progress)
+                statistics, record = measure(
+                    compute, plan, texts, tokenizer, seed=seed, batch_size=batch_size, progress=progress
+                )
         if recipe.allocation == "by_gain":
             with clock("allocate"):
                 plan = _allocated(compute, plan, statistics, progress)
         with clock("solve"):
-            factors, reports = _solve_groups(compute, plan, statistics, seed, progress)
+            judge = perplexity_judge(compute, plan, tokenizer, validation) if validation else None
+            factors, reports = solve_groups(
+                plan, compute.state_dict(), statistics, seed=seed, progress=progress, judge=judge
+            )
         with clock("build"):
             built = build_model(compute, plan, factors, source)
     finally:
@@ -222,6 +239,7 @@ def compress_model(
         seed=seed,
         dtype=plan.dtype,
         calibration=record.to_dict() if record else None,
+        validation={"source": validation.source, "sha256": validation.sha256} if validation else None,
         groups=tuple(reports),
         dense=plan.dense,
         totals=totals(plan),
@@ -233,60 +251,13 @@ def compress_model(
     return CompressionResult(built, tokenizer, report, source.folder if source else None)
 
 
-def _calibrate(
-    model: PreTrainedModel,
-    plan: Plan,
-    texts: CalibrationText,
-    tokenizer: Any,
-    seed: int,
-    batch_size: int | None,
-    progress: bool,
-) -> tuple[Statistics, CalibrationRecord]:
-    config = model.config.to_dict()
-    batches, record = make_batches(
-        texts,
-        tokenizer,
-        masked=plan.architecture.endswith(MASKED_HEADS),
-        positions=clamp_length(tokenizer, config).model_max_length,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    wanted = [m for group in plan.groups if group.rule.objective.calibrated for m in group.matrices]
-    statistics = collect(
-        model,
-        wanted,
-        batches,
-        tied=plan.skeleton.tied and plan.recipe.sensitive,
-        progress=lambda items: tqdm(items, desc="calibrating", unit="batch", disable=not progress),
-    )
-    if plan.recipe.sensitive:
-        asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]
-        words = [m for m in plan.skeleton.matrices if m.kind == "word_embeddings"]
-        # Positions are added to words: what is said of an error in one holds for the other.
-        measured = [m for m in asked if not m.embedding] + (words if any(m.embedding for m in asked) else [])
-        statistics.sensitivity = measure_sensitivity(
-            model,
-            measured,
-            batches,
-            mask_token=tokenizer.mask_token_id if record.masked else None,
-            seed=seed,
-            progress=lambda items: tqdm(items, desc="sensitivity", unit="batch", disable=not progress),
-        )
-        if silent := [m.name for m in measured if m.name not in statistics.sensitivity.output_moments]:
-            raise CompressionError(
-                f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
-                "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."
-            )
-    return statistics, record
-
-
 def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Plan:
     """Return the plan with the bytes that its groups have in all given to those that gain most from them."""
     state = model.state_dict()
     choices = []
     for group in tqdm(plan.groups, desc="allocating", unit="group", disable=not progress):
         problem = problem_of(group, state, plan.skeleton.prefix, statistics)
-        candidates = range(1, group.structure.limit(sum(group.rows), group.columns) + 1)
+        candidates = range(1, group.structure.limit(group.shape) + 1)
         costs = [float(replace(group, size=size).stored_bytes) for size in candidates]
         dense = group.parameters * STORAGES[plan.dtype]
         costs = [cost for cost in costs if cost < dense]  # they grow with size: what is left is a beginning
@@ -295,42 +266,6 @@ def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progr
     budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in plan.groups)
     chosen = allocate(choices, budget)
     return plan.resized({group.name: i + 1 for group, i in zip(plan.groups, chosen, strict=True)})
-
-
-def _solve_groups(
-    model: PreTrainedModel, plan: Plan, statistics: Statistics, seed: int, progress: bool
-) -> tuple[dict[str, Tensor], list[GroupReport]]:
-    """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each."""
-    state = model.state_dict()
-    prefix = plan.skeleton.prefix
-    tensors: dict[str, Tensor] = {}
-    reports: dict[str, GroupReport] = {}
-    # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
-    order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
-    last_use = {m.inputs: group.name for _, group in order for m in group.matrices}
-    with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
-        for index, group in order:
-            started, before = time.perf_counter(), bar.n
-
-            def step(share: float, before: float = before) -> None:
-                bar.update(before + share - bar.n)
-
-            problem = replace(problem_of(group, state, prefix, statistics), seed=seed + index, progress=step)
-            solved = solve(problem)
-            stored = rounded_factors(group, solved, plan.dtype)
-            tensors |= named_tensors(group, stored, prefix)
-            reports[group.name] = group_report(
-                group,
-                problem,
-                list(reconstructed(group, stored)),
-                seconds=time.perf_counter() - started,
-                notes=solved.notes,
-            )
-            for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
-                if last_use[matrix.inputs] == group.name:
-                    statistics.input_moments.pop(matrix.inputs, None)
-            step(1.0)
-    return tensors, [reports[group.name] for group in plan.groups]
 
 
 def _check_finite(model: nn.Module, title: str) -> None:

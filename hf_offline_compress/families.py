@@ -51,6 +51,7 @@ class Matrix:
         bias: whether its module has a bias.
         transposed: whether the checkpoint keeps it as [in, out].
         part: of a fused module, the part that this matrix is (see `PARTS`).
+        heads: attention heads that the rows are cut into; 1 where they are not.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Matrix:
     bias: bool = True
     transposed: bool = False
     part: str | None = None
+    heads: int = 1
 
     @property
     def name(self) -> str:
@@ -115,6 +117,7 @@ class Skeleton:
         transposed: bool = False,
         fused: bool = False,
         in_base: bool = True,
+        heads: int = 1,
     ) -> None:
         """Add a linear layer [rows, columns]; `fused` cuts it into `PARTS` of equal rows, each a matrix of its own."""
         full = f"{self.prefix if in_base else ''}{module}"
@@ -136,6 +139,7 @@ class Skeleton:
                     bias=bias,
                     transposed=transposed,
                     part=part,
+                    heads=heads,
                 )
             )
 
@@ -206,7 +210,15 @@ def _encoder(c: Mapping[str, Any], skeleton: Skeleton, *, pooler: bool) -> None:
     for i in range(c["num_hidden_layers"]):
         at = f"encoder.layer.{i}"
         for kind in PARTS:
-            skeleton.linear(f"{at}.attention.self.{kind}", width, width, kind, layer=i, inputs=f"{at}.attention.self")
+            skeleton.linear(
+                f"{at}.attention.self.{kind}",
+                width,
+                width,
+                kind,
+                layer=i,
+                inputs=f"{at}.attention.self",
+                heads=c["num_attention_heads"],
+            )
         skeleton.linear(f"{at}.attention.output.dense", width, width, "attention_output", layer=i)
         skeleton.norm(f"{at}.attention.output.LayerNorm", width)
         if c["is_decoder"] and c["add_cross_attention"]:
@@ -273,7 +285,16 @@ def _gpt2(c: Mapping[str, Any], architecture: str, skeleton: Skeleton) -> None:
     for i in range(c["n_layer"]):
         at = f"h.{i}"
         skeleton.norm(f"{at}.ln_1", width)
-        skeleton.linear(f"{at}.attn.c_attn", 3 * width, width, "query", layer=i, transposed=True, fused=True)
+        skeleton.linear(
+            f"{at}.attn.c_attn",
+            3 * width,
+            width,
+            "query",
+            layer=i,
+            transposed=True,
+            fused=True,
+            heads=c["n_head"],
+        )
         skeleton.linear(f"{at}.attn.c_proj", width, width, "attention_output", layer=i, transposed=True)
         skeleton.norm(f"{at}.ln_2", width)
         if c["add_cross_attention"]:
@@ -300,6 +321,7 @@ def _gpt2(c: Mapping[str, Any], architecture: str, skeleton: Skeleton) -> None:
 _ENCODER_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
+    "num_attention_heads": 12,
     "intermediate_size": 3072,
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
@@ -368,6 +390,7 @@ FAMILIES = {
                 "n_positions": 1024,
                 "n_embd": 768,
                 "n_layer": 12,
+                "n_head": 12,
                 "add_cross_attention": False,
                 "tie_word_embeddings": True,
                 "summary_use_proj": True,

@@ -12,11 +12,13 @@ from typing import Any
 from .errors import CompressionError, listing
 from .families import Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
-from .structures import INDEX_DTYPE, Shape, Structure
+from .structures import GroupShape, Shape, Stored, Structure
 
 FORMAT_VERSION = 1
 DECODERS = "compression_decoders"
 FLOAT32 = 4
+# Heads that predict only from several inputs at once.
+SEVERAL_INPUTS = ("MultipleChoice", "DoubleHeadsModel")
 _TOO_SMALL = "would not shrink"
 
 
@@ -28,8 +30,8 @@ class Group:
         name: unique in the plan; also the name of the decoder that its members share.
         rule: the recipe's rule that made it.
         matrices: the members, of one kind and one number of columns.
-        size: rank or latent width.
-        storage: dtype of the stored tensors.
+        size: rank, latent width, or whatever the structure counts.
+        storage: dtype of the stored numbers.
     """
 
     name: str
@@ -45,24 +47,29 @@ class Group:
         return self.rule.structure
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of each member."""
-        return tuple(matrix.rows for matrix in self.matrices)
+    def shape(self) -> GroupShape:
+        """What sizes depend on."""
+        return shape_of(self.matrices)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all members together."""
+        return self.shape.all_rows
 
     @property
     def columns(self) -> int:
         """Columns of every member."""
-        return self.matrices[0].columns
+        return self.shape.columns
 
     @property
     def parameters(self) -> int:
         """Number of weights that the group stands for."""
-        return sum(self.rows) * self.columns
+        return self.shape.parameters
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that are stored for the group."""
-        return self.structure.stored_bytes(self.size, self.rows, self.columns, STORAGES[self.storage])
+        return self.structure.stored_bytes(self.size, self.shape, STORAGES[self.storage])
 
     @property
     def ratio(self) -> float:
@@ -74,25 +81,36 @@ class Group:
         """Whether the decoder belongs to several members and lies in the base model."""
         return len(self.matrices) > 1
 
-    def member_tensors(self, matrix: Matrix, prefix: str) -> dict[str, Shape]:
-        """Return full name and shape of the tensors of one member's own."""
+    def member_tensors(self, matrix: Matrix, prefix: str) -> dict[str, Stored]:
+        """Return the tensors of one member's own, by full name."""
         at = f"{prefix if matrix.in_base else ''}{matrix.name}"
-        own = self.structure.member_tensors(self.size, matrix.rows, matrix.columns)
-        return {f"{at}.{name}": shape for name, shape in own.items()}
+        own = self.structure.member_tensors(self.size, self.shape)
+        return {f"{at}.{name}": tensor for name, tensor in own.items()}
 
-    def decoder_tensors(self, prefix: str) -> dict[str, Shape]:
-        """Return full name and shape of the tensors that decode the members."""
-        only, structure = self.matrices[0], self.structure
+    def decoder_tensors(self, prefix: str) -> dict[str, Stored]:
+        """Return the tensors that decode the members, by full name."""
+        only = self.matrices[0]
         at = (
             f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{prefix if only.in_base else ''}{only.name}.decoder"
         )
-        shapes = structure.decoder_tensors(self.size, self.columns) | structure.index_tensors(self.size, self.columns)
-        return {f"{at}.{name}": shape for name, shape in shapes.items()}
+        tensors = self.structure.decoder_tensors(self.size, self.shape)
+        return {f"{at}.{name}": tensor for name, tensor in tensors.items()}
 
-    def dtype_of(self, tensor: str) -> str:
-        """Return the dtype that a tensor of the group, by its full name, is stored in."""
-        indices = self.structure.index_tensors(self.size, self.columns)
-        return INDEX_DTYPE if tensor.rpartition(".")[2] in indices else self.storage
+
+def shape_of(matrices: tuple[Matrix, ...]) -> GroupShape:
+    """Return the shape of a group of these matrices.
+
+    Raises:
+        CompressionError: they are not of one shape.
+    """
+    first = matrices[0]
+    for other in matrices[1:]:
+        if (other.rows, other.columns) != (first.rows, first.columns):
+            raise CompressionError(
+                f"{first.name} [{first.rows}, {first.columns}] and {other.name} [{other.rows}, {other.columns}] are not of "
+                "one shape, so they cannot be compressed together; use the grouping separated."
+            )
+    return GroupShape(len(matrices), first.rows, first.columns, first.heads, first.embedding)
 
 
 @dataclass(frozen=True)
@@ -156,10 +174,10 @@ class Plan:
         """Return full name → shape and dtype of every tensor that is stored for the chosen matrices."""
         names: dict[str, tuple[Shape, str]] = {}
         for group in self.groups:
-            shapes = group.decoder_tensors(self.skeleton.prefix)
+            stored = group.decoder_tensors(self.skeleton.prefix)
             for matrix in group.matrices:
-                shapes |= group.member_tensors(matrix, self.skeleton.prefix)
-            names |= {name: (shape, group.dtype_of(name)) for name, shape in shapes.items()}
+                stored |= group.member_tensors(matrix, self.skeleton.prefix)
+            names |= {name: (tensor.shape, tensor.dtype or group.storage) for name, tensor in stored.items()}
         return names
 
     def resized(self, sizes: Mapping[str, int]) -> Plan:
@@ -179,7 +197,7 @@ class Plan:
                     member["head"] = True
                 members.append(member)
             groups[group.name] = {
-                **group.structure.runtime(group.size),
+                **group.structure.runtime(group.size, group.shape),
                 "storage": group.storage,
                 "shared": group.shared,
                 "members": members,
@@ -209,6 +227,7 @@ def make_plan(
     skeleton = family.skeleton(config, architecture)
     _check_matches(recipe, skeleton, architecture)
     _check_ratios(recipe, dtype)
+    _check_importance(recipe, architecture, family.base_class)
 
     groups: list[Group] = []
     dense: list[Dense] = []
@@ -250,6 +269,17 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
             )
 
 
+def _check_importance(recipe: Recipe, architecture: str, base_class: str) -> None:
+    """Raise if gradients of predictions are asked for where nothing is predicted."""
+    asked = [r.objective.importance for r in recipe.rules if r.structure and r.objective.importance != "none"]
+    if asked and (architecture == base_class or architecture.endswith(SEVERAL_INPUTS)):
+        raise CompressionError(
+            f"The importance '{asked[0]}' needs a language model's head or a task's, and {architecture} has none that "
+            "predicts on plain text; pass a checkpoint with such a head, choose one with auto_class, or take another "
+            "objective."
+        )
+
+
 def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tuple[Rule, tuple[Matrix, ...]]]:
     """Return the matrices that rules apply to, in the groups that the rules ask for; the others go to `dense`."""
     found: dict[tuple[Any, ...], list[Matrix]] = {}
@@ -269,15 +299,15 @@ def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tup
 
 def _sized(rule: Rule, matrices: tuple[Matrix, ...], dtype: str) -> Group | str:
     """Return the largest group within the rule's budget, or the reason for which the matrices stay dense."""
-    assert rule.structure is not None
-    storage = rule.storage or dtype
-    rows, columns = tuple(matrix.rows for matrix in matrices), matrices[0].columns
-    parameters = sum(rows) * columns
-    budget = int(parameters * FLOAT32 / rule.ratio)
-    size = rule.structure.fit(rows, columns, budget, STORAGES[storage])
+    structure = rule.structure
+    assert structure is not None
+    storage, shape = rule.storage or dtype, shape_of(matrices)
+    structure.check(shape)
+    size = structure.fit(shape, int(shape.parameters * FLOAT32 / rule.ratio), STORAGES[storage])
     if size == 0:
         return (
-            f"{_TOO_SMALL}: even the smallest {rule.structure.title.lower()} is larger than ratio {rule.ratio:g} allows"
+            f"{_TOO_SMALL}: even the smallest {structure.title.lower()} ({structure.unit} {structure.minimum}) is larger "
+            f"than ratio {rule.ratio:g} allows"
         )
     return Group(_name(matrices), rule, matrices, size, storage)
 

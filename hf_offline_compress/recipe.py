@@ -18,6 +18,8 @@ from .families import KINDS, SHORTHANDS, Matrix
 from .structures import STRUCTURES, Structure
 
 STORAGES = {"float32": 4, "float16": 2, "bfloat16": 2}
+IMPORTANCES = ("none", "fisher", "l1_sensitivity")
+NORMALIZATIONS = ("sum", "power", "log")
 DEFAULT_MODULES = ("linears", "word_embeddings")
 
 
@@ -36,6 +38,11 @@ class Objective:
             for an embedding how often each token occurs.
         sensitive: weigh errors also by what they do to the model's own output, to second order (Gauss-Newton): the
             second moments of the gradients at the layer's outputs. Needs `calibrated`.
+        importance: weigh rows by gradients of the predicted probability of correct tokens (arXiv 2302.04045): "fisher",
+            their squares; "l1_sensitivity", their absolute values; "none". Needs a head to take gradients from.
+        parameter_wise: weigh every parameter by itself, and not rows. Only errors of single parameters can be: L2 and L1.
+        normalization: what becomes of the rows' weights where an autoencoder's loss is multiplied by them, before they
+            are divided by their mean in a batch: "sum", nothing; "power", their square root; "log", log(1 + w / mean w).
     """
 
     cosine: float = 0.0
@@ -43,6 +50,9 @@ class Objective:
     l1: float = 0.0
     calibrated: bool = False
     sensitive: bool = False
+    importance: str = "none"
+    parameter_wise: bool = False
+    normalization: str = "sum"
 
     def __post_init__(self) -> None:
         """Reject a loss that is nothing, or rewards an error."""
@@ -56,17 +66,40 @@ class Objective:
             raise CompressionError(
                 "An objective that is sensitive must be calibrated too: both are measured on the text."
             )
+        for name, known in (("importance", IMPORTANCES), ("normalization", NORMALIZATIONS)):
+            if getattr(self, name) not in known:
+                raise CompressionError(f"The {name} '{getattr(self, name)}' is unknown; known are {listing(known)}.")
+        if self.calibrated and self.importance != "none":
+            raise CompressionError(
+                "An objective is either calibrated, or weighted by an importance: both say how much errors count."
+            )
+        if self.parameter_wise and self.importance == "none":
+            raise CompressionError("parameter_wise needs an importance, fisher or l1_sensitivity.")
+        if self.parameter_wise and self.cosine:
+            raise CompressionError(
+                "Weights of single parameters do not go with a cosine loss, which knows only whole rows; use l2 or l1, "
+                "or leave parameter_wise out."
+            )
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of what is asked for, as `Structure.objectives` lists them."""
-        return tuple(name for name in ("cosine", "l2", "l1", "calibrated", "sensitive") if getattr(self, name))
+        asked = [name for name in ("cosine", "l2", "l1", "calibrated", "sensitive") if getattr(self, name)]
+        if self.importance != "none":
+            asked.append("parameter_wise" if self.parameter_wise else "importance")
+        return tuple(asked)
+
+    def without_data(self) -> Objective:
+        """Return the objective for when there is no text."""
+        return replace(self, calibrated=False, sensitive=False, importance="none", parameter_wise=False)
 
 
 OBJECTIVES = {
     "l2": Objective(l2=1.0),
     "calibrated": Objective(l2=1.0, calibrated=True),
     "sensitive": Objective(l2=1.0, calibrated=True, sensitive=True),
+    "fisher": Objective(l2=1.0, importance="fisher"),
+    "l1_sensitivity": Objective(l2=1.0, importance="l1_sensitivity"),
 }
 ALLOCATIONS = ("uniform", "by_gain")
 
@@ -123,6 +156,11 @@ class Rule:
         if self.storage is not None and self.storage not in STORAGES:
             raise CompressionError(f"The storage '{self.storage}' is unknown; known are {listing(STORAGES)}.")
         _check_selectors(self.modules)
+        if self.structure and not self.structure.shares and self.grouping.layers != 1:
+            raise CompressionError(
+                f"The grouping '{self.grouping}' does not go with the structure '{self.structure.name}', which has nothing "
+                "that several matrices could share; use separated."
+            )
         unfit = [t for t in self.objective.terms if self.structure and t not in self.structure.objectives]
         if self.structure and unfit:
             raise CompressionError(
@@ -172,7 +210,9 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether any rule wants calibration text."""
-        return any(rule.objective.calibrated for rule in self.rules if rule.structure)
+        return any(
+            rule.objective.calibrated or rule.objective.importance != "none" for rule in self.rules if rule.structure
+        )
 
     @property
     def sensitive(self) -> bool:
@@ -212,10 +252,7 @@ class Recipe:
         return replace(
             self,
             allocation="uniform",
-            rules=tuple(
-                replace(rule, objective=replace(rule.objective, calibrated=False, sensitive=False))
-                for rule in self.rules
-            ),
+            rules=tuple(replace(rule, objective=rule.objective.without_data()) for rule in self.rules),
         )
 
     def to_dict(self) -> dict[str, Any]:

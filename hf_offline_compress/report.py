@@ -26,7 +26,7 @@ class GroupReport:
         name: as in the plan.
         kind: of its matrices.
         structure: name of the structure.
-        size: rank or latent width.
+        size: rank, latent width, or whatever the structure counts.
         members: names of the matrices.
         rows: of all members together.
         columns: of each.
@@ -72,6 +72,7 @@ class Report:
         seed: of everything random.
         dtype: of what stays dense.
         calibration: source, hash and size of the text; None if no text was used.
+        validation: source and hash of the text that training was judged by; None if it was judged by its loss.
         groups: what was compressed.
         dense: what was not, and why.
         totals: bytes, parameters and ratios of the whole.
@@ -85,6 +86,7 @@ class Report:
     seed: int
     dtype: str
     calibration: dict[str, Any] | None
+    validation: dict[str, str] | None
     groups: tuple[GroupReport, ...]
     dense: tuple[Dense, ...]
     totals: dict[str, float]
@@ -142,7 +144,7 @@ def group_report(
         structure=group.structure.name,
         size=group.size,
         members=tuple(matrix.name for matrix in group.matrices),
-        rows=sum(group.rows),
+        rows=group.rows,
         columns=group.columns,
         parameters=group.parameters,
         stored_bytes=group.stored_bytes,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .calibration import add_gram_
 from .calibration_text import Batch
 from .families import PARTS, Matrix
+from .plan import SEVERAL_INPUTS
 
 # A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
 TOKENS_AT_ONCE = 512
@@ -149,7 +150,7 @@ def _probe(
 
 def _speaks(model: nn.Module) -> bool:
     """Whether the model has logits on plain batches: a head, but not one that chooses between several inputs."""
-    return model.base_model is not model and not type(model).__name__.endswith(("MultipleChoice", "DoubleHeadsModel"))
+    return model.base_model is not model and not type(model).__name__.endswith(SEVERAL_INPUTS)
 
 
 def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -16,24 +16,41 @@ from .solvers import Problem
 # Rows of an embedding count by how often their token occurs, and this share of the weight goes to all alike: a token
 # that the calibration text lacks may well occur in use.
 UNIFORM_SHARE = 0.5
+# Rows that the text says nothing of are not given up: they weigh this share of the mean.
+LEAST_IMPORTANCE = 0.01
 EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
 
 
 def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: Statistics) -> Problem:
     """Return what is to be solved for a group: its matrices, and how errors in them are weighted."""
     weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
-    problem = Problem(group.structure, group.rule.objective, group.size, weights)
-    if not group.rule.objective.calibrated:
+    first, objective = group.matrices[0], group.rule.objective
+    problem = Problem(group.structure, objective, group.size, weights, heads=first.heads, embedding=first.embedding)
+    if objective.importance != "none":
+        return _important(group, problem, statistics)
+    if not objective.calibrated:
         return problem
-    first, sensitivity = group.matrices[0], statistics.sensitivity
+    sensitivity = statistics.sensitivity
     if first.embedding:
         return _embedding_problem(group, problem, statistics)
     found = [statistics.input_moments[m.inputs] for m in group.matrices]
     outputs = None
-    if sensitivity and group.rule.objective.sensitive:
+    if sensitivity and objective.sensitive:
         outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
     pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
     return replace(problem, input_moments=pooled, output_moments=outputs)
+
+
+def _important(group: Group, problem: Problem, statistics: Statistics) -> Problem:
+    """Return the problem with squared errors weighted by squared importances, as FWSVD has it (ICLR 2022)."""
+    objective = group.rule.objective
+    measured = statistics.importance[objective.importance, objective.parameter_wise]
+    found = [measured[matrix.name] for matrix in group.matrices]
+    mean = torch.stack([weights.mean() for weights in found]).mean()
+    squared = [weights.clamp_min(LEAST_IMPORTANCE * mean).square() for weights in found]
+    if objective.parameter_wise:
+        return replace(problem, parameter_weights=tuple(squared))
+    return replace(problem, row_weights=torch.cat(squared))
 
 
 def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -> Problem:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import hf_offline_compress.compressor as compressor
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
-from hf_offline_compress.structures import LowRank
+from hf_offline_compress.structures import LowRank, Stored
 
 
 @pytest.fixture(scope="module")
@@ -344,8 +344,8 @@ def test_what_the_output_does_not_depend_on():
 
 def test_solver_and_structure_must_agree(base, monkeypatch):
     class Forgetful(LowRank):
-        def decoder_tensors(self, size, columns):
-            return {**super().decoder_tensors(size, columns), "bias": (columns,)}
+        def decoder_tensors(self, size, shape):
+            return {**super().decoder_tensors(size, shape), "bias": Stored((shape.columns,))}
 
     with pytest.raises(RuntimeError, match="tensors other than planned"):
         quick(base, Recipe("r", (Rule(Forgetful()),)))

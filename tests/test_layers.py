@@ -6,31 +6,44 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, FusedLinear, TiedHead
-from hf_offline_compress.structures import Autoencoder, LowRank
+from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
+from hf_offline_compress.runtime.packing_compressed import pack, unpack
+from hf_offline_compress.structures import Autoencoder, GroupShape, Kronecker, LowRank, Quantized, Sparse, Tucker
 
-ENTRIES = {
-    "low_rank": LowRank().runtime(5),
-    "low_rank_with_identity": LowRank(identity_block=True).runtime(5),
-    "linear_autoencoder": Autoencoder(decoder="linear").runtime(5),
-    "linear_autoencoder_with_bias": Autoencoder(decoder="linear", norms=False).runtime(5),
-    "autoencoder": Autoencoder().runtime(5),
-    "autoencoder_without_norms": Autoencoder(norms=False, output_activation="none").runtime(5),
-}
 ROWS, COLUMNS = 14, 9
+SHAPE = GroupShape(1, ROWS, COLUMNS, heads=2)
+# structure and size
+STRUCTURES = {
+    "low_rank": (LowRank(), 5),
+    "low_rank_with_identity": (LowRank(identity_block=True), 5),
+    "linear_autoencoder": (Autoencoder(decoder="linear"), 5),
+    "linear_autoencoder_with_bias": (Autoencoder(decoder="linear", norms=False), 5),
+    "autoencoder": (Autoencoder(), 5),
+    "autoencoder_without_norms": (Autoencoder(norms=False, output_activation="none"), 5),
+    "kronecker": (Kronecker(), 3),
+    "tucker": (Tucker(), 4),
+    "sparse": (Sparse(), 30),
+    "sparse_with_zeros": (Sparse(compact=False), 30),
+    "quantized": (Quantized(), 3),
+    "quantized_in_groups": (Quantized(group_size=4), 5),
+}
+ENTRIES = {name: structure.runtime(size, SHAPE) for name, (structure, size) in STRUCTURES.items()}
 every_entry = pytest.mark.parametrize("entry", list(ENTRIES))
 
 
 def make(kind, entry, shared=False, **options):
     group = {**ENTRIES[entry], "storage": "float32"}
     layer_class = (LINEARS if kind == "linear" else EMBEDDINGS)[group["structure"]]
-    decoder = layer_class.decoder_class(group, COLUMNS) if shared else None
+    decoder = layer_class.decoder_class(group, COLUMNS) if shared and layer_class.decoder_class else None
     layer = layer_class(ROWS, COLUMNS, group, decoder, **options)
-    for parameter in [*layer.parameters(), *(decoder.parameters() if decoder is not None else ())]:
+    both = torch.nn.ModuleList([layer] if decoder is None else [layer, decoder])
+    for parameter in both.parameters():
         torch.nn.init.normal_(parameter)
-    for module in (layer.decoder if decoder is None else decoder,):
-        if getattr(module, "order", None) is not None:
-            module.order.copy_(torch.randperm(COLUMNS))
+    for name, buffer in both.named_buffers():
+        if name.endswith("order"):
+            buffer.copy_(torch.randperm(COLUMNS))
+        else:
+            buffer.copy_(torch.randint(256, buffer.shape))
     return layer, decoder
 
 
@@ -63,7 +76,7 @@ def test_every_factor_gets_a_gradient(entry):
     for kind, call in (("linear", torch.randn(2, COLUMNS)), ("embedding", torch.arange(ROWS))):
         layer, decoder = make(kind, entry, shared=True)
         layer(call).square().sum().backward()
-        for name, parameter in [*layer.named_parameters(), *decoder.named_parameters()]:
+        for name, parameter in torch.nn.ModuleList([layer, decoder]).named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
@@ -154,15 +167,27 @@ def test_compiles_in_one_graph(entry):
 def test_resizing_keeps_rows_and_adds_the_mean(entry):
     layer, _ = make("embedding", entry)
     before = layer.dense_weight().detach()
-    latents = layer.latents.detach().clone()
+    own = {name: tensor.detach().clone() for name, tensor in layer.named_parameters(recurse=False)}
+    if entry.startswith(("kronecker", "tucker", "sparse")):
+        with pytest.raises(NotImplementedError, match="resize the base model, then compress it"):
+            layer.resize(ROWS + 3)
+        return
     layer.resize(ROWS + 3)
-    torch.testing.assert_close(layer.dense_weight()[:ROWS], before)
-    torch.testing.assert_close(layer.latents[ROWS:], latents.mean(dim=0).expand(3, -1))
+    after = layer.dense_weight()
+    torch.testing.assert_close(after[:ROWS], before)
+    if entry.startswith("quantized"):
+        step = layer.scales[ROWS:].max() / 2
+        torch.testing.assert_close(after[ROWS:], before.mean(dim=0).expand(3, -1), atol=float(step) * 1.01, rtol=0)
+    else:
+        torch.testing.assert_close(layer.latents[ROWS:], own["latents"].mean(dim=0).expand(3, -1))
     layer.resize(4)
     torch.testing.assert_close(layer.dense_weight(), before[:4])
 
 
-def test_fused_parts_side_by_side():
-    parts = {name: torch.nn.Linear(4, 2) for name in ("query", "key", "value")}
-    x = torch.randn(3, 4)
-    assert FusedLinear(parts)(x).equal(torch.cat([part(x) for part in parts.values()], dim=-1))
+@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize("count", [1, 7, 8, 30])
+def test_packing(bits, count):
+    codes = torch.randint(2**bits, (3, count), dtype=torch.int32)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, -(-count * bits // 8))
+    assert unpack(packed, bits, count).equal(codes)

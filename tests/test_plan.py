@@ -3,34 +3,35 @@
 import pytest
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, load_recipe, make_plan
-from hf_offline_compress.structures import Autoencoder, LowRank
+from hf_offline_compress.structures import Autoencoder, GroupShape, LowRank
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 
 
 @pytest.mark.parametrize(
-    "rows,autoencoder,svd",
+    "members,autoencoder,svd",
     [
-        ((30522,), (217, 67, 26), (249, 74, 29)),
-        ((768,), (45, 14, 5), (128, 38, 15)),
-        ((768,) * 12, (168, 54, 21), (236, 70, 28)),
+        ((1, 30522), (217, 67, 26), (249, 74, 29)),
+        ((1, 768), (45, 14, 5), (128, 38, 15)),
+        ((12, 768), (168, 54, 21), (236, 70, 28)),
     ],
     ids=["embeddings", "key", "12 keys"],
 )
-def test_sizes_of_the_papers(rows, autoencoder, svd):
+def test_sizes_of_the_papers(members, autoencoder, svd):
     for ratio, latent, rank in zip((3, 10, 25), autoencoder, svd, strict=True):
-        budget = int(sum(rows) * 768 / ratio)
-        assert Autoencoder().fit(rows, 768, 4 * budget, 4) == latent
-        assert LowRank().fit(rows, 768, 4 * budget, 4) == rank
+        shape = GroupShape(*members, 768)
+        budget = int(shape.parameters / ratio)
+        assert Autoencoder().fit(shape, 4 * budget, 4) == latent
+        assert LowRank().fit(shape, 4 * budget, 4) == rank
         # k = int((nm/CR − m − n·[norm]) / (n + m)), the linear autoencoder's
         for norms in (False, True):
-            expected = int((budget - 768 - sum(rows) * norms) / (sum(rows) + 768))
-            assert Autoencoder(decoder="linear", norms=norms).fit(rows, 768, 4 * budget, 4) == expected
+            expected = int((budget - 768 - shape.all_rows * norms) / (shape.all_rows + 768))
+            assert Autoencoder(decoder="linear", norms=norms).fit(shape, 4 * budget, 4) == expected
 
 
 def test_a_nonlinear_autoencoder_counts_every_number():
     x, n, m = 45, 768, 768
-    assert Autoencoder().parameters(x, (n,), m) == 10 * x * x + (n + 6 + 4 * m) * x + m + n
+    assert Autoencoder().parameters(x, GroupShape(1, n, m)) == 10 * x * x + (n + 6 + 4 * m) * x + m + n
 
 
 def plan(recipe="svd", config=BERT, **changes):

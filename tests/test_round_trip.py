@@ -16,7 +16,7 @@ from common import HEADS, TEXTS, make_model, make_tokenizer, outputs_of
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
-from hf_offline_compress.structures import Autoencoder, LowRank, Training
+from hf_offline_compress.structures import Autoencoder, Kronecker, LowRank, Quantized, Sparse, Training, Tucker
 
 CALIBRATED = Objective(l2=1.0, calibrated=True)
 SENSITIVE = Objective(l2=1.0, calibrated=True, sensitive=True)
@@ -38,6 +38,14 @@ RECIPES = {
     "autoencoder_shared": Recipe(
         "autoencoder_shared", (Rule(Autoencoder(training=QUICK), COSINE, Grouping(2), ratio=1.5),), modules=ALL
     ),
+    "kronecker": Recipe("kronecker", (Rule(Kronecker(polish=2), COSINE, Grouping(None), ratio=2.0),), modules=ALL),
+    "tucker": Recipe(
+        "tucker",
+        (Rule(Tucker(polish=2), Objective(l2=1.0), Grouping(None), ratio=2.0, storage="bfloat16"),),
+        modules=ALL,
+    ),
+    "sparse": Recipe("sparse", (Rule(Sparse(), CALIBRATED, ratio=2.0),), modules=(".+",)),
+    "quantized": Recipe("quantized", (Rule(Quantized(group_size=8), ratio=2.0, storage="float16"),), modules=(".+",)),
     "linear_autoencoder": Recipe(
         "linear_autoencoder",
         (Rule(Autoencoder(decoder="linear", norms=False, training=QUICK), COSINE, ratio=2.0),),
@@ -45,7 +53,10 @@ RECIPES = {
     ),
 }
 CASES = [
-    (t, h, r) for t, h in HEADS for r in RECIPES if r in ("low_rank", "allocated", "autoencoder_shared") or "LM" in h
+    (t, h, r)
+    for t, h in HEADS
+    for r in RECIPES
+    if r in ("low_rank", "allocated", "autoencoder_shared", "quantized") or "LM" in h
 ]
 LOADER = Path(__file__).with_name("load_folders.py")
 
@@ -137,16 +148,12 @@ def test_tied_heads_stay_tied(folders, model_type, head, recipe):
     hidden = torch.randn(2, embedding.embedding_dim)
     bias = 0 if output.bias is None else output.bias
     torch.testing.assert_close(output(hidden), hidden @ embedding.dense_weight().T + bias, atol=1e-4, rtol=1e-4)
-    names = safe_open(folder / "model.safetensors", "pt").keys()
-    words = embedding.num_embeddings
-    assert sum("word_embeddings.latents" in n or "wte.latents" in n for n in names) == 1
+    words, width = embedding.num_embeddings, embedding.embedding_dim
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert not any(
-            file.get_slice(n).get_shape()[:1] == [words]
-            and len(file.get_slice(n).get_shape()) == 2
-            and "latents" not in n
-            for n in file.keys()
-        )
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    assert any(".word_embeddings." in name or ".wte." in name for name in shapes)
+    dense = ("word_embeddings.weight", "wte.weight", "decoder.weight", "lm_head.weight")
+    assert not [name for name, shape in shapes.items() if shape == [words, width] and name.endswith(dense)]
 
 
 def test_nothing_of_this_machine_is_saved(folders):

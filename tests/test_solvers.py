@@ -10,9 +10,18 @@ from hf_offline_compress.calibration import add_gram_
 from hf_offline_compress.recipe import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.solvers import Problem, solve
-from hf_offline_compress.solvers.autoencoder import loss_terms
 from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
-from hf_offline_compress.structures import Autoencoder, LowRank, Training
+from hf_offline_compress.solvers.polishing import importances, loss_terms
+from hf_offline_compress.structures import (
+    Autoencoder,
+    GroupShape,
+    Kronecker,
+    LowRank,
+    Quantized,
+    Sparse,
+    Training,
+    Tucker,
+)
 
 L2 = Objective(l2=1.0)
 COSINE = Objective(cosine=1.0)
@@ -35,7 +44,7 @@ def moments(columns, seed=1):
 
 def reconstruct(problem, factors):
     """Return what the runtime layers make of the factors, members stacked."""
-    entry = {**problem.structure.runtime(problem.size), "storage": "float32"}
+    entry = {**problem.structure.runtime(problem.size, problem.shape), "storage": "float32"}
     parts = []
     for weight, own in zip(problem.weights, factors.members, strict=True):
         layer = LINEARS[entry["structure"]](*weight.shape, entry)
@@ -113,9 +122,9 @@ def test_an_identity_block_changes_the_bytes_and_nothing_else(shape, rank, input
     torch.testing.assert_close(
         low_rank(weight, rank, LowRank(identity_block=True), input_moments=h), plain, atol=1e-4, rtol=0
     )
-    numbers = [LowRank(identity_block=b).parameters(rank, shape[:1], shape[1]) for b in (False, True)]
+    numbers = [LowRank(identity_block=b).parameters(rank, GroupShape(1, *shape)) for b in (False, True)]
     assert numbers[0] - numbers[1] == rank**2
-    assert LowRank(identity_block=True).parameters(min(shape), shape[:1], shape[1]) == shape[0] * shape[1]
+    assert LowRank(identity_block=True).parameters(min(shape), GroupShape(1, *shape)) == shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -208,7 +217,11 @@ def test_training_helps():
     assert losses[1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("structure", [LowRank(), *AUTOENCODERS], ids=lambda s: f"{s.name}-{getattr(s, 'decoder', '')}")
+@pytest.mark.parametrize(
+    "structure",
+    [LowRank(), *AUTOENCODERS, Kronecker(), Tucker(), Sparse(), Quantized()],
+    ids=lambda s: f"{s.name}-{getattr(s, 'decoder', '')}",
+)
 def test_same_seed_same_bytes(structure):
     weight = matrix(40, 12)
     first, second = (solve(Problem(structure, L2, 3, (weight,), seed=5)) for _ in range(2))
@@ -222,3 +235,141 @@ def test_solving_leaves_the_random_state_alone():
     torch.manual_seed(3)
     solve(Problem(AUTOENCODERS[2], L2, 3, (matrix(40, 12),)))
     assert torch.rand(4).equal(expected)
+
+
+def error(problem):
+    return torch.linalg.norm(torch.cat(problem.weights) - reconstruct(problem, solve(problem)))
+
+
+# 14 and 26 have no divisors near their roots: the products are cropped.
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (14, 26)])
+@pytest.mark.parametrize("members", [1, 3])
+def test_structures_that_can_be_exact_are(shape, members):
+    weights = tuple(matrix(*shape, seed) for seed in range(members))
+    for structure in (Kronecker(), Tucker(polish=0), Tucker(polish=20), Sparse()):
+        if members > 1 and not structure.shares:
+            continue
+        problem = Problem(structure, L2, 1, weights, heads=2)
+        problem = dataclasses.replace(problem, size=structure.limit(problem.shape))
+        assert float(error(problem)) < 1e-4 * float(torch.cat(weights).norm()), structure
+
+
+@pytest.mark.parametrize("structure", [Kronecker(polish=0), Tucker(polish=0), Sparse(), Quantized(), Quantized(5)])
+@pytest.mark.parametrize("shape", [(24, 16), (14, 26)])
+def test_closed_forms_never_get_worse_with_size(structure, shape):
+    problem = Problem(structure, L2, 1, (matrix(*shape),), heads=2)
+    # Where gaps get narrower, more zeros are stored on the way: a few values more need not keep more weights.
+    step = problem.shape.parameters // 12 if structure.name == "sparse" else 1
+    sizes = range(structure.minimum, structure.limit(problem.shape) + 1, step)
+    errors = [float(error(dataclasses.replace(problem, size=size))) for size in sizes]
+    assert all(later <= earlier * (1 + 1e-3) + 1e-4 for earlier, later in pairwise(errors))
+
+
+def test_the_best_sum_of_kronecker_products_is_found():
+    left, right = torch.randn(3, 4, 6), torch.randn(3, 6, 4)
+    weight = sum(torch.kron(a, b) for a, b in zip(left, right, strict=True))
+    assert Kronecker().sides(GroupShape(1, 24, 24)) == ((4, 6), (6, 4))
+    assert float(error(Problem(Kronecker(), L2, 3, (weight,)))) < 1e-4 * float(weight.norm())
+    s = torch.linalg.svdvals(weight.view(4, 6, 6, 4).transpose(1, 2).reshape(24, 24).double())
+    assert float(error(Problem(Kronecker(), L2, 2, (weight,)))) == pytest.approx(float(s[2:].norm()), rel=1e-4)
+
+
+def random_start(problem, steps=100):
+    """Return the L2 error that the same factors reach when they are trained from random numbers."""
+    structure, shape = problem.structure, problem.shape
+    stored = {**structure.member_tensors(problem.size, shape), **structure.decoder_tensors(problem.size, shape)}
+    factors = [(torch.randn(tensor.shape) * 0.3).requires_grad_() for tensor in stored.values()]
+    optimizer = torch.optim.Adam(factors, lr=0.02)
+
+    def decoded():
+        values = dict(zip(stored, factors, strict=True))
+        if structure.name == "kronecker":
+            rows = torch.einsum("tac,tbd->abcd", values["left"], values["right"]).flatten(0, 1)
+            return rows.flatten(1)[: shape.rows, : shape.columns]
+        slices = torch.einsum("br,rst->bst", values["mixing"], values["core"])
+        return (values["row_factor"] @ slices).flatten(0, 1)[: shape.rows] @ values["column_factor"].T
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (problem.weights[0] - decoded()).square().sum().backward()
+        optimizer.step()
+    return torch.linalg.norm(problem.weights[0] - decoded().detach())
+
+
+@pytest.mark.parametrize("structure", [Kronecker(polish=0), Tucker(polish=0)])
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("shape", [(24, 16), (14, 26)])
+def test_starts_beat_training_from_random_numbers(structure, size, shape):
+    problem = Problem(structure, L2, size, (matrix(*shape),), heads=2)
+    assert error(problem) <= random_start(problem) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("structure", [Kronecker, Tucker])
+@pytest.mark.parametrize("objective", [L2, COSINE, Objective(cosine=0.9, l2=0.1), Objective(l1=1.0)])
+@pytest.mark.parametrize("weighted", ["", "rows", "parameters"])
+def test_polishing_never_ends_worse_than_its_start(structure, objective, weighted):
+    weights = (matrix(14, 26, 1), matrix(14, 26, 2))
+    options = {}
+    if weighted == "rows":
+        options["row_weights"] = torch.rand(28) + 0.01
+    if weighted == "parameters":
+        if objective.cosine:
+            return
+        options["parameter_weights"] = tuple(torch.rand(14, 26) for _ in weights)
+    started, polished = (
+        Problem(structure(polish=steps), objective, 3, weights, heads=2, **options) for steps in (0, 60)
+    )
+    rows, single = importances(polished)
+
+    def loss(problem):
+        return float(loss_terms(reconstruct(problem, solve(problem)), torch.cat(weights), objective, 0.1, rows, single))
+
+    assert loss(polished) <= loss(started) * (1 + 1e-4)
+    assert loss(polished) < loss(started) * 0.999 or objective == L2
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
+@pytest.mark.parametrize("how", ["", "inputs", "rows", "parameters"])
+def test_pruning_keeps_what_scores_highest(share, how):
+    weight = matrix(40, 30)
+    options = {
+        "": {},
+        "inputs": {"input_moments": moments(30)},
+        "rows": {"row_weights": torch.rand(40)},
+        "parameters": {"parameter_weights": (torch.rand(40, 30),)},
+    }[how]
+    problem = Problem(Sparse(), L2, int(share * weight.numel()), (weight,), **options)
+    factors = solve(problem)
+    kept = int(factors.notes["kept"])
+    assert 0.7 * problem.size < kept <= problem.size
+    scores = weight.square()
+    if how:
+        value = next(iter(options.values()))
+        scores = (
+            scores * {"inputs": lambda: value.diagonal(), "rows": lambda: value[:, None]}.get(how, lambda: value[0])()
+        )
+    expected = torch.zeros_like(weight).flatten()
+    chosen = scores.flatten().topk(kept).indices
+    expected[chosen] = weight.flatten()[chosen]
+    assert reconstruct(problem, factors).equal(expected.view_as(weight))
+
+
+def test_zeros_can_be_stored_and_are_not_smaller():
+    structure, shape = Sparse(compact=False), GroupShape(1, 40, 30)
+    size = structure.fit(shape, 1200, 4)
+    assert size == 300 and structure.stored_bytes(size, shape, 4) == 4800
+    result = reconstruct(*(lambda p: (p, solve(p)))(Problem(structure, L2, size, (matrix(40, 30),))))
+    assert int((result != 0).sum()) == 300
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group_size", [0, 7])
+def test_rounding_is_to_the_nearest_of_even_steps(bits, group_size):
+    weight = matrix(12, 30)
+    weight[3] = 0.5  # a row without range
+    result = reconstruct(*(lambda p: (p, solve(p)))(Problem(Quantized(group_size), L2, bits, (weight,))))
+    for start in range(0, 30, group_size or 30):
+        part, rounded = weight[:, start : start + (group_size or 30)], result[:, start : start + (group_size or 30)]
+        step = (part.amax(1) - part.amin(1)) / (2**bits - 1)
+        assert ((part - rounded).abs() <= step[:, None] / 2 + 1e-5).all()
+        assert all(len(row.unique()) <= 2**bits for row in rounded)

@@ -18,8 +18,10 @@ from .configuration_compressed import (
     CompressedGPT2Config,
     CompressedRobertaConfig,
 )
-from .layers_compressed import CompressedWeight, LinearDecoder, TiedHead, WeightDecoder
+from .layers_compressed import TiedHead
+from .structures_compressed import LinearDecoder
 from .substitution_compressed import compressed_modules, substitute
+from .weights_compressed import CompressedWeight, WeightDecoder
 
 _STOCK_NAMES: dict[type[PreTrainedConfig], str] = {
     CompressedBertConfig: """BertModel BertForPreTraining BertForMaskedLM BertLMHeadModel BertForNextSentencePrediction

@@ -11,10 +11,10 @@ from .layers_compressed import (
     LINEARS,
     CompressedEmbedding,
     CompressedLinear,
-    CompressedWeight,
     FusedLinear,
     TiedHead,
 )
+from .weights_compressed import CompressedWeight
 
 DECODERS = "compression_decoders"
 PARTS = ("query", "key", "value")

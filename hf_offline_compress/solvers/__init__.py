@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .autoencoder import solve_autoencoder
+from .autoencoder import solve_autoencoders
 from .base import Factors, Problem
+from .kronecker import solve_kronecker
 from .low_rank import low_rank_errors, solve_low_rank
+from .quantized import solve_quantized
+from .sparse import solve_sparse
+from .tucker import solve_tucker
 
 SOLVERS: dict[str, Callable[[Problem], Factors]] = {
     "low_rank": solve_low_rank,
-    "autoencoder": solve_autoencoder,
+    "kronecker": solve_kronecker,
+    "tucker": solve_tucker,
+    "sparse": solve_sparse,
+    "quantized": solve_quantized,
 }
+# Of structures whose problems are best solved together, if they are of equal shape, size, objective and options.
+BATCHED_SOLVERS: dict[str, Callable[[Sequence[Problem]], list[Factors]]] = {"autoencoder": solve_autoencoders}
 
 
 def solve(problem: Problem) -> Factors:
     """Return the factors of a group, by the solver of its structure."""
-    return SOLVERS[problem.structure.name](problem)
+    return solve_all([problem])[0]
+
+
+def solve_all(problems: Sequence[Problem]) -> list[Factors]:
+    """Return the factors of groups of one structure; of one shape, size, objective and options if it is batched."""
+    name = problems[0].structure.name
+    if name in BATCHED_SOLVERS:
+        return BATCHED_SOLVERS[name](problems)
+    return [SOLVERS[name](problem) for problem in problems]
 
 
 # Of structures with `known_gains`: the least error at size 0, 1, 2, ….
@@ -30,4 +47,4 @@ def expected_errors(problem: Problem) -> Tensor:
     return ERRORS[problem.structure.name](problem)
 
 
-__all__ = ["ERRORS", "SOLVERS", "Factors", "Problem", "expected_errors", "solve"]
+__all__ = ["BATCHED_SOLVERS", "ERRORS", "SOLVERS", "Factors", "Problem", "expected_errors", "solve", "solve_all"]

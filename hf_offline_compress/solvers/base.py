@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..recipe import Objective
-from ..structures import Structure
+from ..structures import GroupShape, Structure
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,17 @@ class Problem:
     Attributes:
         structure: the structure and its options.
         objective: what close means.
-        size: rank or latent width.
+        size: rank, latent width, or whatever the structure counts.
         weights: the members, each [rows, columns].
         input_moments: E[x xᵀ] [columns, columns] of the inputs (pooled over members), or None.
         output_moments: for each member E[g gᵀ] [rows, rows] of the gradients at its outputs, or None.
         row_weights: importance of each row's squared error, [all rows of all members], above 0; or None. Not with
             output moments.
+        parameter_weights: importance of each parameter's error, for each member [rows, columns]; or None.
+        heads: attention heads that the rows of each member are cut into.
+        embedding: whether rows are looked up.
+        judge: rows of all members as they would be [rows, columns] → how bad the model is with them; what training
+            chooses among its steps by. None: by its loss.
         seed: of whatever is random.
         progress: called with the share that is done, in 0..1, now and then.
     """
@@ -35,8 +40,18 @@ class Problem:
     input_moments: Tensor | None = None
     output_moments: tuple[Tensor, ...] | None = None
     row_weights: Tensor | None = None
+    parameter_weights: tuple[Tensor, ...] | None = None
+    heads: int = 1
+    embedding: bool = False
+    judge: Callable[[Tensor], float] | None = None
     seed: int = 0
     progress: Callable[[float], None] = lambda share: None
+
+    @property
+    def shape(self) -> GroupShape:
+        """What sizes depend on."""
+        rows, columns = self.weights[0].shape
+        return GroupShape(len(self.weights), rows, columns, self.heads, self.embedding)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ def solve_low_rank(problem: Problem) -> Factors:
     rows, columns = weight.shape
     if rows <= columns:
         scaled = left.apply(shaped)
-        vectors = _leading(scaled @ scaled.T, problem.size)
+        vectors = leading_vectors(scaled @ scaled.T, problem.size)
         latents, basis = left.solve(vectors), vectors.T @ left.apply(weight)
     else:
         scaled = left.apply(shaped)
-        vectors = _leading(scaled.T @ scaled, problem.size)
+        vectors = leading_vectors(scaled.T @ scaled, problem.size)
         latents = shaped @ vectors
         if left.is_identity:
             # W L V spans what the left vectors do; orthonormalised, it needs the inverse of neither L nor Σ.
@@ -50,8 +50,8 @@ def solve_low_rank(problem: Problem) -> Factors:
             basis = vectors.T
         else:
             basis = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    assert isinstance(problem.structure, LowRank)
-    if problem.structure.identity_block:
+    # Tucker of a single matrix is low rank too.
+    if isinstance(problem.structure, LowRank) and problem.structure.identity_block:
         latents, decoder = _with_identity(latents, basis)
     else:
         latents, basis = _balanced(latents, basis)
@@ -121,7 +121,7 @@ def _input_root(problem: Problem, weight: Tensor) -> Tensor | None:
     return None if problem.input_moments is None else damped_root(problem.input_moments.to(weight.device))
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
+def leading_vectors(gram: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors [n, rank] of a symmetric matrix, the largest first."""
     with _few_threads(len(gram)):
         return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)

@@ -1,9 +1,28 @@
 """The structures: how a weight may be represented, and what that costs. Nothing here imports torch."""
 
 from .autoencoder import Autoencoder, Training
-from .base import INDEX_DTYPE, Shape, Structure
+from .base import GroupShape, Shape, Stored, Structure
+from .kronecker import Kronecker
 from .low_rank import LowRank
+from .quantized import Quantized
+from .sparse import Sparse
+from .tucker import Tucker
 
-STRUCTURES: dict[str, type[Structure]] = {cls.name: cls for cls in (LowRank, Autoencoder)}
+STRUCTURES: dict[str, type[Structure]] = {
+    cls.name: cls for cls in (LowRank, Autoencoder, Kronecker, Tucker, Sparse, Quantized)
+}
 
-__all__ = ["INDEX_DTYPE", "STRUCTURES", "Autoencoder", "LowRank", "Shape", "Structure", "Training"]
+__all__ = [
+    "STRUCTURES",
+    "Autoencoder",
+    "GroupShape",
+    "Kronecker",
+    "LowRank",
+    "Quantized",
+    "Shape",
+    "Sparse",
+    "Stored",
+    "Structure",
+    "Training",
+    "Tucker",
+]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..errors import CompressionError, listing
-from .base import Shape, Structure
+from .base import GroupShape, Stored, Structure
 
 ACTIVATIONS = ("leaky_relu", "relu", "gelu", "elu", "tanh", "none")
 
@@ -64,7 +64,8 @@ class Autoencoder(Structure):
     name: ClassVar[str] = "autoencoder"
     title: ClassVar[str] = "Autoencoder"
     reference: ClassVar[str] = "Banaei et al., Revisiting Offline Compression, arXiv 2302.04045"
-    objectives: ClassVar[tuple[str, ...]] = ("l2", "cosine", "l1")
+    objectives: ClassVar[tuple[str, ...]] = ("l2", "cosine", "l1", "importance", "parameter_wise")
+    unit: ClassVar[str] = "latent width"
 
     decoder: str = "nonlinear"
     encoder_widths: tuple[float, ...] = (8, 4)
@@ -89,27 +90,30 @@ class Autoencoder(Structure):
         """Return the hidden widths of the decoder at a latent width of `size`."""
         return [max(1, round(width * size)) for width in self.decoder_widths]
 
-    def member_tensors(self, size: int, rows: int, columns: int) -> dict[str, Shape]:
+    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
         """Return latents and norms of one member, as they are stored; see the base class."""
         if self.decoder == "linear":
-            return {"latents": (rows, size + self.norms)}
-        return {"latents": (rows, size)} | ({"norms": (rows,)} if self.norms else {})
+            return {"latents": Stored((shape.rows, size + self.norms))}
+        return {"latents": Stored((shape.rows, size))} | ({"norms": Stored((shape.rows,))} if self.norms else {})
 
-    def decoder_tensors(self, size: int, columns: int) -> dict[str, Shape]:
+    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
         """Return weights and biases of the decoder, as they are stored; see the base class."""
+        columns = shape.columns
         if self.decoder == "linear":
-            return {"weight": (columns, size + 1)} if self.norms else {"weight": (columns, size), "bias": (columns,)}
+            if self.norms:
+                return {"weight": Stored((columns, size + 1))}
+            return {"weight": Stored((columns, size)), "bias": Stored((columns,))}
         widths = [size, *self.hidden(size), columns]
-        tensors: dict[str, Shape] = {}
+        tensors: dict[str, Stored] = {}
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            tensors |= {f"layers.{i}.weight": (outputs, inputs), f"layers.{i}.bias": (outputs,)}
+            tensors |= {f"layers.{i}.weight": Stored((outputs, inputs)), f"layers.{i}.bias": Stored((outputs,))}
         return tensors
 
-    def limit(self, rows: int, columns: int) -> int:
+    def limit(self, shape: GroupShape) -> int:
         """Return the largest latent width worth having; see the base class."""
-        return max(1, min(rows, columns) - (self.decoder == "linear" and self.norms))
+        return max(1, min(shape.all_rows, shape.columns) - (self.decoder == "linear" and self.norms))
 
-    def runtime(self, size: int) -> dict[str, Any]:
+    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
         if self.decoder == "linear":
             return {

@@ -7,68 +7,139 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, ClassVar
 
+from ..errors import CompressionError
+
 Shape = tuple[int, ...]
-INDEX_DTYPE, INDEX_BYTES = "int16", 2
+# What is stored in a dtype of its own, whatever the group's storage: positions and packed integers.
+ITEM_BYTES = {"int16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """The matrices of a group, as far as sizes depend on them.
+
+    Attributes:
+        members: how many matrices.
+        rows: of each.
+        columns: of each.
+        heads: how many attention heads the rows of each are cut into; 1 where they are not.
+        embedding: whether rows are looked up.
+    """
+
+    members: int
+    rows: int
+    columns: int
+    heads: int = 1
+    embedding: bool = False
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all members together."""
+        return self.members * self.rows
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all members together."""
+        return self.all_rows * self.columns
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored tensor.
+
+    Attributes:
+        shape: its shape.
+        dtype: one of `ITEM_BYTES`; None for numbers, which are kept in the group's storage.
+    """
+
+    shape: Shape
+    dtype: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Structure(ABC):
     """How a group of weight matrices [rows, columns] is represented.
 
-    A group has one member or more, of the same number of columns. Each member stores tensors of its own (latents, say);
-    what decodes them is stored once for the group. `size` is the one number that a budget decides: a rank, a latent
-    width.
+    A group has one member or more, all of one shape. Each member stores tensors of its own (latents, say); what decodes
+    them is stored once for the group. `size` is the one number that a budget decides: a rank, a latent width, a number
+    of bits.
+
+    Attributes:
+        name: in recipes.
+        title: in texts, as a noun.
+        reference: where it comes from.
+        objectives: what `Objective.terms` may hold.
+        unit: what `size` counts.
+        minimum: the smallest size.
+        shares: whether several members have anything in common to store.
+        known_gains: whether the error at every size is known without solving for it, so that bytes can go where they
+            gain most.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
     objectives: ClassVar[tuple[str, ...]]
-    # Whether the error at every size is known without solving for it, so that bytes can go where they gain most.
+    unit: ClassVar[str]
+    minimum: ClassVar[int] = 1
+    shares: ClassVar[bool] = True
     known_gains: ClassVar[bool] = False
 
     @abstractmethod
-    def member_tensors(self, size: int, rows: int, columns: int) -> dict[str, Shape]:
-        """Return name and shape of the tensors that one member of `rows` rows stores."""
+    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+        """Return the tensors that one member stores, by name."""
 
-    @abstractmethod
-    def decoder_tensors(self, size: int, columns: int) -> dict[str, Shape]:
-        """Return name and shape of the tensors that the members of a group share."""
-
-    def index_tensors(self, size: int, columns: int) -> dict[str, Shape]:
-        """Return the tensors of the decoder that hold positions, not values; they are kept as int16."""
+    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+        """Return the tensors that the members of a group share, by name."""
         return {}
 
     @abstractmethod
-    def runtime(self, size: int) -> dict[str, Any]:
+    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from, as plain JSON; its key `structure` names the layer."""
 
-    def limit(self, rows: int, columns: int) -> int:
-        """Return the size beyond which nothing is gained, for a group of `rows` rows in all."""
-        return min(rows, columns)
+    @abstractmethod
+    def limit(self, shape: GroupShape) -> int:
+        """Return the size beyond which nothing is gained."""
 
-    def parameters(self, size: int, rows: tuple[int, ...], columns: int) -> int:
-        """Return how many numbers a group stores whose members have these rows."""
-        shapes = [shape for member in rows for shape in self.member_tensors(size, member, columns).values()]
-        shapes += self.decoder_tensors(size, columns).values()
-        return sum(prod(shape) for shape in shapes)
+    def check(self, shape: GroupShape) -> None:
+        """Raise CompressionError where matrices of this shape cannot be represented so, at any size."""
+        if shape.members > 1 and not self.shares:
+            raise CompressionError(
+                f"The structure '{self.name}' has nothing that several matrices could share; its grouping is separated."
+            )
 
-    def stored_bytes(self, size: int, rows: tuple[int, ...], columns: int, itemsize: int) -> int:
+    def parameters(self, size: int, shape: GroupShape) -> int:
+        """Return how many numbers a group stores; positions and packed integers are none."""
+        return sum(count * tensor.count for count, tensor in self._stored(size, shape) if tensor.dtype is None)
+
+    def stored_bytes(self, size: int, shape: GroupShape, itemsize: int) -> int:
         """Return how many bytes a group stores, at `itemsize` bytes a number."""
-        indices = sum(prod(shape) for shape in self.index_tensors(size, columns).values())
-        return self.parameters(size, rows, columns) * itemsize + indices * INDEX_BYTES
+        return sum(
+            count * tensor.count * (ITEM_BYTES[tensor.dtype] if tensor.dtype else itemsize)
+            for count, tensor in self._stored(size, shape)
+        )
 
-    def fit(self, rows: tuple[int, ...], columns: int, budget: int, itemsize: int) -> int:
-        """Return the largest size that stores at most `budget` bytes; 0 where even size 1 stores more."""
-        low, high = 0, self.limit(sum(rows), columns)
+    def fit(self, shape: GroupShape, budget: int, itemsize: int) -> int:
+        """Return the largest size that stores at most `budget` bytes; 0 where even the smallest stores more."""
+        low, high = self.minimum - 1, self.limit(shape)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.stored_bytes(middle, rows, columns, itemsize) <= budget:
+            if self.stored_bytes(middle, shape, itemsize) <= budget:
                 low = middle
             else:
                 high = middle - 1
-        return low
+        return low if low >= self.minimum else 0
 
     def describe(self) -> dict[str, Any]:
         """Return name and options as plain JSON, as a recipe file has them."""
         return {"name": self.name, **asdict(self)}
+
+    def _stored(self, size: int, shape: GroupShape) -> list[tuple[int, Stored]]:
+        """Return every stored tensor and how often there is one like it."""
+        own = [(shape.members, tensor) for tensor in self.member_tensors(size, shape).values()]
+        return own + [(1, tensor) for tensor in self.decoder_tensors(size, shape).values()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import Shape, Structure
+from .base import GroupShape, Stored, Structure
 
 MAX_COLUMNS = 2**15 - 1
 
@@ -24,28 +24,39 @@ class LowRank(Structure):
     name: ClassVar[str] = "low_rank"
     title: ClassVar[str] = "Low rank"
     reference: ClassVar[str] = "Eckart & Young, The approximation of one matrix by another of lower rank, 1936"
-    objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated", "sensitive")
+    objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated", "sensitive", "importance")
+    unit: ClassVar[str] = "rank"
     known_gains: ClassVar[bool] = True
 
     identity_block: bool = False
 
-    def member_tensors(self, size: int, rows: int, columns: int) -> dict[str, Shape]:
+    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
         """Return the latents of one member; see the base class."""
-        return {"latents": (rows, size)}
+        return {"latents": Stored((shape.rows, size))}
 
-    def decoder_tensors(self, size: int, columns: int) -> dict[str, Shape]:
-        """Return the basis, [columns, rank] as a linear layer keeps it; see the base class."""
-        return {"weight": (columns - size if self.identity_block else columns, size)}
+    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+        """Return the basis, [columns, rank] as a linear layer keeps it; see the base class.
 
-    def index_tensors(self, size: int, columns: int) -> dict[str, Shape]:
-        """Return the order of the columns: those of the identity block first; see the base class."""
-        if self.identity_block and columns > MAX_COLUMNS:
+        With an identity block, `order` holds the columns, those of the block first.
+        """
+        if not self.identity_block:
+            return {"weight": Stored((shape.columns, size))}
+        return {"weight": Stored((shape.columns - size, size)), "order": Stored((shape.columns,), "int16")}
+
+    def limit(self, shape: GroupShape) -> int:
+        """Return the full rank; see the base class."""
+        return min(shape.all_rows, shape.columns)
+
+    def check(self, shape: GroupShape) -> None:
+        """Raise where positions would not fit into int16; see the base class."""
+        super().check(shape)
+        if self.identity_block and shape.columns > MAX_COLUMNS:
             raise CompressionError(
-                f"An identity block needs at most {MAX_COLUMNS} columns, for positions in int16; a matrix has {columns}."
+                f"An identity block needs at most {MAX_COLUMNS} columns, for positions in int16; a matrix has "
+                f"{shape.columns}."
             )
-        return {"order": (columns,)} if self.identity_block else {}
 
-    def runtime(self, size: int) -> dict[str, Any]:
+    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
         return {
             "structure": "low_rank",

@@ -1,0 +1,99 @@
+"""Plan + model + text → all statistics that the plan's groups need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from .base import clamp_length
+from .calibration import Statistics, collect
+from .calibration_text import CalibrationRecord, CalibrationText, make_batches
+from .errors import CompressionError, listing
+from .importance import measure_importance
+from .plan import Plan
+from .sensitivity import measure_sensitivity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+
+
+def measure(
+    model: PreTrainedModel,
+    plan: Plan,
+    texts: CalibrationText,
+    tokenizer: Any,
+    *,
+    seed: int,
+    batch_size: int | None,
+    progress: bool,
+) -> tuple[Statistics, CalibrationRecord]:
+    """Return the statistics that the plan's objectives ask for, and what of the text is written down.
+
+    Args:
+        model: stock model in evaluation mode.
+        plan: what is to become of it.
+        texts: to run it on.
+        tokenizer: the model's.
+        seed: of the choice of texts, of masked places and of drawn directions.
+        batch_size: texts in one forward pass.
+        progress: show progress bars.
+
+    Raises:
+        CompressionError: the text is mostly unknown tokens, or the output does not depend on what is asked about.
+    """
+
+    def bar(title: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        return lambda items: tqdm(items, desc=title, unit="batch", disable=not progress)
+
+    masked = plan.architecture.endswith(MASKED_HEADS)
+    positions = clamp_length(tokenizer, model.config.to_dict()).model_max_length
+    options: dict[str, Any] = {"positions": positions, "seed": seed, "batch_size": batch_size}
+    batches, record = make_batches(texts, tokenizer, masked=masked, **options)
+    mask_token = tokenizer.mask_token_id if masked else None
+    statistics = Statistics()
+    wanted = [m for group in plan.groups if group.rule.objective.calibrated for m in group.matrices]
+    if wanted:
+        statistics = collect(
+            model, wanted, batches, tied=plan.skeleton.tied and plan.recipe.sensitive, progress=bar("calibrating")
+        )
+    if plan.recipe.sensitive:
+        asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]
+        words = [m for m in plan.skeleton.matrices if m.kind == "word_embeddings"]
+        # Positions are added to words: what is said of an error in one holds for the other.
+        measured = [m for m in asked if not m.embedding] + (words if any(m.embedding for m in asked) else [])
+        statistics.sensitivity = measure_sensitivity(
+            model, measured, batches, mask_token=mask_token, seed=seed, progress=bar("sensitivity")
+        )
+        if silent := [m.name for m in measured if m.name not in statistics.sensitivity.output_moments]:
+            raise CompressionError(
+                f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
+                "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."
+            )
+    truth = None
+    if masked and any(g.rule.objective.importance != "none" for g in plan.groups):
+        truth = [batch.input_ids for batch in make_batches(texts, tokenizer, masked=False, **options)[0]]
+    for kind, parameter_wise in dict.fromkeys(
+        (g.rule.objective.importance, g.rule.objective.parameter_wise) for g in plan.groups
+    ):
+        if kind != "none":
+            asked = [
+                m
+                for g in plan.groups
+                if (g.rule.objective.importance, g.rule.objective.parameter_wise) == (kind, parameter_wise)
+                for m in g.matrices
+            ]
+            statistics.importance[kind, parameter_wise] = measure_importance(
+                model,
+                asked,
+                batches,
+                kind=kind,
+                parameter_wise=parameter_wise,
+                mask_token=mask_token,
+                labels=truth,
+                progress=bar("importance"),
+            )
+    return statistics, record

@@ -1,0 +1,66 @@
+"""Tucker decompositions: started by tensorly (HOSVD, then HOOI), then polished by the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressionError
+from ..structures import Tucker
+from .base import Factors, Problem
+from .low_rank import solve_low_rank
+from .polishing import polish
+
+SWEEPS = 10
+TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def solve_tucker(problem: Problem) -> Factors:
+    """Return the mixing of each member, and the core and factors that they share.
+
+    The start is least in L2 (HOOI: De Lathauwer et al. 2000); after it the loss decides, and what is never worse is kept.
+    """
+    structure, shape = problem.structure, problem.shape
+    assert isinstance(structure, Tucker)
+    if structure.is_matrix(shape):
+        return solve_low_rank(problem)
+    blocks, height, columns = structure.sides(shape)
+    padded = torch.stack([weight.float() for weight in problem.weights])
+    padded = torch.nn.functional.pad(padded, (0, 0, 0, blocks * height - shape.rows))
+    tensor = padded.view(shape.members * blocks, height, columns)
+    core, factors = _decompose(tensor, structure.ranks(problem.size, shape))
+
+    def decode(values: list[Tensor]) -> Tensor:
+        core, mixing, row_factor, column_factor = values
+        slices = torch.einsum("br,rst->bst", mixing, core)
+        rows = (row_factor @ slices) @ column_factor.T
+        return rows.view(shape.members, -1, columns)[:, : shape.rows].flatten(0, 1)
+
+    values = [core, *factors]
+    notes: dict[str, float] = {}
+    if structure.polish:
+        notes["loss"] = polish(problem, values, decode, structure.polish)
+    core, mixing, row_factor, column_factor = (value.contiguous() for value in values)
+    return Factors(
+        tuple({"mixing": part} for part in mixing.split(blocks)),
+        {"core": core, "row_factor": row_factor, "column_factor": column_factor},
+        notes,
+    )
+
+
+def _decompose(tensor: Tensor, ranks: tuple[int, int, int]) -> tuple[Tensor, list[Tensor]]:
+    """Return core and factors of a tensor."""
+    try:
+        import tensorly
+        from tensorly.decomposition import tucker
+    except ImportError as error:
+        raise CompressionError(
+            "The structure 'tucker' needs tensorly; `pip install 'hf-offline-compress[tucker]'` gets it."
+        ) from error
+    with tensorly.backend_context("pytorch"):
+        # In float64, and by eigenvectors of Gram matrices: as exact as float32 needs, and much faster than an SVD.
+        core, factors = tucker(
+            tensor.double(), rank=list(ranks), n_iter_max=SWEEPS, tol=TOLERANCE, init="svd", svd="symeig_svd"
+        )
+    return core.float(), [factor.float() for factor in factors]

@@ -1,0 +1,88 @@
+"""Plan + statistics → factors of every group, rounded to their storage, and a report of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .building import named_tensors, reconstructed, rounded_factors
+from .calibration import Statistics
+from .plan import Group, Plan
+from .report import GroupReport, group_report
+from .solvers import BATCHED_SOLVERS, solve_all
+from .weighting import problem_of
+
+# Weights of groups that are solved together, at most: their gradients and optimizer states take several times as much.
+WEIGHTS_AT_ONCE = 2**24
+
+
+def solve_groups(
+    plan: Plan,
+    state: Mapping[str, Any],
+    statistics: Statistics,
+    *,
+    seed: int,
+    progress: bool,
+    judge: Callable[[Group], Callable[[Tensor], float]] | None = None,
+) -> tuple[dict[str, Tensor], list[GroupReport]]:
+    """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each.
+
+    Args:
+        plan: what is to be solved.
+        state: the base's tensors.
+        statistics: of calibration; moments are dropped after their last use.
+        seed: of everything random.
+        progress: show a progress bar.
+        judge: group → (rows → how bad the model is with them); chooses among the steps of training.
+    """
+    prefix = plan.skeleton.prefix
+    tensors: dict[str, Tensor] = {}
+    reports: dict[str, GroupReport] = {}
+    # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
+    order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
+    last_use = {m.inputs: group.name for _, group in order for m in group.matrices}
+    with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
+        for batch in _batches(order):
+            started, before = time.perf_counter(), bar.n
+
+            def step(share: float, before: float = before, count: int = len(batch)) -> None:
+                bar.update(before + share * count - bar.n)
+
+            problems = []
+            for index, group in batch:
+                problem = problem_of(group, state, prefix, statistics)
+                own = judge(group) if judge else None
+                problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
+            solved = solve_all(problems)
+            seconds = (time.perf_counter() - started) / len(batch)
+            for (_, group), problem, factors in zip(batch, problems, solved, strict=True):
+                stored = rounded_factors(group, factors, plan.dtype)
+                tensors |= named_tensors(group, stored, prefix)
+                reports[group.name] = group_report(
+                    group, problem, list(reconstructed(group, stored)), seconds=seconds, notes=factors.notes
+                )
+                for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
+                    if last_use[matrix.inputs] == group.name:
+                        statistics.input_moments.pop(matrix.inputs, None)
+            step(1.0)
+    return tensors, [reports[group.name] for group in plan.groups]
+
+
+def _batches(order: list[tuple[int, Group]]) -> list[list[tuple[int, Group]]]:
+    """Return the groups in batches of those that are best solved together."""
+    batches: list[list[tuple[int, Group]]] = []
+    found: dict[Any, list[tuple[int, Group]]] = {}
+    for index, group in order:
+        key: Any = (group.structure, group.rule.objective, group.shape, group.size)
+        batch = found.get(key)
+        together = group.structure.name in BATCHED_SOLVERS
+        if not together or batch is None or (len(batch) + 1) * group.parameters > WEIGHTS_AT_ONCE:
+            batch = found[key] = []
+            batches.append(batch)
+        batch.append((index, group))
+    return batches
