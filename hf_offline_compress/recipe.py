@@ -161,11 +161,11 @@ class Rule:
                 f"The grouping '{self.grouping}' does not go with the structure '{self.structure.name}', which has nothing "
                 "that several matrices could share; use separated."
             )
-        unfit = [t for t in self.objective.terms if self.structure and t not in self.structure.objectives]
+        unfit = [t for t in self.objective.terms if self.structure and t not in self.structure.solvable()]
         if self.structure and unfit:
             raise CompressionError(
                 f"The structure '{self.structure.name}' cannot be solved for {listing(unfit)}; "
-                f"its objectives are {listing(self.structure.objectives)}."
+                f"its objectives are {listing(self.structure.solvable())}."
             )
 
 

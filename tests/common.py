@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from hf_offline_compress.families import FAMILIES
+from hf_offline_compress.structures import Autoencoder, Training
 
 WORDS = [
     "the",
@@ -40,6 +41,15 @@ WORDS = [
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(6 + i % 9)) for i in range(60)]
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+QUICK = Training("epochs", epochs=2, batch_size=64)
+
+
+def nonlinear(**changes: Any) -> Autoencoder:
+    """Return the non-linear autoencoder of arXiv 2302.04045, trained for two epochs if not told otherwise."""
+    options: dict[str, Any] = {"activation": "leaky_relu", "output_activation": "tanh", "training": QUICK, **changes}
+    return Autoencoder(decoder="nonlinear", decoder_widths=(2, 4), **options)
+
 
 HEADS = [(family.model_type, head) for family in FAMILIES.values() for head in family.heads]
 SIZES: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from common import nonlinear
 from torch.nn import functional as F
 
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
@@ -18,8 +19,10 @@ STRUCTURES = {
     "low_rank_with_identity": (LowRank(identity_block=True), 5),
     "linear_autoencoder": (Autoencoder(decoder="linear"), 5),
     "linear_autoencoder_with_bias": (Autoencoder(decoder="linear", norms=False), 5),
-    "autoencoder": (Autoencoder(), 5),
-    "autoencoder_without_norms": (Autoencoder(norms=False, output_activation="none"), 5),
+    "autoencoder": (nonlinear(), 5),
+    "autoencoder_without_norms": (nonlinear(norms=False, activation="gelu", output_activation="none"), 5),
+    "residual": (Autoencoder(), 3),
+    "residual_without_norms": (Autoencoder(norms=False, activation="gelu"), 3),
     "kronecker": (Kronecker(), 3),
     "tucker": (Tucker(), 4),
     "sparse": (Sparse(), 30),

@@ -1,6 +1,7 @@
 """Plans: the sizes of the papers to the unit, groups, and what stays dense with its reason."""
 
 import pytest
+from common import nonlinear
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, load_recipe, make_plan
 from hf_offline_compress.structures import Autoencoder, GroupShape, LowRank
@@ -21,7 +22,7 @@ def test_sizes_of_the_papers(members, autoencoder, svd):
     for ratio, latent, rank in zip((3, 10, 25), autoencoder, svd, strict=True):
         shape = GroupShape(*members, 768)
         budget = int(shape.parameters / ratio)
-        assert Autoencoder().fit(shape, 4 * budget, 4) == latent
+        assert nonlinear().fit(shape, 4 * budget, 4) == latent
         assert LowRank().fit(shape, 4 * budget, 4) == rank
         # k = int((nm/CR − m − n·[norm]) / (n + m)), the linear autoencoder's
         for norms in (False, True):
@@ -31,7 +32,7 @@ def test_sizes_of_the_papers(members, autoencoder, svd):
 
 def test_a_nonlinear_autoencoder_counts_every_number():
     x, n, m = 45, 768, 768
-    assert Autoencoder().parameters(x, GroupShape(1, n, m)) == 10 * x * x + (n + 6 + 4 * m) * x + m + n
+    assert nonlinear().parameters(x, GroupShape(1, n, m)) == 10 * x * x + (n + 6 + 4 * m) * x + m + n
 
 
 def plan(recipe="svd", config=BERT, **changes):

@@ -7,8 +7,9 @@ import yaml
 
 from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, load_recipe
 from hf_offline_compress.recipe import preset_names, recipe_from_dict, split_selectors
-from hf_offline_compress.structures import Autoencoder, LowRank
+from hf_offline_compress.structures import Autoencoder, LowRank, Training
 
+EPOCHS = {"method": "epochs", "epochs": 1, "batch_size": 1}
 MINIMAL = {"rules": [{"structure": "low_rank"}]}
 
 
@@ -28,16 +29,26 @@ def test_presets(name, tmp_path):
 
 
 def test_names_of_the_presets():
-    assert {"svd", "calibrated-svd", "allocated-svd", "direction-ae", "ae"} <= set(preset_names())
+    papers = {"svd", "fwsvd", "calibrated-svd", "direction-ae", "ae", "paper-d", "paper-r"}
+    assert papers | {"kronecker", "tucker", "pruning", "quantized", "allocated-svd"} <= set(preset_names())
 
 
 def test_what_presets_ask_for():
     assert load_recipe("svd").rules[0].objective == Objective(l2=1)
     assert load_recipe("calibrated-svd").calibrated and not load_recipe("svd").calibrated
-    paper_d, paper_r = load_recipe("direction-ae").rules[0], load_recipe("ae").rules[0]
-    assert paper_d.structure.decoder == "linear" and paper_d.objective == Objective(cosine=0.1995, l1=0.0025)
-    assert paper_r.structure.decoder == "nonlinear" and paper_r.objective == Objective(cosine=0.9091, l2=0.0909)
-    assert str(paper_r.grouping) == "concatenated"
+    assert load_recipe("fwsvd").rules[0].objective.importance == "fisher" and load_recipe("fwsvd").calibrated
+
+
+def test_the_papers_settings():
+    paper_d, paper_r = load_recipe("paper-d").rules[0], load_recipe("paper-r").rules[0]
+    assert paper_d.structure.decoder == "linear" and not paper_d.structure.norms
+    assert paper_d.structure.training == Training("epochs", 20, 10, 32, 1e-3, 0.5, 4)
+    assert paper_r.structure == Autoencoder(
+        "nonlinear", (8, 4), (2, 4), "leaky_relu", "tanh", True, Training("epochs", 20, 10, 16, 1e-3, 0.8, 10)
+    )
+    assert [str(r.grouping) for r in (paper_d, paper_r)] == ["separated", "concatenated"]
+    assert paper_d.objective == load_recipe("direction-ae").rules[0].objective == Objective(cosine=0.1995, l1=0.0025)
+    assert paper_r.objective == load_recipe("ae").rules[0].objective == Objective(cosine=0.9091, l2=0.0909)
 
 
 def test_overrides():
@@ -80,7 +91,7 @@ def test_selectors_with_commas(text, parts):
         ({"rules": [{"structure": "wavelets"}]}, "'wavelets', which is unknown; known are low_rank, autoencoder"),
         ({"rules": [{"structure": {"name": "low_rank", "rank": 3}}]}, "unknown key 'rank'"),
         ({"rules": [{"structure": {"name": "autoencoder", "norms": 1}}]}, "norms: 1, which is not true or false"),
-        ({"rules": [{"structure": {"name": "autoencoder", "training": {"epochs": 0}}}]}, "must be at least 1"),
+        ({"rules": [{"structure": {"name": "autoencoder", "training": {"method": "epochs"}}}]}, "must be at least 1"),
         (
             {"rules": [{"structure": {"name": "autoencoder", "decoder": "cubic"}}]},
             "'cubic' is unknown; known are linear",
@@ -92,7 +103,53 @@ def test_selectors_with_commas(text, parts):
         (rule(objective={"l2": -1}), "none may be negative"),
         (rule(objective={"l2": 0}), "at least one must be above 0"),
         (rule(objective={"cosine": 1}), "'low_rank' cannot be solved for cosine"),
-        ({"rules": [{"structure": "autoencoder", "objective": "calibrated"}]}, "cannot be solved for calibrated"),
+        (
+            {
+                "rules": [
+                    {
+                        "structure": {"name": "autoencoder", "decoder": "linear", "training": EPOCHS},
+                        "objective": "calibrated",
+                    }
+                ]
+            },
+            "cannot be solved for calibrated",
+        ),
+        ({"rules": [{"structure": "tucker", "objective": "calibrated"}]}, "cannot be solved for calibrated"),
+        (
+            {
+                "rules": [
+                    {"structure": "sparse", "objective": {"cosine": 1, "importance": "fisher", "parameter_wise": True}}
+                ]
+            },
+            "do not go with a cosine loss",
+        ),
+        ({"rules": [{"structure": "low_rank", "objective": {"l2": 1, "parameter_wise": True}}]}, "needs an importance"),
+        (
+            {
+                "rules": [
+                    {"structure": "low_rank", "objective": {"l2": 1, "importance": "fisher", "parameter_wise": True}}
+                ]
+            },
+            "cannot be solved for parameter_wise",
+        ),
+        ({"rules": [{"structure": "low_rank", "objective": {"l2": 1, "importance": "luck"}}]}, "'luck' is unknown"),
+        ({"rules": [{"structure": "sparse", "grouping": "concatenated"}]}, "nothing that several matrices could share"),
+        ({"rules": [{"structure": {"name": "autoencoder", "decoder": "nonlinear"}}]}, "needs method: epochs"),
+        (
+            {
+                "rules": [
+                    {
+                        "structure": {
+                            "name": "autoencoder",
+                            "training": {"method": "epochs", "epochs": 1, "batch_size": 1},
+                        }
+                    }
+                ]
+            },
+            "needs method: latents",
+        ),
+        ({"rules": [{"structure": {"name": "autoencoder", "decoder_widths": [1, 2]}}]}, "one hidden layer"),
+        ({"rules": [{"structure": {"name": "quantized", "group_size": -1}}]}, "must be 0"),
         ({**MINIMAL, "allocation": "fair"}, "'fair' is unknown; known are uniform, by_gain"),
         ({"rules": [{"structure": "autoencoder"}], "allocation": "by_gain"}, "needs structures whose errors are known"),
         ({**rule(objective="calibrated"), "allocation": "by_gain"}, "needs the objective 'sensitive'"),

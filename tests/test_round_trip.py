@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import HEADS, TEXTS, make_model, make_tokenizer, outputs_of
+from common import HEADS, QUICK, TEXTS, make_model, make_tokenizer, nonlinear, outputs_of
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
@@ -21,7 +21,7 @@ from hf_offline_compress.structures import Autoencoder, Kronecker, LowRank, Quan
 CALIBRATED = Objective(l2=1.0, calibrated=True)
 SENSITIVE = Objective(l2=1.0, calibrated=True, sensitive=True)
 COSINE = Objective(cosine=0.9, l2=0.1)
-QUICK = Training(epochs=2, final_epochs=0)
+FEW = Autoencoder(training=Training(epochs=3))
 ALL = ("linears", "word_embeddings", "position_embeddings")
 RECIPES = {
     "low_rank": Recipe("low_rank", (Rule(LowRank(), CALIBRATED, ratio=2.0),), modules=(".+",)),
@@ -34,9 +34,13 @@ RECIPES = {
         modules=("linears", "word_embeddings"),
         allocation="by_gain",
     ),
-    "autoencoder": Recipe("autoencoder", (Rule(Autoencoder(training=QUICK), COSINE, ratio=1.2),), modules=ALL),
+    "autoencoder": Recipe("autoencoder", (Rule(nonlinear(), COSINE, ratio=1.2),), modules=ALL),
     "autoencoder_shared": Recipe(
-        "autoencoder_shared", (Rule(Autoencoder(training=QUICK), COSINE, Grouping(2), ratio=1.5),), modules=ALL
+        "autoencoder_shared", (Rule(nonlinear(), COSINE, Grouping(2), ratio=1.2),), modules=ALL
+    ),
+    "residual": Recipe("residual", (Rule(FEW, COSINE, Grouping(None), ratio=1.5),), modules=ALL),
+    "residual_calibrated": Recipe(
+        "residual_calibrated", (Rule(FEW, CALIBRATED, ratio=1.5, storage="float16"),), modules=ALL
     ),
     "kronecker": Recipe("kronecker", (Rule(Kronecker(polish=2), COSINE, Grouping(None), ratio=2.0),), modules=ALL),
     "tucker": Recipe(

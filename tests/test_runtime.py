@@ -6,16 +6,17 @@ import json
 import pytest
 import torch
 import transformers
-from common import TEXTS, make_model, make_tokenizer, outputs_of
+from common import TEXTS, make_model, make_tokenizer, nonlinear, outputs_of
 from inputs import inputs_for
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress
 from hf_offline_compress.structures import Autoencoder, Kronecker, LowRank, Quantized, Sparse, Training, Tucker
 
-QUICK = Training(epochs=2, final_epochs=0)
+FEW = Training(epochs=3)
 COSINE = Objective(cosine=1.0)
-SHARED_AE = Rule(Autoencoder(training=QUICK), COSINE, Grouping(None), ratio=1.5)
+SHARED_AE = Rule(nonlinear(), COSINE, Grouping(None), ratio=1.5)
+SHARED_RESIDUAL = Rule(Autoencoder(training=FEW), COSINE, Grouping(None), ratio=1.5)
 SHARED_LOW_RANK = Rule(LowRank(), grouping=Grouping(None), ratio=2.0)
 SHARED_TUCKER = Rule(Tucker(polish=0), grouping=Grouping(None), ratio=2.0)
 # A sparse matrix and a quantized one have no decoder, so Kronecker, which has, stands beside them.
@@ -26,6 +27,7 @@ MIXED = (
 )
 RECIPES = {
     "autoencoder": Recipe("ae", (SHARED_AE,)),
+    "residual": Recipe("residual", (SHARED_RESIDUAL,)),
     "low_rank": Recipe("lr", (SHARED_LOW_RANK,)),
     "tucker": Recipe("tucker", (SHARED_TUCKER,), modules=("linears",)),
     "mixed": Recipe("mixed", MIXED),

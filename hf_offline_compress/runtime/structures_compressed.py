@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "elu": F.elu,
     "tanh": torch.tanh,
+    "sin": torch.sin,
     "none": lambda x: x,
 }
 
@@ -150,6 +151,54 @@ class AutoencoderWeight(DecodedWeight):
             return rows
         lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).clamp_min(1e-12)
         return rows * (norms.float() / lengths).to(rows.dtype)[..., None]
+
+
+class ResidualDecoder(WeightDecoder):
+    """Rows from latents by a matrix, and by a hidden layer on top of it."""
+
+    def __init__(self, group: dict[str, Any], columns: int) -> None:
+        """Make the decoder of a group, for rows of `columns` entries."""
+        super().__init__(group)
+        (units,) = group["hidden"]
+        self.linear = nn.Linear(group["latent"], columns, bias=False)
+        self.hidden = nn.Linear(group["latent"], units)
+        self.output = nn.Linear(units, columns, bias=False)
+        self.activation = ACTIVATIONS[group["activation"]]
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return rows [..., columns] of latents [..., latent]."""
+        return self.linear(latents) + self.output(self.activation(self.hidden(latents)))
+
+
+class ResidualWeight(DecodedWeight):
+    """ŵᵢ = decoder(zᵢ), times a stored scale."""
+
+    decoder_class = ResidualDecoder
+
+    def make_tensors(self, group: dict[str, Any]) -> None:
+        """Make latents and scales; see the base class."""
+        self.latents = nn.Parameter(torch.empty(self.rows, group["latent"]))
+        self.scales = nn.Parameter(torch.empty(self.rows)) if group["norms"] else None
+
+    def dense_weight(self) -> Tensor:
+        """Return Ŵ [rows, columns]; see the base class."""
+        rows = self.decode(self.latents)
+        return rows if self.scales is None else rows * self.scales[:, None].to(rows.dtype)
+
+    def some_rows(self, ids: Tensor) -> Tensor:
+        """Return rows of Ŵ; see the base class."""
+        rows = self.decode(F.embedding(ids, self.latents, self.padding_idx))
+        return rows if self.scales is None else rows * self.scales[ids][..., None].to(rows.dtype)
+
+    def reset_parameters(self, std: float) -> None:
+        """Fill with random values; see the base class."""
+        super().reset_parameters(std)
+        if self.scales is not None:
+            nn.init.constant_(self.scales, std)
+
+    def resize(self, rows: int) -> None:
+        """Change the number of rows; see the base class."""
+        self._resize_tensors(rows)
 
 
 class KroneckerDecoder(WeightDecoder):
@@ -307,6 +356,7 @@ class QuantizedWeight(DecodedWeight):
 WEIGHTS: dict[str, type[CompressedWeight]] = {
     "low_rank": LowRankWeight,
     "autoencoder": AutoencoderWeight,
+    "residual": ResidualWeight,
     "kronecker": KroneckerWeight,
     "tucker": TuckerWeight,
     "sparse": SparseWeight,

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 from ..structures import Autoencoder
 from .base import Factors, Problem
 from .epoch_training import train_by_epochs
+from .latent_training import train_latents
 
 
 def solve_autoencoders(problems: Sequence[Problem]) -> list[Factors]:
     """Return latents, norms and decoder for each problem; the encoder, if there was one, is dropped."""
+    structure = problems[0].structure
+    assert isinstance(structure, Autoencoder)
+    if structure.training.method == "latents":
+        with torch.no_grad():
+            return train_latents(problems)
     return [_by_epochs(problem) for problem in problems]
 
 

@@ -26,8 +26,14 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "elu": nn.ELU,
     "tanh": nn.Tanh,
+    "sin": lambda: _Sine(),
     "none": nn.Identity,
 }
+
+
+class _Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
 
 
 def train_by_epochs(problem: Problem, rows: Tensor, keep: Tensor) -> tuple[Tensor, list[nn.Linear], float]:
@@ -64,7 +70,7 @@ def _networks(structure: Autoencoder, size: int, columns: int) -> tuple[nn.Seque
     encoder: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         encoder += [nn.Linear(inputs, outputs), activation()]
-    widths = [size, *structure.hidden(size), columns]
+    widths = [size, *[max(1, round(width * size)) for width in structure.decoder_widths], columns]
     decoder: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         decoder += [nn.Linear(inputs, outputs), activation()]

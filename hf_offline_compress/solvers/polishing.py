@@ -56,9 +56,12 @@ def loss_terms(
 def importances(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
     """Return the problem's row weights and parameter weights over all members, normalised and of mean 1.
 
-    A problem's weights are those of squared errors; a loss is multiplied by their roots (arXiv 2302.04045).
+    A problem's weights are those of squared errors; a loss is multiplied by an importance itself (arXiv 2302.04045), which
+    is their root.
     """
     how = problem.objective.normalization
+    if problem.objective.importance == "none":
+        return None if problem.row_weights is None else problem.row_weights.float() / problem.row_weights.mean(), None
     rows = None if problem.row_weights is None else _normalized(problem.row_weights.float().sqrt(), how)
     if problem.parameter_weights is None:
         return rows, None

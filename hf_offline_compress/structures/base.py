@@ -106,6 +106,10 @@ class Structure(ABC):
     def limit(self, shape: GroupShape) -> int:
         """Return the size beyond which nothing is gained."""
 
+    def solvable(self) -> tuple[str, ...]:
+        """Return the objectives that there are with these options, as `Objective.terms` names them."""
+        return self.objectives
+
     def check(self, shape: GroupShape) -> None:
         """Raise CompressionError where matrices of this shape cannot be represented so, at any size."""
         if shape.members > 1 and not self.shares:
