@@ -18,12 +18,12 @@ from ..runtime.structures_compressed import ACTIVATIONS
 from ..structures import Autoencoder
 from .base import Factors, Problem
 from .low_rank import damped_root, leading_vectors
-from .polishing import ANNEALED_TO, importances, loss_terms
+from .polishing import ANNEALED_TO, TINY, importances, loss_terms
 
 FREQUENCY = 16.0
 LATENT_RATE, DECODER_RATE, MANY_CHUNKS = 0.1, 0.01, 8
 LEAST_ROWS, MOST_ROWS = 192, 2304
-LEAST_EPOCHS, MOST_EPOCHS, WEIGHT_VISITS = 60, 300, 3e8
+LEAST_EPOCHS, MOST_EPOCHS, LEAST_STEPS, WEIGHT_VISITS = 30, 50, 200, 3e8
 WARM_UP = 10
 CHECKS = 5
 
@@ -84,9 +84,9 @@ class _Batch:
         self.row_weights, self.parameter_weights = self._weights(problems, used)
         self.rows = rows
         directed = rows / self.norms.clamp_min(torch.finfo(rows.dtype).tiny)[..., None]
-        if linear := structure.decoder == "linear":
+        self.scaled = structure.norms
+        if structure.decoder == "linear":
             size += structure.norms  # what norms and bias take is worth one rank
-        self.scaled = structure.norms and not linear
         counted = directed if objective.cosine else rows
         if self.row_weights is not None:
             counted = counted * self.row_weights.sqrt()[..., None]
@@ -113,7 +113,9 @@ class _Batch:
         groups, count, columns = self.rows.shape
         batch = training.batch_size or min(MOST_ROWS, max(LEAST_ROWS, count // 4))
         chunks = max(1, round(count / batch))
-        epochs = training.epochs or round(min(MOST_EPOCHS, max(LEAST_EPOCHS, WEIGHT_VISITS / (count * columns))))
+        epochs = training.epochs or max(
+            round(min(MOST_EPOCHS, max(LEAST_EPOCHS, WEIGHT_VISITS / (count * columns)))), -(-LEAST_STEPS // chunks)
+        )
         generator = torch.Generator().manual_seed(problems[0].seed)
         order = torch.randperm(count, generator=generator).to(self.rows.device)
         parts = order.chunk(chunks)
@@ -137,7 +139,7 @@ class _Batch:
                         group["lr"] = group["initial_lr"] * share
                     each.zero_grad(set_to_none=True)
                 with torch.enable_grad():
-                    self._loss(own, decoder, part, exponent).sum().backward()
+                    self._training_loss(own, decoder, part, exponent).sum().backward()
                 optimizer.step()
                 shared.step()
                 done += 1
@@ -170,6 +172,8 @@ class _Batch:
                 "output.weight": decoder["output"].T * self.unit[i],
             }
             return latents, scales if self.scaled else None, _whole(stored)
+        if self.scaled:
+            latents = latents * scales[:, None]
         stored = {"weight": decoder["linear"].T * self.unit[i]}
         if "bias" in decoder:
             stored["bias"] = (decoder["bias"] * self.unit[i]).flatten()
@@ -209,6 +213,29 @@ class _Batch:
         single = None if self.parameter_weights is None else self.parameter_weights[:, part]
         return loss_terms(decoded, self.rows[:, part], self.objective, exponent, rows, single)
 
+    def _training_loss(
+        self, latents: Tensor, decoder: dict[str, Tensor], part: Tensor | slice, exponent: float
+    ) -> Tensor:
+        """Return the same from two products a row, where that is enough: several times fewer passes over the rows."""
+        if self.objective.l1 or self.parameter_weights is not None:
+            return self._loss(latents, decoder, part, exponent)
+        decoded, rows = self._decode(latents, decoder), self.rows[:, part]
+        inner, squared = (decoded * rows).sum(dim=2), decoded.square().sum(dim=2).clamp_min(1e-20)
+        true = self.norms[:, part].square()
+        cosine = inner * (squared * true).clamp_min(1e-20).rsqrt()
+        if not self.scaled:
+            error = squared - 2 * inner + true
+        elif self.objective.l2:
+            error = true - inner.square() / squared
+        else:
+            error = 2 * true * (1 - cosine)
+        weights = 1.0 if self.row_weights is None else self.row_weights[:, part]
+        loss = self.objective.cosine * ((1 - cosine) * weights).mean(dim=1)
+        if self.objective.l2:
+            mean = (error.clamp_min(0) * weights).mean(dim=1) / rows.shape[2]
+            loss = loss + self.objective.l2 * mean.add(TINY**2).sqrt()
+        return loss
+
     @torch.no_grad()
     def _judge(self, problems: Sequence[Problem], latents: Tensor, decoder: dict[str, Tensor]) -> list[float]:
         """Return for each group its loss on all rows, or what its judge says."""
@@ -238,7 +265,7 @@ class _Batch:
 
 
 def _adam(groups: list[dict[str, object]]) -> torch.optim.Adam:
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

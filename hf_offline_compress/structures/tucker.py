@@ -25,7 +25,7 @@ class Tucker(Structure):
     title: ClassVar[str] = "Tucker"
     reference: ClassVar[str] = "Tucker, Some mathematical notes on three-mode factor analysis, 1966"
     objectives: ClassVar[tuple[str, ...]] = ("l2", "cosine", "l1", "importance", "parameter_wise")
-    unit: ClassVar[str] = "rank of the longest side"
+    unit: ClassVar[str] = "largest rank"
 
     polish: int = 100
 
@@ -42,10 +42,13 @@ class Tucker(Structure):
         return shape.members * self.sides(shape)[0] == 1
 
     def ranks(self, size: int, shape: GroupShape) -> tuple[int, int, int]:
-        """Return the ranks of the three sides (blocks of all members, rows, columns), all the same share of the side."""
+        """Return the ranks of the three sides (blocks of all members, rows, columns): `size`, or the side if it is shorter.
+
+        Short sides, such as layers and heads, have little to spare: measured on BERT's matrices, this is close to the best
+        of all triples that store as much, and far better than the same share of every side.
+        """
         blocks, height, columns = self.sides(shape)
-        sides = (shape.members * blocks, height, columns)
-        ranks = [min(side, max(1, round(side * size / max(sides)))) for side in sides]
+        ranks = [min(side, size) for side in (shape.members * blocks, height, columns)]
         # No side can have more directions than the core has slices for it.
         for i in range(3):
             ranks[i] = min(ranks[i], ranks[i - 1] * ranks[i - 2])
