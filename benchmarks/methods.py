@@ -5,7 +5,7 @@ usage: python benchmarks/methods.py --data FOLDER --mlm FOLDER [--out FOLDER] [-
 
 --data holds stsb-en-train.csv and stsb-en-dev.csv (MiniLM's calibration; judged on), calibration.txt and test.txt (the same
 for the masked language model), --mlm that model. With --out, methods.md and methods.csv are written after every row, and a
-later run adds what they lack; remove them to begin anew.
+later run adds what they lack; remove them to begin anew. methods-summary.md has the measured values side by side.
 
 `loss` is 0.9091 · cosine distance + 0.0909 · RMSE over all rows of the kind, whatever a method minimises. `solve` is seconds
 of solving, `text` those of measuring and allocating on text before that. A tied embedding is compressed in both uses.
@@ -36,6 +36,7 @@ PRESETS = (
     "tucker",
     "pruning",
     "quantized",
+    "codebook",
 )
 DENSE = "dense"
 COLUMNS = {
@@ -87,6 +88,33 @@ def measured(subject: Subject, kind: str, ratio: float, preset: str) -> dict[str
     }
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Return the measured values, a row a preset and a column a model, kind and ratio; and how `ae` stands against `svd`."""
+    cells = {(row["model"], row["kind"], row["asked"], row["preset"]): row for row in rows}
+    columns = list(dict.fromkeys(key[:3] for key in cells if key[3] != DENSE))
+    presets = list(
+        dict.fromkeys(key[3] for key in sorted(cells, key=lambda key: (*PRESETS, *PAPERS, DENSE).index(key[3])))
+    )
+    lines = ["| preset | " + " | ".join(f"{m} {k} {r}" for m, k, r in columns) + " |", "|---|" + "---|" * len(columns)]
+    for preset in presets:
+        values = []
+        for model, kind, ratio in columns:
+            row = cells.get((model, kind, "1" if preset == DENSE else ratio, preset))
+            values.append("" if row is None else f"{row['value']:.4g}" if row["value"] != "" else "n/a")
+        lines.append(f"| {preset} | " + " | ".join(values) + " |")
+    for column in columns:
+        ae, svd = cells.get((*column, "ae")), cells.get((*column, "svd"))
+        if ae and svd:
+            better = ae["value"] > svd["value"] if ae["measure"] == "agreement" else ae["value"] < svd["value"]
+            lost = ["its own loss"] if ae["loss"] > svd["loss"] else []
+            lost += [] if better else [ae["measure"]]
+            lines.append(
+                f"\n{' '.join(column)}: ae against svd: loss {ae['loss']:.4f} against {svd['loss']:.4f}, {ae['measure']} "
+                f"{ae['value']:.4g} against {svd['value']:.4g}{'; LOST: ' + ', '.join(lost) if lost else ''}"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,6 +161,10 @@ def main() -> None:
                     if not slow and not table.has(name, kind, f"{ratio:g}", preset):
                         found = measured(subject, kind, ratio, preset)
                         table.add(**fixed, asked=f"{ratio:g}", preset=preset, **found)
+    text = summary(table.sorted())
+    print(f"\n{text}")
+    if options.out:
+        (options.out / "methods-summary.md").write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

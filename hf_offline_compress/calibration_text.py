@@ -74,12 +74,14 @@ class Batch:
     attention_mask: Tensor
 
 
-def load_texts(calibration: str | Path | Sequence[str] | None) -> CalibrationText | None:
+def load_texts(calibration: str | Path | Sequence[str] | None, purpose: str = "calibration") -> CalibrationText | None:
     """Return the texts that a user means, or None for no calibration.
 
     Args:
         calibration: "bundled" (the package's own text), None or "none", texts, a local file with one text a line, or the
             name of a `datasets` data set ("name", "name:config" or "name:config:split").
+
+        purpose: what errors call the text.
 
     Raises:
         CompressionError: there is no such file or data set, or it has no usable line.
@@ -90,21 +92,21 @@ def load_texts(calibration: str | Path | Sequence[str] | None) -> CalibrationTex
         return _texts((files(__package__) / "data" / "calibration.txt").read_text("utf-8").splitlines(), "bundled")
     if not isinstance(calibration, str | Path):
         if not all(isinstance(text, str) for text in calibration):
-            raise CompressionError("The calibration must be texts: a list of strings, a file, or a data set's name.")
-        return _texts(calibration, "caller")
+            raise CompressionError(f"The {purpose} must be texts: a list of strings, a file, or a data set's name.")
+        return _texts(calibration, "caller", purpose)
     path = Path(calibration)
     if path.is_file():
         try:
             return _texts(path.read_text("utf-8").splitlines(), path.name)
         except UnicodeDecodeError as error:
-            raise CompressionError(f"The calibration file '{path.name}' is not UTF-8 text.") from error
+            raise CompressionError(f"The {purpose} file '{path.name}' is not UTF-8 text.") from error
     if (
         isinstance(calibration, Path)
         or path.suffix in (".txt", ".text", ".csv", ".json", ".jsonl", ".md")
         or path.is_dir()
     ):
-        raise CompressionError(f"There is no calibration file '{calibration}'; pass a text file with one text a line.")
-    return _texts(_from_datasets(calibration), calibration)
+        raise CompressionError(f"There is no {purpose} file '{calibration}'; pass a text file with one text a line.")
+    return _texts(_from_datasets(calibration, purpose), calibration, purpose)
 
 
 def make_batches(
@@ -182,14 +184,14 @@ def _batches(
     return batches
 
 
-def _texts(lines: Sequence[str], source: str) -> CalibrationText:
+def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> CalibrationText:
     texts = tuple(stripped for line in lines if (stripped := line.strip()))
     if not texts:
-        raise CompressionError(f"The calibration '{source}' has no usable line; it needs at least one text.")
+        raise CompressionError(f"The {purpose} '{source}' has no usable line; it needs at least one text.")
     return CalibrationText(texts, source)
 
 
-def _from_datasets(spec: str) -> list[str]:
+def _from_datasets(spec: str, purpose: str) -> list[str]:
     """Return texts of a data set, of its text column, as many as a calibration can use."""
     try:
         import datasets
@@ -208,6 +210,6 @@ def _from_datasets(spec: str) -> list[str]:
         raise
     except Exception as error:  # datasets raises many kinds
         raise CompressionError(
-            f"There is no calibration file '{spec}', and no data set of that name could be loaded: "
+            f"There is no {purpose} file '{spec}', and no data set of that name could be loaded: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error

@@ -82,6 +82,13 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="text to calibrate on: bundled, none, a file with one text a line, or a data set's name")
     ] = "bundled",
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="held-out text: what is trained keeps the step of lowest perplexity on it; a file or a data set's name",
+            show_default=False,
+        ),
+    ] = None,
     auto_class: AutoClass = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option(help="where to compute, e.g. cuda", show_default=False)] = None,
@@ -120,6 +127,7 @@ def compress(
             storage=storage,
             allocation=allocation,
             calibration=calibration,
+            validation=validation,
             auto_class=auto_class,
             dtype=dtype,
             device=device,
@@ -214,6 +222,8 @@ def inspect(
         print(f"base         {report['base']['name']}{revision} ({report['architecture']})")
         print(f"recipe       {report['recipe']['name']}, seed {report['seed']}")
         print(f"calibration  {text}")
+        if report["validation"]:
+            print(f"validation   {report['validation']['source']}")
         print(f"decoding     {contents.config['compression']['decoding']}")
         print(
             f"weights      {_mb(contents.weight_bytes)} on disk, {totals['parameters']:,} parameters; "

@@ -32,7 +32,7 @@ from .measuring import measure
 from .plan import FLOAT32, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
 from .report import Report, totals, versions
-from .selection import perplexity_judge
+from .selection import check_judged, perplexity_judge
 from .solvers import expected_errors
 from .solving import solve_groups
 from .weighting import problem_of
@@ -129,7 +129,10 @@ def compress(
     texts = load_texts(calibration) if recipe.calibrated else None
     if texts is None:
         recipe = recipe.without_calibration()
-    judging = load_texts(validation)
+    for rule in recipe.rules:
+        if rule.structure:
+            rule.structure.require()
+    judging = load_texts(validation, "validation")
     clock = _Clock()
     options: dict[str, Any] = {
         "validation": judging,
@@ -146,6 +149,8 @@ def compress(
     wanted = _dtype_name(dtype)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
     make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
+    if judging:
+        check_judged(architecture)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
     with clock("load"):
         model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
@@ -201,8 +206,8 @@ def compress_model(
     plan = make_plan(config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype))
     if (texts or validation) and tokenizer is None:
         raise CompressionError(
-            "Calibration needs the model's tokenizer, and there is none; pass tokenizer=, or calibration=None for a "
-            "data-free compression."
+            "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
+            "calibration=None and no validation for a data-free compression."
         )
     home = next(model.parameters()).device
     device = torch.device(device or home)

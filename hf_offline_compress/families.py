@@ -27,6 +27,9 @@ KINDS = (
     "pooler",
     "head",
 )
+# How names of classes end that predict masked tokens, or the next one.
+MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+CAUSAL_HEADS = ("LMHeadModel", "ForCausalLM")
 SHORTHANDS = {
     "attention": ("query", "key", "value", "attention_output"),
     "feed_forward": ("intermediate", "output"),

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from .calibration_text import Batch
 from .errors import CompressionError, listing
-from .families import Matrix
+from .families import CAUSAL_HEADS, Matrix
+from .recipe import IMPORTANCES
 from .sensitivity import _frozen, _portions, _speaks
 
-IMPORTANCES = ("fisher", "l1_sensitivity")
-# How class names end, of stock models and compressed ones, whose logits are those of the next token.
-CAUSAL_HEADS = ("LMHeadModel", "ForCausalLM")
 POSITIONS = ("start_logits", "end_logits")
 
 
@@ -51,7 +49,7 @@ def measure_importance(
         model: stock model with a head, in evaluation mode. Gradients and flags of its parameters are left as they are.
         matrices: those whose importance is wanted.
         batches: token ids with attention masks; about 8,000 of their tokens are used.
-        kind: one of `IMPORTANCES`.
+        kind: one of `recipe.IMPORTANCES`, but not "none".
         parameter_wise: return [rows, columns], a weight each; otherwise [rows].
         mask_token: of a masked language model; None otherwise.
         labels: of a masked language model the true tokens, a tensor [sequences, length] for each batch. These are the
@@ -62,8 +60,8 @@ def measure_importance(
         CompressionError: the model has no head that predicts on plain text, the kind is unknown, the labels do not belong
             to the batches, or the predictions do not depend on one of the matrices.
     """
-    if kind not in IMPORTANCES:
-        raise CompressionError(f"There is no importance '{kind}'; known: {listing(IMPORTANCES)}.")
+    if kind not in IMPORTANCES[1:]:
+        raise CompressionError(f"There is no importance '{kind}'; known: {listing(IMPORTANCES[1:])}.")
     wanted = list(matrices)
     head = _head(model, kind, mask_token)
     portions = list(zip(_portions(batches), _portions(_true_batches(batches, head, mask_token, labels)), strict=True))

@@ -11,14 +11,13 @@ from .base import clamp_length
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, make_batches
 from .errors import CompressionError, listing
+from .families import MASKED_HEADS
 from .importance import measure_importance
 from .plan import Plan
 from .sensitivity import measure_sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
 
 
 def measure(

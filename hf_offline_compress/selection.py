@@ -11,6 +11,7 @@ from torch import Tensor
 from .calibration_text import CalibrationText
 from .errors import CompressionError
 from .evaluate.perplexity import perplexity
+from .families import CAUSAL_HEADS, MASKED_HEADS
 from .plan import Group, Plan
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ TEXTS = 100
 LENGTH = 128
 
 
+def check_judged(architecture: str) -> None:
+    """Raise CompressionError if a stock class is no language model."""
+    if not architecture.endswith((*MASKED_HEADS, *CAUSAL_HEADS)):
+        raise CompressionError(
+            f"Validation text chooses by perplexity, which {architecture} has none of: it is no language model. Leave the "
+            "validation text out, or choose a head with auto_class."
+        )
+
+
 def perplexity_judge(
     model: PreTrainedModel, plan: Plan, tokenizer: Any, texts: CalibrationText
 ) -> Callable[[Group], Callable[[Tensor], float]]:
@@ -29,11 +39,7 @@ def perplexity_judge(
     Raises:
         CompressionError: the model is no language model.
     """
-    if model.get_output_embeddings() is None:
-        raise CompressionError(
-            f"Validation text chooses by perplexity, which {plan.architecture} has none of: it is no language model. "
-            "Leave the validation text out, or choose a head with auto_class."
-        )
+    check_judged(plan.architecture)
     lines = [line for text in texts.texts for line in text.splitlines() if len(line.split()) >= 20][:TEXTS]
     if not lines:
         raise CompressionError(f"The validation text '{texts.source}' has no line of 20 words or more.")

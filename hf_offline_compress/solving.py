@@ -45,9 +45,10 @@ def solve_groups(
     reports: dict[str, GroupReport] = {}
     # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
-    last_use = {m.inputs: group.name for _, group in order for m in group.matrices}
+    batches = _batches(order)
+    last_use = {m.inputs: group.name for batch in batches for _, group in batch for m in group.matrices}
     with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
-        for batch in _batches(order):
+        for batch in batches:
             started, before = time.perf_counter(), bar.n
 
             def step(share: float, before: float = before, count: int = len(batch)) -> None:

@@ -38,7 +38,7 @@ def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: 
     if sensitivity and objective.sensitive:
         outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
     pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
-    return replace(problem, input_moments=pooled, output_moments=outputs)
+    return replace(problem, input_moments=pooled, member_moments=tuple(found), output_moments=outputs)
 
 
 def _important(group: Group, problem: Problem, statistics: Statistics) -> Problem:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import hf_offline_compress.compressor as compressor
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
-from hf_offline_compress.structures import LowRank, Stored
+from hf_offline_compress.structures import Autoencoder, LowRank, Stored, Training
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_tokenizers_learn_how_many_positions_there_are(tmp_path):
         ("broken config", {}, "config.json that cannot be read"),
         ("nan", {}, "NaN or infinite values in bert.embeddings.LayerNorm.bias"),
         ("t5", {}, "'t5' is not supported; supported are bert, roberta, gpt2"),
-        ("no tokenizer", {"recipe": "calibrated-svd"}, "needs the model's tokenizer"),
+        ("no tokenizer", {"recipe": "calibrated-svd"}, "need the model's tokenizer"),
     ],
 )
 def test_what_is_refused(base, tmp_path, monkeypatch, change, options, message):
@@ -349,3 +349,56 @@ def test_solver_and_structure_must_agree(base, monkeypatch):
 
     with pytest.raises(RuntimeError, match="tensors other than planned"):
         quick(base, Recipe("r", (Rule(Forgetful()),)))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["fwsvd", "codebook", "quantized", "pruning", "kronecker", "tucker", "calibrated-ae"]
+)
+@pytest.mark.parametrize("model_type,head", [("roberta", "RobertaForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])
+def test_presets_work_on_every_family(recipe, model_type, head):
+    result = quick(make_model(model_type, head), recipe, ratio=4.0, tokenizer=make_tokenizer(model_type))
+    assert result.report.totals["ratio"] >= 4
+    assert all(0 < group.relative_error < 1.1 for group in result.report.groups)
+
+
+def test_importance_weighs_rows(base):
+    weighted, plain = (quick(base, r, modules="key", ratio=3.0) for r in ("fwsvd", "svd"))
+    assert weighted.report.groups[0].calibrated_error < 1 and plain.report.groups[0].calibrated_error is None
+    assert weighted.report.groups[0].relative_error > plain.report.groups[0].relative_error
+    assert weighted.report.calibration["tokens"] > 0
+
+
+def test_validation_text_chooses_and_is_recorded(base):
+    result = quick(base, "ae", modules="key", ratio=3.0, validation=[" ".join(TEXTS)] * 3)
+    assert result.report.validation["source"] == "caller"
+    assert all(group.notes["validation"] > 1 for group in result.report.groups)
+    assert quick(base).report.validation is None
+
+
+def test_validation_needs_a_language_model(tmp_path):
+    body = save_base(tmp_path / "body", "bert", "BertModel")
+    with pytest.raises(CompressionError, match="perplexity, which BertModel has none of"):
+        quick(body, "ae", validation=TEXTS)
+    with pytest.raises(CompressionError, match="There is no validation file 'nowhere.txt'"):
+        quick(body, "ae", validation="nowhere.txt")
+
+
+def test_a_missing_library_is_said_before_any_work(base, monkeypatch):
+    import hf_offline_compress.structures.tucker as tucker
+
+    monkeypatch.setattr(tucker, "find_spec", lambda name: None)
+    with pytest.raises(
+        CompressionError, match=r"needs tensorly; `pip install 'hf-offline-compress\[tucker\]'` gets it"
+    ):
+        quick(base, "tucker")
+
+
+def test_moments_last_until_all_that_need_them_are_solved(base):
+    """Query and value are trained together, across layers; key, by another rule, needs the same inputs later."""
+    few = Autoencoder(training=Training(epochs=1))
+    rules = (
+        Rule(few, Objective(l2=1.0, calibrated=True), modules=("query", "value")),
+        Rule(LowRank(), Objective(l2=1.0, calibrated=True), modules=("key",)),
+    )
+    result = quick(base, Recipe("mixed", rules, modules=("query", "key", "value")))
+    assert all(group.calibrated_error is not None for group in result.report.groups)

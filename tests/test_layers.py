@@ -9,7 +9,16 @@ from torch.nn import functional as F
 
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.packing_compressed import pack, unpack
-from hf_offline_compress.structures import Autoencoder, GroupShape, Kronecker, LowRank, Quantized, Sparse, Tucker
+from hf_offline_compress.structures import (
+    Autoencoder,
+    Codebook,
+    GroupShape,
+    Kronecker,
+    LowRank,
+    Quantized,
+    Sparse,
+    Tucker,
+)
 
 ROWS, COLUMNS = 14, 9
 SHAPE = GroupShape(1, ROWS, COLUMNS, heads=2)
@@ -28,6 +37,8 @@ STRUCTURES = {
     "sparse": (Sparse(), 30),
     "sparse_with_zeros": (Sparse(compact=False), 30),
     "quantized": (Quantized(), 3),
+    "codebook": (Codebook(), 5),
+    "codebook_of_sums": (Codebook(width=2, books=2), 4),
     "quantized_in_groups": (Quantized(group_size=4), 5),
 }
 ENTRIES = {name: structure.runtime(size, SHAPE) for name, (structure, size) in STRUCTURES.items()}
@@ -171,7 +182,7 @@ def test_resizing_keeps_rows_and_adds_the_mean(entry):
     layer, _ = make("embedding", entry)
     before = layer.dense_weight().detach()
     own = {name: tensor.detach().clone() for name, tensor in layer.named_parameters(recurse=False)}
-    if entry.startswith(("kronecker", "tucker", "sparse")):
+    if entry.startswith(("kronecker", "tucker", "sparse", "codebook")):
         with pytest.raises(NotImplementedError, match="resize the base model, then compress it"):
             layer.resize(ROWS + 3)
         return

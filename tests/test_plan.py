@@ -4,6 +4,8 @@ import pytest
 from common import nonlinear
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, load_recipe, make_plan
+from hf_offline_compress.families import Matrix
+from hf_offline_compress.plan import shape_of
 from hf_offline_compress.structures import Autoencoder, GroupShape, LowRank
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
@@ -39,7 +41,7 @@ def plan(recipe="svd", config=BERT, **changes):
     return make_plan(config, load_recipe(recipe).override(**changes))
 
 
-@pytest.mark.parametrize("recipe", ["svd", "ae", "direction-ae"])
+@pytest.mark.parametrize("recipe", ["svd", "ae", "direction-ae", "kronecker", "tucker", "paper-r"])
 @pytest.mark.parametrize("grouping,groups", [("separated", 73), ("concatenated", 7), ("blocks:5", 19)])
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_groups_and_bytes(recipe, grouping, groups, storage):
@@ -48,8 +50,8 @@ def test_groups_and_bytes(recipe, grouping, groups, storage):
     assert all(group.ratio >= 4 for group in outcome.groups)
     itemsize = {"float32": 4, "float16": 2}[storage]
     counted = 0
-    for shape, _ in outcome.tensors().values():
-        size = itemsize
+    for shape, dtype in outcome.tensors().values():
+        size = {"int16": 2, "uint8": 1}.get(dtype, itemsize)
         for side in shape:
             size *= side
         counted += size
@@ -128,3 +130,33 @@ def test_the_tied_head_is_counted_once():
     assert plan(config=untied).skeleton.total - plan(config=tied).skeleton.total == words
     assert "head_lm_head" in {group.name for group in plan(config=untied, modules="all").groups}
     assert "head_lm_head" not in {group.name for group in plan(config=tied, modules="linears,word_embeddings").groups}
+
+
+def test_importance_needs_a_head_that_predicts():
+    for config in (BERT, {**BERT, "architectures": ["BertForMultipleChoice"]}):
+        with pytest.raises(
+            CompressionError, match=r"'fisher' needs a language model's head or a task's, and Bert\w+ has none"
+        ):
+            plan("fwsvd", config)
+    assert plan("fwsvd", {**BERT, "architectures": ["BertForMaskedLM"]}).groups
+
+
+def test_matrices_of_unlike_shapes_cannot_be_compressed_together():
+    first = Matrix("a", "key", 0, 4, 8, inputs="a")
+    with pytest.raises(CompressionError, match=r"a \[4, 8\] and b \[4, 6\] are not of one shape"):
+        shape_of((first, first, Matrix("b", "key", 1, 4, 6, inputs="b")))
+
+
+@pytest.mark.parametrize(
+    "recipe,ratio,size", [("quantized", 3, 8), ("quantized", 10, 3), ("codebook", 14, 8), ("codebook", 30, 4)]
+)
+def test_discrete_sizes_take_the_nearest_that_is_not_larger(recipe, ratio, size):
+    outcome = plan(recipe, ratio=ratio, modules="key")
+    assert {group.size for group in outcome.groups} == {size} and outcome.ratio >= ratio
+    larger = outcome.resized({group.name: size + 1 for group in outcome.groups})
+    assert (recipe, size) == ("quantized", 8) or larger.ratio < ratio
+
+
+def test_what_bits_cannot_reach():
+    with pytest.raises(CompressionError, match=r"smallest quantized \(bits 2\) is larger than ratio 25 allows"):
+        plan("quantized", ratio=25)

@@ -98,7 +98,11 @@ def test_selectors_with_commas(text, parts):
         ),
         ({"rules": [{"structure": {"name": "autoencoder", "activation": "sine"}}]}, "activation 'sine' is unknown"),
         ({"rules": [{"structure": {"name": "autoencoder", "decoder_widths": [0]}}]}, "every width must be above 0"),
-        ({"rules": [{"structure": {"name": "autoencoder", "training": {"learning_rate": 0}}}]}, "must be above 0"),
+        (
+            {"rules": [{"structure": {"name": "autoencoder", "training": {**EPOCHS, "learning_rate": 0}}}]},
+            "must be above 0",
+        ),
+        ({"rules": [{"structure": {"name": "autoencoder", "training": {"decay": 0.5}}}]}, "is of the method 'epochs'"),
         (rule(objective="close"), "'close', which is unknown; known are l2, calibrated, sensitive"),
         (rule(objective={"l2": -1}), "none may be negative"),
         (rule(objective={"l2": 0}), "at least one must be above 0"),

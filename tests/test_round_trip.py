@@ -16,7 +16,16 @@ from common import HEADS, QUICK, TEXTS, make_model, make_tokenizer, nonlinear, o
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
-from hf_offline_compress.structures import Autoencoder, Kronecker, LowRank, Quantized, Sparse, Training, Tucker
+from hf_offline_compress.structures import (
+    Autoencoder,
+    Codebook,
+    Kronecker,
+    LowRank,
+    Quantized,
+    Sparse,
+    Training,
+    Tucker,
+)
 
 CALIBRATED = Objective(l2=1.0, calibrated=True)
 SENSITIVE = Objective(l2=1.0, calibrated=True, sensitive=True)
@@ -49,6 +58,9 @@ RECIPES = {
         modules=ALL,
     ),
     "sparse": Recipe("sparse", (Rule(Sparse(), CALIBRATED, ratio=2.0),), modules=(".+",)),
+    "codebook": Recipe(
+        "codebook", (Rule(Codebook(rounds=1), CALIBRATED, Grouping(None), ratio=6.0, storage="float16"),), modules=ALL
+    ),
     "quantized": Recipe("quantized", (Rule(Quantized(group_size=8), ratio=2.0, storage="float16"),), modules=(".+",)),
     "linear_autoencoder": Recipe(
         "linear_autoencoder",

@@ -15,6 +15,7 @@ from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
 from hf_offline_compress.solvers.polishing import importances, loss_terms
 from hf_offline_compress.structures import (
     Autoencoder,
+    Codebook,
     GroupShape,
     Kronecker,
     LowRank,
@@ -270,7 +271,7 @@ def test_training_helps():
 
 @pytest.mark.parametrize(
     "structure",
-    [LowRank(), *AUTOENCODERS, Kronecker(), Tucker(), Sparse(), Quantized()],
+    [LowRank(), *AUTOENCODERS, Kronecker(), Tucker(), Sparse(), Quantized(), Codebook()],
     ids=lambda s: f"{s.name}-{getattr(s, 'decoder', '')}",
 )
 def test_same_seed_same_bytes(structure):
@@ -424,3 +425,55 @@ def test_rounding_is_to_the_nearest_of_even_steps(bits, group_size):
         step = (part.amax(1) - part.amin(1)) / (2**bits - 1)
         assert ((part - rounded).abs() <= step[:, None] / 2 + 1e-5).all()
         assert all(len(row.unique()) <= 2**bits for row in rounded)
+
+
+def weighted(problem, result):
+    """Return the squared error in the metric of each member's inputs, rows weighted."""
+    total, start = 0.0, 0
+    found = problem.member_moments or (torch.eye(problem.shape.columns),) * problem.shape.members
+    for weight, h in zip(problem.weights, found, strict=True):
+        error = (weight - result[start : start + len(weight)]).double()
+        rows = ((error @ h.double()) * error).sum(dim=1)
+        if problem.row_weights is not None:
+            rows = rows * problem.row_weights[start : start + len(weight)]
+        total, start = total + float(rows.sum()), start + len(weight)
+    return total
+
+
+@pytest.mark.parametrize("books,width", [(1, 2), (1, 4), (2, 4)])
+def test_codebooks_do_what_calibration_asks(books, width):
+    weights = tuple(torch.randn(60, 30) for _ in range(2))
+    inputs = tuple(moments(30, seed) for seed in (1, 5))
+    structure = Codebook(width=width, books=books)
+    free = Problem(structure, L2, 5, weights)
+    calibrated = dataclasses.replace(free, member_moments=inputs)
+    errors = [weighted(calibrated, reconstruct(p, solve(p))) for p in (calibrated, free)]
+    assert errors[0] < 0.9 * errors[1]
+    assert weighted(free, reconstruct(free, solve(free))) < weighted(free, reconstruct(calibrated, solve(calibrated)))
+    zero = weighted(calibrated, torch.zeros(120, 30))
+    assert solve(calibrated).notes["error"] == pytest.approx((errors[0] / zero) ** 0.5, rel=0.1)  # damping
+
+
+def test_codebooks_are_exact_where_there_are_enough_entries():
+    entries = torch.randn(16, 4)
+    weight = entries[torch.randint(16, (50, 6))].flatten(1)
+    problem = Problem(Codebook(rounds=4), L2, 6, (weight,))
+    assert weighted(problem, reconstruct(problem, solve(problem))) < 0.02 * float(weight.square().sum())
+
+
+def test_codebooks_spend_their_entries_on_rows_that_count():
+    weight, importance = torch.randn(80, 16), torch.full((80,), 0.01)
+    importance[:10] = 1.0
+    plain = Problem(Codebook(), L2, 4, (weight,))
+    weighed = dataclasses.replace(plain, row_weights=importance)
+    errors = [weighted(weighed, reconstruct(p, solve(p))) for p in (weighed, plain)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_more_bits_more_books_less_error():
+    weight = torch.randn(100, 24)
+    error = {}
+    for books, bits in ((1, 2), (1, 4), (1, 6), (2, 4)):
+        problem = Problem(Codebook(books=books), L2, bits, (weight,))
+        error[books, bits] = weighted(problem, reconstruct(problem, solve(problem)))
+    assert error[1, 2] > error[1, 4] > error[1, 6] and error[1, 4] > error[2, 4]

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..base import clamp_length
 from ..errors import CompressionError
-from ..importance import CAUSAL_HEADS
+from ..families import CAUSAL_HEADS
 
 # A batch is cut so that its logits take no more room than this, as long as it has more than one sequence.
 LOGITS_BYTES = 128 * 2**20

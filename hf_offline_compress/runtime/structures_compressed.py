@@ -352,6 +352,60 @@ class QuantizedWeight(DecodedWeight):
         return rows.flatten(-2)[..., : self.columns]
 
 
+class CodebookDecoder(WeightDecoder):
+    """Tables of sub-vectors."""
+
+    def __init__(self, group: dict[str, Any], columns: int) -> None:
+        """Make the decoder of a group, for rows of `columns` entries."""
+        super().__init__(group)
+        self.columns = columns
+        self.tables = nn.Parameter(torch.empty(group["books"], 2 ** group["bits"], group["width"]))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return rows [..., columns] of codes [..., sub-vectors · books], those of one sub-vector next to each other."""
+        books, entries, _ = self.tables.shape
+        codes = codes.unflatten(-1, (-1, books))
+        if books > 1:
+            codes = codes + torch.arange(books, device=codes.device, dtype=codes.dtype) * entries
+        parts = F.embedding(codes, self.tables.flatten(0, 1)).sum(dim=-2)
+        return parts.flatten(-2)[..., : self.columns]
+
+    def reset_parameters(self, std: float) -> None:
+        """Fill with random values; see the base class."""
+        nn.init.normal_(self.tables)
+
+
+class CodebookWeight(DecodedWeight):
+    """Ŵ from codes into tables, times a scale for each row."""
+
+    decoder_class = CodebookDecoder
+
+    def make_tensors(self, group: dict[str, Any]) -> None:
+        """Make codes and scales; see the base class."""
+        self.bits = group["bits"]
+        self.count = -(-self.columns // group["width"]) * group["books"]
+        self.codes: Tensor
+        self.register_buffer("codes", torch.empty(self.rows, packed_length(self.count, self.bits), dtype=torch.uint8))
+        self.scales = nn.Parameter(torch.empty(self.rows))
+
+    def dense_weight(self) -> Tensor:
+        """Return Ŵ [rows, columns]; see the base class."""
+        return self._rows(self.codes, self.scales)
+
+    def some_rows(self, ids: Tensor) -> Tensor:
+        """Return rows of Ŵ; see the base class."""
+        return self._rows(self.codes[ids], self.scales[ids])
+
+    def reset_parameters(self, std: float) -> None:
+        """Fill with random values; see the base class."""
+        super().reset_parameters(std)
+        nn.init.constant_(self.scales, std)
+
+    def _rows(self, packed: Tensor, scales: Tensor) -> Tensor:
+        rows = self.decode(unpack(packed, self.bits, self.count))
+        return rows * scales[..., None].to(rows.dtype)
+
+
 # structure → how it is kept
 WEIGHTS: dict[str, type[CompressedWeight]] = {
     "low_rank": LowRankWeight,
@@ -361,4 +415,5 @@ WEIGHTS: dict[str, type[CompressedWeight]] = {
     "tucker": TuckerWeight,
     "sparse": SparseWeight,
     "quantized": QuantizedWeight,
+    "codebook": CodebookWeight,
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .autoencoder import solve_autoencoders
 from .base import Factors, Problem
+from .codebook import solve_codebook
 from .kronecker import solve_kronecker
 from .low_rank import low_rank_errors, solve_low_rank
 from .quantized import solve_quantized
@@ -20,6 +21,7 @@ SOLVERS: dict[str, Callable[[Problem], Factors]] = {
     "tucker": solve_tucker,
     "sparse": solve_sparse,
     "quantized": solve_quantized,
+    "codebook": solve_codebook,
 }
 # Of structures whose problems are best solved together, if they are of equal shape, size, objective and options.
 BATCHED_SOLVERS: dict[str, Callable[[Sequence[Problem]], list[Factors]]] = {"autoencoder": solve_autoencoders}

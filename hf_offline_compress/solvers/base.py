@@ -21,6 +21,7 @@ class Problem:
         size: rank, latent width, or whatever the structure counts.
         weights: the members, each [rows, columns].
         input_moments: E[x xᵀ] [columns, columns] of the inputs (pooled over members), or None.
+        member_moments: the same for each member by itself; or None.
         output_moments: for each member E[g gᵀ] [rows, rows] of the gradients at its outputs, or None.
         row_weights: importance of each row's squared error, [all rows of all members], above 0; or None. Not with
             output moments.
@@ -38,6 +39,7 @@ class Problem:
     size: int
     weights: tuple[Tensor, ...]
     input_moments: Tensor | None = None
+    member_moments: tuple[Tensor, ...] | None = None
     output_moments: tuple[Tensor, ...] | None = None
     row_weights: Tensor | None = None
     parameter_weights: tuple[Tensor, ...] | None = None

@@ -11,7 +11,7 @@ from .low_rank import leading_vectors
 from .polishing import polish
 
 # Where A and B reach beyond the matrix, what they give there is free: it is filled in so many times.
-FILLINGS = 20
+FILLINGS = 3
 
 
 @torch.no_grad()

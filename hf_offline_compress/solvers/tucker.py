@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..errors import CompressionError
 from ..structures import Tucker
 from .base import Factors, Problem
 from .low_rank import leading_vectors, solve_low_rank
@@ -24,7 +25,7 @@ def solve_tucker(problem: Problem) -> Factors:
     structure, shape = problem.structure, problem.shape
     assert isinstance(structure, Tucker)
     if structure.is_matrix(shape):
-        return solve_low_rank(problem)
+        return _of_a_matrix(problem, structure.polish)
     blocks, height, columns = structure.sides(shape)
     padded = torch.stack([weight.float() for weight in problem.weights])
     padded = torch.nn.functional.pad(padded, (0, 0, 0, blocks * height - shape.rows))
@@ -49,15 +50,21 @@ def solve_tucker(problem: Problem) -> Factors:
     )
 
 
+def _of_a_matrix(problem: Problem, steps: int) -> Factors:
+    """Return factors of low rank, the closed form in L2, polished where the objective is another."""
+    factors = solve_low_rank(replace(problem, row_weights=None))
+    if not steps or problem.objective.terms == ("l2",):
+        return factors
+    latents, weight = factors.members[0]["latents"].float(), factors.decoder["weight"].float()
+    reached = polish(problem, [latents, weight], lambda f: f[0] @ f[1].T, steps)
+    return Factors(({"latents": latents},), {"weight": weight}, {"loss": reached})
+
+
 def _decompose(tensor: Tensor, ranks: tuple[int, int, int]) -> tuple[Tensor, list[Tensor]]:
     """Return core and factors of a tensor."""
-    try:
-        import tensorly
-        from tensorly.decomposition import tucker
-    except ImportError as error:
-        raise CompressionError(
-            "The structure 'tucker' needs tensorly; `pip install 'hf-offline-compress[tucker]'` gets it."
-        ) from error
+    import tensorly
+    from tensorly.decomposition import tucker
+
     with tensorly.backend_context("pytorch"):
         core, factors = tucker(
             tensor.double(), rank=list(ranks), n_iter_max=SWEEPS, tol=TOLERANCE, init="svd", svd=_gram_svd

@@ -2,6 +2,7 @@
 
 from .autoencoder import Autoencoder, Training
 from .base import GroupShape, Shape, Stored, Structure
+from .codebook import Codebook
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .quantized import Quantized
@@ -9,12 +10,13 @@ from .sparse import Sparse
 from .tucker import Tucker
 
 STRUCTURES: dict[str, type[Structure]] = {
-    cls.name: cls for cls in (LowRank, Autoencoder, Kronecker, Tucker, Sparse, Quantized)
+    cls.name: cls for cls in (LowRank, Autoencoder, Kronecker, Tucker, Sparse, Quantized, Codebook)
 }
 
 __all__ = [
     "STRUCTURES",
     "Autoencoder",
+    "Codebook",
     "GroupShape",
     "Kronecker",
     "LowRank",

@@ -46,6 +46,12 @@ class Training:
         for name, minimum in (("epochs", least), ("batch_size", least), ("final_epochs", 0), ("decay_epochs", 1)):
             if getattr(self, name) < minimum:
                 raise CompressionError(f"training.{name} is {getattr(self, name)}; it must be at least {minimum}.")
+        if self.method == "latents":
+            others = ("final_epochs", "learning_rate", "decay", "decay_epochs")
+            if given := [
+                name for name in others if getattr(self, name) != type(self).__dataclass_fields__[name].default
+            ]:
+                raise CompressionError(f"training.{given[0]} is of the method 'epochs'; 'latents' has no use for it.")
         for name in ("learning_rate", "decay"):
             if not getattr(self, name) > 0:
                 raise CompressionError(f"training.{name} is {getattr(self, name)}; it must be above 0.")

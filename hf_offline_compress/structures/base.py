@@ -110,6 +110,9 @@ class Structure(ABC):
         """Return the objectives that there are with these options, as `Objective.terms` names them."""
         return self.objectives
 
+    def require(self) -> None:  # noqa: B027 (most structures need nothing)
+        """Raise CompressionError if a library that solving needs is not installed."""
+
     def check(self, shape: GroupShape) -> None:
         """Raise CompressionError where matrices of this shape cannot be represented so, at any size."""
         if shape.members > 1 and not self.shares:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 from typing import Any, ClassVar
 
+from ..errors import CompressionError
 from .base import GroupShape, Stored, Structure
 
 
@@ -28,6 +30,13 @@ class Tucker(Structure):
     unit: ClassVar[str] = "largest rank"
 
     polish: int = 100
+
+    def require(self) -> None:
+        """Raise if tensorly is not installed; see the base class."""
+        if find_spec("tensorly") is None:
+            raise CompressionError(
+                "The structure 'tucker' needs tensorly; `pip install 'hf-offline-compress[tucker]'` gets it."
+            )
 
     def sides(self, shape: GroupShape) -> tuple[int, int, int]:
         """Return the tensor's sides: blocks of one member, rows of a block, columns."""
