@@ -142,7 +142,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
     blocks = [block for block in BLOCKS if any(row["block"] == block for row in rows)]
     across = min(3, len(blocks))
@@ -168,6 +168,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
         if measure == "perplexity":
             axis.set_yscale("log")
+            # Less than a decade has hardly a tick of its own.
+            axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(block, fontsize=11, loc="left")
         axis.set_xlabel("ratio")

@@ -1,4 +1,4 @@
-"""What the README and docs/ show works: their blocks are run as they stand, in order, in an empty folder."""
+"""What the documents show works: the README's blocks are run as they stand, in order, in an empty folder."""
 
 import os
 import re
