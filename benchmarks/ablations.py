@@ -20,7 +20,7 @@ from typing import Any
 
 from common import Subject, Table, distances, masked_lm, minilm, own_loss
 
-from hf_offline_compress import Objective, Recipe, Rule, compress
+from hf_offline_compress import Objective, Recipe, Rule
 from hf_offline_compress.recipe import Grouping, load_recipe
 
 Change = Callable[[Rule], Rule]
@@ -114,15 +114,7 @@ QUICK_BLOCKS = ("objective", "norms")
 
 def measured(subject: Subject, recipe: Recipe, kinds: list[str], ratio: float) -> dict[str, Any]:
     """Return what a recipe makes of some kinds of a model's matrices, all replaced together."""
-    result = compress(
-        subject.model,
-        recipe,
-        ratio=ratio,
-        modules=kinds,
-        calibration=subject.calibration,
-        tokenizer=subject.tokenizer,
-        progress=False,
-    )
+    result = subject.compressed(recipe, ratio, kinds)
     weights = [weight for kind in kinds for weight in subject.matrices(subject.model, kind)]
     rebuilt = [weight for kind in kinds for weight in subject.matrices(result.model, kind)]
     distance, rmse = distances(rebuilt, weights)

@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import logging
 
+from hf_offline_compress import compress
 from hf_offline_compress.building import reconstructed
 from hf_offline_compress.calibration import Statistics
+from hf_offline_compress.compressor import CompressionResult
 from hf_offline_compress.evaluate import agreement, sentence_embeddings
 from hf_offline_compress.evaluate.perplexity import perplexity
 from hf_offline_compress.families import family_of
@@ -56,6 +58,18 @@ class Subject:
     calibration: list[str] | Path
     measure: str
     judge: Callable[[Any], float]
+
+    def compressed(self, recipe: str | Recipe, ratio: float, modules: str | list[str]) -> CompressionResult:
+        """Return the model with some matrices compressed, on its own calibration text."""
+        return compress(
+            self.model,
+            recipe,
+            ratio=ratio,
+            modules=modules,
+            calibration=self.calibration,
+            tokenizer=self.tokenizer,
+            progress=False,
+        )
 
     def matrices(self, model: Any, kind: str) -> list[Tensor]:
         """Return the weights [rows, columns] of a kind in the dense model or in a compressed form of it."""

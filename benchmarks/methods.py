@@ -18,7 +18,6 @@ from typing import Any
 
 from common import Subject, Table, distances, masked_lm, minilm, own_loss
 
-from hf_offline_compress import compress
 from hf_offline_compress.errors import CompressionError
 
 MODELS = ("minilm", "mlm")
@@ -60,15 +59,7 @@ COLUMNS = {
 def measured(subject: Subject, kind: str, ratio: float, preset: str) -> dict[str, Any]:
     """Return what a preset makes of one kind of a model's matrices."""
     try:
-        result = compress(
-            subject.model,
-            preset,
-            ratio=ratio,
-            modules=kind,
-            calibration=subject.calibration,
-            tokenizer=subject.tokenizer,
-            progress=False,
-        )
+        result = subject.compressed(preset, ratio, kind)
     except CompressionError as error:
         return {"note": f"n/a: {error}"}
     dense = subject.matrices(subject.model, kind)

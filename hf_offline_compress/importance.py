@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .calibration_text import Batch
 from .errors import CompressionError, listing
 from .families import CAUSAL_HEADS, Matrix
+from .plan import no_head
 from .recipe import IMPORTANCES
 from .sensitivity import _frozen, _portions, _speaks
 
@@ -101,10 +102,7 @@ def _head(model: nn.Module, kind: str, mask_token: int | None) -> Literal["maske
     """Return what the model predicts."""
     name = type(model).__name__
     if not _speaks(model):
-        raise CompressionError(
-            f"The importance '{kind}' needs a language model's head or a task's, and {name} has none that predicts on plain "
-            "text; pass a checkpoint with such a head, choose one with auto_class, or take another objective."
-        )
+        raise no_head(kind, name)
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "task"
     if name.endswith(CAUSAL_HEADS):

@@ -11,7 +11,7 @@ from .base import clamp_length
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, make_batches
 from .errors import CompressionError, listing
-from .families import MASKED_HEADS
+from .families import MASKED_HEADS, Matrix
 from .importance import measure_importance
 from .plan import Plan
 from .sensitivity import measure_sensitivity
@@ -72,27 +72,23 @@ def measure(
                 f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
                 "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."
             )
+    important: dict[tuple[str, bool], list[Matrix]] = {}
+    for group in plan.groups:
+        objective = group.rule.objective
+        if objective.importance != "none":
+            important.setdefault((objective.importance, objective.parameter_wise), []).extend(group.matrices)
     truth = None
-    if masked and any(g.rule.objective.importance != "none" for g in plan.groups):
+    if masked and important:
         truth = [batch.input_ids for batch in make_batches(texts, tokenizer, masked=False, **options)[0]]
-    for kind, parameter_wise in dict.fromkeys(
-        (g.rule.objective.importance, g.rule.objective.parameter_wise) for g in plan.groups
-    ):
-        if kind != "none":
-            asked = [
-                m
-                for g in plan.groups
-                if (g.rule.objective.importance, g.rule.objective.parameter_wise) == (kind, parameter_wise)
-                for m in g.matrices
-            ]
-            statistics.importance[kind, parameter_wise] = measure_importance(
-                model,
-                asked,
-                batches,
-                kind=kind,
-                parameter_wise=parameter_wise,
-                mask_token=mask_token,
-                labels=truth,
-                progress=bar("importance"),
-            )
+    for (kind, parameter_wise), matrices in important.items():
+        statistics.importance[kind, parameter_wise] = measure_importance(
+            model,
+            matrices,
+            batches,
+            kind=kind,
+            parameter_wise=parameter_wise,
+            mask_token=mask_token,
+            labels=truth,
+            progress=bar("importance"),
+        )
     return statistics, record

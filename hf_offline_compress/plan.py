@@ -273,11 +273,15 @@ def _check_importance(recipe: Recipe, architecture: str, base_class: str) -> Non
     """Raise if gradients of predictions are asked for where nothing is predicted."""
     asked = [r.objective.importance for r in recipe.rules if r.structure and r.objective.importance != "none"]
     if asked and (architecture == base_class or architecture.endswith(SEVERAL_INPUTS)):
-        raise CompressionError(
-            f"The importance '{asked[0]}' needs a language model's head or a task's, and {architecture} has none that "
-            "predicts on plain text; pass a checkpoint with such a head, choose one with auto_class, or take another "
-            "objective."
-        )
+        raise no_head(asked[0], architecture)
+
+
+def no_head(importance: str, architecture: str) -> CompressionError:
+    """Return the error that a stock class predicts nothing that the importance could be taken from."""
+    return CompressionError(
+        f"The importance '{importance}' needs a language model's head or a task's, and {architecture} has none that "
+        "predicts on plain text; pass a checkpoint with such a head, choose one with auto_class, or take another objective."
+    )
 
 
 def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tuple[Rule, tuple[Matrix, ...]]]:

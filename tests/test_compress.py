@@ -9,8 +9,10 @@ from common import HEADS, TEXTS, make_model, make_tokenizer, save_base
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress.compressor as compressor
+import hf_offline_compress.solving as solving
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
+from hf_offline_compress.solvers import solve_all
 from hf_offline_compress.structures import Autoencoder, LowRank, Stored, Training
 
 
@@ -402,3 +404,13 @@ def test_moments_last_until_all_that_need_them_are_solved(base):
     )
     result = quick(base, Recipe("mixed", rules, modules=("query", "key", "value")))
     assert all(group.calibrated_error is not None for group in result.report.groups)
+
+
+def test_every_member_brings_the_metric_of_its_own_inputs(base, monkeypatch):
+    """What members share is solved for all of their inputs, where the structure can tell them apart."""
+    seen = []
+    monkeypatch.setattr(solving, "solve_all", lambda problems: (seen.extend(problems), solve_all(problems))[1])
+    quick(base, "codebook", modules="intermediate", grouping="concatenated", ratio=4.0)
+    (problem,) = seen
+    assert len(problem.member_moments) == 3 and not problem.member_moments[0].equal(problem.member_moments[2])
+    torch.testing.assert_close(torch.stack(problem.member_moments).mean(dim=0), problem.input_moments)

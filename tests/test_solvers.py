@@ -10,7 +10,7 @@ from common import nonlinear
 from hf_offline_compress.calibration import add_gram_
 from hf_offline_compress.recipe import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
-from hf_offline_compress.solvers import Problem, solve, solve_all
+from hf_offline_compress.solvers import Problem, codebook, solve, solve_all
 from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
 from hf_offline_compress.solvers.polishing import importances, loss_terms
 from hf_offline_compress.structures import (
@@ -477,3 +477,24 @@ def test_more_bits_more_books_less_error():
         problem = Problem(Codebook(books=books), L2, bits, (weight,))
         error[books, bits] = weighted(problem, reconstruct(problem, solve(problem)))
     assert error[1, 2] > error[1, 4] > error[1, 6] and error[1, 4] > error[2, 4]
+
+
+@pytest.mark.parametrize("columns", [24, 2 * codebook.BLOCK], ids=["in a block", "over blocks"])
+def test_later_columns_make_good_the_errors_of_earlier_ones(columns):
+    """With inputs that hang together, against the same tables with each sub-vector coded for itself."""
+    inputs = torch.randn(columns, columns // 6)
+    weight, width = torch.randn(1, 50, columns), 4
+    problem = Problem(Codebook(), L2, 4, (weight[0],), member_moments=(inputs @ inputs.T + 0.05 * torch.eye(columns),))
+    metric = codebook._metric(problem, 0)
+    start = 0 if columns <= codebook.BLOCK else codebook.BLOCK
+    alone = metric.root.clone()
+    if start:
+        alone[:, :start, start:] = 0  # blocks hear nothing of each other
+    else:
+        alone *= torch.block_diag(*[torch.ones(width, width)] * (columns // width))
+    tables, importance = torch.randn(1, 16, width), torch.ones(1, 50)
+    errors = [
+        codebook._error(weight, codebook._decode(codebook._encode(weight, tables, m), tables), importance, metric)
+        for m in (metric, dataclasses.replace(metric, root=alone))
+    ]
+    assert errors[0] < 0.8 * errors[1]

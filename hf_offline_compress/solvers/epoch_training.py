@@ -51,7 +51,7 @@ def train_by_epochs(problem: Problem, rows: Tensor, keep: Tensor) -> tuple[Tenso
     assert isinstance(structure, Autoencoder)
     with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []), torch.enable_grad():
         torch.manual_seed(problem.seed)
-        encoder, decoder = _networks(structure, problem.size, rows.shape[1])
+        encoder, decoder = _networks(structure, problem)
         encoder.to(rows.device)
         decoder.to(rows.device)
         if structure.decoder == "linear":
@@ -62,7 +62,8 @@ def train_by_epochs(problem: Problem, rows: Tensor, keep: Tensor) -> tuple[Tenso
     return latents, [layer for layer in decoder if isinstance(layer, nn.Linear)], best
 
 
-def _networks(structure: Autoencoder, size: int, columns: int) -> tuple[nn.Sequential, nn.Sequential]:
+def _networks(structure: Autoencoder, problem: Problem) -> tuple[nn.Sequential, nn.Sequential]:
+    size, columns = problem.size, problem.shape.columns
     if structure.decoder == "linear":
         return nn.Sequential(nn.Linear(columns, size)), nn.Sequential(nn.Linear(size, columns))
     activation = _ACTIVATIONS[structure.activation]
@@ -70,7 +71,7 @@ def _networks(structure: Autoencoder, size: int, columns: int) -> tuple[nn.Seque
     encoder: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         encoder += [nn.Linear(inputs, outputs), activation()]
-    widths = [size, *[max(1, round(width * size)) for width in structure.decoder_widths], columns]
+    widths = [size, *structure.hidden(size, problem.shape), columns]
     decoder: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         decoder += [nn.Linear(inputs, outputs), activation()]

@@ -43,10 +43,9 @@ def train_latents(problems: Sequence[Problem]) -> list[Factors]:
     if roots[0] is not None:
         rows = torch.stack([(w.double() @ root).float() for w, root in zip(weights, roots, strict=True)])
     model = _Batch(structure, objective, rows, size, problems)
-    reached = model.train(problems)
+    reached = model.train(problems, roots)
     factors = []
-    for i, problem in enumerate(problems):
-        latents, scales, decoder = model.result(i)
+    for i, (problem, (latents, scales, decoder)) in enumerate(zip(problems, model.results(), strict=True)):
         if (root := roots[i]) is not None:
             for name in ("linear.weight", "output.weight", "weight", "bias"):
                 if name in decoder:  # [columns, width]: of W L = f, W = f L⁻¹
@@ -107,8 +106,13 @@ class _Batch:
         elif not structure.norms:
             self.decoder["bias"] = rows.new_zeros(groups, 1, columns)
 
-    def train(self, problems: Sequence[Problem]) -> list[float]:
-        """Train, keep of every group the best that was seen, and return what that was judged by."""
+    def train(self, problems: Sequence[Problem], roots: Sequence[Tensor | None]) -> list[float]:
+        """Train, keep of every group the best that was seen, and return what that was judged by.
+
+        Args:
+            problems: for seeds, progress and judges.
+            roots: of the metrics that the rows are in, or None where they are as they were.
+        """
         training = self.structure.training
         groups, count, columns = self.rows.shape
         batch = training.batch_size or min(MOST_ROWS, max(LEAST_ROWS, count // 4))
@@ -121,12 +125,9 @@ class _Batch:
         parts = order.chunk(chunks)
         latents = [self.latents[:, part].clone().requires_grad_() for part in parts]
         decoder = {name: value.clone().requires_grad_() for name, value in self.decoder.items()}
-        # The frequencies move by as much as they are wide, relative to the decoder's other numbers.
-        rate = DECODER_RATE if chunks < MANY_CHUNKS else DECODER_RATE / 2
-        trained = [{"params": [value], "lr": rate} for value in decoder.values()]
-        optimizers = [_adam([{"params": [part], "lr": LATENT_RATE}]) for part in latents]
-        shared = _adam(trained)
-        best = self._judge(problems, self.latents, self.decoder)
+        optimizers = [_adam([part], LATENT_RATE) for part in latents]
+        shared = _adam(list(decoder.values()), DECODER_RATE if chunks < MANY_CHUNKS else DECODER_RATE / 2)
+        best = self._judge(problems, roots, self.latents, self.decoder)
         kept = (self.latents.clone(), {name: value.clone() for name, value in self.decoder.items()})
         checks = {round(epochs * (i + 1) / CHECKS) for i in range(CHECKS)}
         steps, done = epochs * chunks, 0
@@ -147,7 +148,7 @@ class _Batch:
                 together = torch.empty_like(self.latents)
                 for part, own in zip(parts, latents, strict=True):
                     together[:, part] = own.detach()
-                reached = self._judge(problems, together, decoder)
+                reached = self._judge(problems, roots, together, decoder)
                 for i in range(groups):
                     if math.isfinite(reached[i]) and reached[i] < best[i]:
                         best[i] = reached[i]
@@ -159,11 +160,14 @@ class _Batch:
         self.latents, self.decoder = kept
         return best
 
-    def result(self, i: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Return latents, scales and decoder of one group, as they are stored."""
+    def results(self) -> list[tuple[Tensor, Tensor | None, dict[str, Tensor]]]:
+        """Return latents, scales and decoder of each group, as they are stored."""
+        _, scales = self._scaled(self._decode(self.latents, self.decoder), slice(None))
+        return [self._result(i, scales[i]) for i in range(len(scales))]
+
+    def _result(self, i: int, scales: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         latents = self.latents[i]
         decoder = {name: value[i] for name, value in self.decoder.items()}
-        scales = self._scales(self.latents, self.decoder, slice(None))[i]
         if self.structure.decoder == "residual":
             stored = {
                 "linear.weight": decoder["linear"].T * self.unit[i],
@@ -203,9 +207,6 @@ class _Batch:
             scales = self.norms[:, part] / decoded.norm(dim=2).clamp_min(1e-10)
         return decoded * scales[..., None], scales
 
-    def _scales(self, latents: Tensor, decoder: dict[str, Tensor], part: slice) -> Tensor:
-        return self._scaled(self._decode(latents, decoder), part)[1]
-
     def _loss(self, latents: Tensor, decoder: dict[str, Tensor], part: Tensor | slice, exponent: float) -> Tensor:
         """Return the loss of each group on some of its rows, [groups]."""
         decoded, _ = self._scaled(self._decode(latents, decoder), part)
@@ -237,16 +238,21 @@ class _Batch:
         return loss
 
     @torch.no_grad()
-    def _judge(self, problems: Sequence[Problem], latents: Tensor, decoder: dict[str, Tensor]) -> list[float]:
+    def _judge(
+        self,
+        problems: Sequence[Problem],
+        roots: Sequence[Tensor | None],
+        latents: Tensor,
+        decoder: dict[str, Tensor],
+    ) -> list[float]:
         """Return for each group its loss on all rows, or what its judge says."""
         if problems[0].judge is None:
             return [float(value) for value in self._loss(latents, decoder, slice(None), ANNEALED_TO)]
         decoded, _ = self._scaled(self._decode(latents, decoder), slice(None))
         found = []
-        for problem, rows in zip(problems, decoded, strict=True):
+        for problem, root, rows in zip(problems, roots, decoded, strict=True):
             assert problem.judge is not None
-            if problem.input_moments is not None:
-                root = damped_root(problem.input_moments.to(rows.device))
+            if root is not None:
                 rows = torch.linalg.solve_triangular(root, rows.double(), upper=False, left=False).float()
             found.append(problem.judge(rows))
         return found
@@ -264,8 +270,8 @@ class _Batch:
         return rows, single
 
 
-def _adam(groups: list[dict[str, object]]) -> torch.optim.Adam:
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10, fused=True)
+def _adam(numbers: list[Tensor], rate: float) -> torch.optim.Adam:
+    optimizer = torch.optim.Adam(numbers, lr=rate, betas=(0.9, 0.98), eps=1e-10, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
