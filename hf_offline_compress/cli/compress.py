@@ -1,0 +1,109 @@
+"""`compress`: make a model smaller and write the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..recipe import load_recipe, split_selectors
+from .options import (
+    Allocation,
+    AsJson,
+    AutoClass,
+    Base,
+    Debug,
+    Dtype,
+    GroupingOption,
+    Modules,
+    Quiet,
+    Ratio,
+    RecipeOption,
+    Revision,
+    Storage,
+    app,
+)
+from .output import calm, megabytes, print_json, run
+
+
+@app.command()
+def compress(
+    base: Base,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write", show_default=False)],
+    recipe: RecipeOption = "calibrated-svd",
+    ratio: Ratio = None,
+    modules: Modules = None,
+    grouping: GroupingOption = None,
+    storage: Storage = None,
+    allocation: Allocation = None,
+    calibration: Annotated[
+        str, typer.Option(help="text to calibrate on: bundled, none, a file with one text a line, or a data set's name")
+    ] = "bundled",
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="held-out text: what is trained keeps the step of lowest perplexity on it; a file or a data set's name",
+            show_default=False,
+        ),
+    ] = None,
+    auto_class: AutoClass = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option(help="where to compute, e.g. cuda", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="calibration texts in one forward pass", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    revision: Revision = None,
+    max_shard_size: Annotated[str, typer.Option(help="split larger weights into files of this size")] = "50GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base's tokenizer")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a folder that this command has written")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress BASE and write a folder that AutoModel loads."""
+
+    def work() -> None:
+        from ..folder import check_target, inspect_folder
+
+        check_target(out, overwrite)
+        load_recipe(recipe)  # before torch is imported: a typing error is answered at once
+        calm(quiet)
+        from ..compressor import compress as do
+
+        result = do(
+            base,
+            recipe,
+            ratio=ratio,
+            modules=split_selectors(modules),
+            grouping=grouping,
+            storage=storage,
+            allocation=allocation,
+            calibration=calibration,
+            validation=validation,
+            auto_class=auto_class,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=not quiet,
+        )
+        result.save(out, overwrite=overwrite, max_shard_size=max_shard_size)
+        if as_json:
+            print_json(result.report.to_dict())
+        elif not quiet:
+            totals, written = result.report.totals, inspect_folder(out).weight_bytes
+            print(
+                f"{out}: {megabytes(written)} of weights; the base would be {megabytes(totals['parameters'] * 4)} in float32 "
+                f"({totals['parameters'] * 4 / written:.2f} x smaller). "
+                f"{len(result.report.groups)} groups compressed at ratio {totals['ratio']:.2f}."
+            )
+
+    run(work, debug)

@@ -1,0 +1,43 @@
+"""Arguments and options that several commands take, and the application they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated
+
+import typer
+
+from ..recipe import Recipe, Rule, preset_names
+
+HELP = {
+    item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
+}
+
+app = typer.Typer(
+    help="Make BERT, RoBERTa and GPT-2 models several times smaller, offline; AutoModel loads the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="the model to compress: a Hub id or a local folder", show_default=False)
+]
+RecipeOption = Annotated[str, typer.Option(help=f"a preset ({', '.join(preset_names())}) or a YAML file")]
+Ratio = Annotated[float | None, typer.Option(help=HELP["ratio"], show_default=False)]
+Modules = Annotated[str | None, typer.Option(help=HELP["modules"] + "; with commas between", show_default=False)]
+GroupingOption = Annotated[str | None, typer.Option(help=HELP["grouping"], show_default=False)]
+Storage = Annotated[str | None, typer.Option(help=HELP["storage"], show_default=False)]
+Allocation = Annotated[str | None, typer.Option(help=HELP["allocation"], show_default=False)]
+Dtype = Annotated[
+    str | None, typer.Option(help="dtype of the model; the checkpoint's if not given", show_default=False)
+]
+AutoClass = Annotated[
+    str | None,
+    typer.Option(help="class to load the base with; the one it was saved from if not given", show_default=False),
+]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a base on the Hub", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
