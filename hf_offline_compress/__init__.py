@@ -15,10 +15,14 @@ from .recipe import Grouping, Objective, Recipe, Rule, load_recipe
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .card import write_card
     from .compressor import CompressionResult, compress
+    from .export import export_folder
     from .folder import inspect_folder
+    from .hub import Pushed, push_folder
     from .plan import Plan, make_plan
     from .report import Report
+    from .verifying import Verification, verify_folder
 
 __all__ = [
     "CompressionError",
@@ -26,23 +30,35 @@ __all__ = [
     "Grouping",
     "Objective",
     "Plan",
+    "Pushed",
     "Recipe",
     "Report",
     "Rule",
+    "Verification",
     "__version__",
     "compress",
+    "export_folder",
     "inspect_folder",
     "load_recipe",
     "make_plan",
+    "push_folder",
+    "verify_folder",
+    "write_card",
 ]
 
 _LAZY = {
     "compress": "compressor",
     "CompressionResult": "compressor",
+    "export_folder": "export",
     "inspect_folder": "folder",
     "make_plan": "plan",
     "Plan": "plan",
+    "Pushed": "hub",
+    "push_folder": "hub",
     "Report": "report",
+    "Verification": "verifying",
+    "verify_folder": "verifying",
+    "write_card": "card",
 }
 
 registration.check_transformers()

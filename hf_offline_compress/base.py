@@ -59,6 +59,12 @@ class BaseCheckpoint:
     family: Family
     revision: str | None = None
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weight files: the safetensors, or the pickles where there are none."""
+        found = [*self.folder.glob("model*.safetensors")] or [*self.folder.glob("pytorch_model*.bin")]
+        return sum(file.stat().st_size for file in found)
+
 
 def resolve_architecture(config: dict[str, Any], auto_class: str | None) -> str:
     """Return the stock class to load: the one that the config names, or the one behind an `AutoModel…`.
@@ -231,7 +237,10 @@ def _unpickle(source: Path, target: Path) -> None:
 
 
 def _wanted(names: list[str]) -> list[str]:
-    """Return the files of a repository that are needed: safetensors where there are any, else pickled weights."""
+    """Return the files of a repository that are needed: safetensors where there are any, else pickled weights.
+
+    Its README is read for licence and languages alone.
+    """
     weights = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
     if not any(re.fullmatch(weights, name) for name in names):
         weights = r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"
@@ -239,7 +248,9 @@ def _wanted(names: list[str]) -> list[str]:
     return [
         name
         for name in names
-        if name in ("config.json", *COMPANIONS) or re.fullmatch(weights, name) or re.fullmatch(module, name)
+        if name in ("config.json", "README.md", *COMPANIONS)
+        or re.fullmatch(weights, name)
+        or re.fullmatch(module, name)
     ]
 
 

@@ -93,7 +93,11 @@ def build_model(
     config.architectures = [target.__name__]
     if source is not None:
         config.name_or_path = source.name
-    state = _untouched(model, plan, factors) | factors
+    rest = _untouched(model, plan, factors)
+    if plan.rest != plan.dtype:  # what is used now is what will be loaded
+        narrow = getattr(torch, plan.rest)
+        rest = {name: t.to(narrow).to(t.dtype) if t.is_floating_point() else t for name, t in rest.items()}
+    state = rest | factors
     dtype = getattr(torch, plan.dtype)
     with quiet_transformers():
         built, info = target.from_pretrained(

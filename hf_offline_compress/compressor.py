@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from .folder import save_folder
 from .measuring import measure
 from .plan import FLOAT32, Plan, make_plan
 from .recipe import STORAGES, Recipe, load_recipe
-from .report import Report, totals, versions
+from .report import GroupReport, Report, totals, versions
+from .searching import Trial, hold_out, largest_ratio, loss_judge
 from .selection import check_judged, perplexity_judge
 from .solvers import expected_errors
 from .solving import solve_groups
@@ -39,6 +41,11 @@ from .weighting import problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .hub import Pushed
+
+
+_Solved = tuple["Plan", "PreTrainedModel", list["GroupReport"]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,45 @@ class CompressionResult:
             Path(folder), self.model, self.tokenizer, self.report, self.source, overwrite, max_shard_size
         )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        max_shard_size: str | int = "50GB",
+    ) -> Pushed:
+        """Save to a temporary folder, verify it, and publish it on the Hub; see `push_folder`.
+
+        Args:
+            repo_id: "name" or "owner/name".
+            private: make the repository private.
+            revision: a branch; main by default.
+            message: of the commit.
+            create_pr: propose the commit as a pull request.
+            token: by default the one that you are logged in with.
+            max_shard_size: larger weights are split into files of this size.
+
+        Raises:
+            CompressionError: a check fails, or the Hub does not take it; the sentence says what is published.
+        """
+        from .hub import push_folder
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save(Path(scratch) / "model", max_shard_size=max_shard_size)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                message=message,
+                create_pr=create_pr,
+                token=token,
+            )
+
 
 def compress(
     base: str | Path | PreTrainedModel,
@@ -82,6 +128,9 @@ def compress(
     grouping: str | None = None,
     storage: str | None = None,
     allocation: str | None = None,
+    total_ratio: float | None = None,
+    max_bytes: int | str | None = None,
+    max_loss: float | None = None,
     calibration: str | Path | Sequence[str] | None = "bundled",
     validation: str | Path | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -105,6 +154,11 @@ def compress(
         grouping: "separated", "concatenated" or "blocks:N".
         storage: dtype of the stored factors, "float32", "float16" or "bfloat16".
         allocation: "uniform", every group at the ratio; or "by_gain", all together, each as large as pays most.
+        total_ratio: 4 bytes × all parameters, over the bytes of all weight files: a budget for everything.
+        max_bytes: the same budget in bytes, e.g. 6_000_000 or "6MB".
+        max_loss: instead of a size, the loss that is allowed: the largest relative rise of perplexity, or for models
+            without a language-model head fall of agreement, 0.01 being 1 %. The smallest budget that keeps it is searched
+            for, which takes several times as long. It is judged on `validation`, or on held-out calibration text.
         calibration: "bundled", texts, a file with one text a line, a data set's name, or None for no data.
         validation: texts, a file or a data set's name; of what is trained, the step with the lowest perplexity on it is
             kept, and not that with the lowest loss. For language models.
@@ -124,7 +178,13 @@ def compress(
         CompressionError: something in the request cannot be done. Nothing has been written.
     """
     recipe = load_recipe(recipe).override(
-        modules=modules, ratio=ratio, grouping=grouping, storage=storage, allocation=allocation
+        modules=modules,
+        ratio=ratio,
+        grouping=grouping,
+        storage=storage,
+        allocation=allocation,
+        total_ratio=total_ratio,
+        max_bytes=max_bytes,
     )
     texts = load_texts(calibration) if recipe.calibrated else None
     if texts is None:
@@ -133,9 +193,12 @@ def compress(
         if rule.structure:
             rule.structure.require()
     judging = load_texts(validation, "validation")
+    if max_loss is not None:
+        texts, judging = _searched_on(max_loss, recipe, texts, judging, (ratio, total_ratio, max_bytes))
     clock = _Clock()
     options: dict[str, Any] = {
         "validation": judging,
+        "max_loss": max_loss,
         "seed": seed,
         "batch_size": batch_size,
         "progress": progress,
@@ -149,7 +212,7 @@ def compress(
     wanted = _dtype_name(dtype)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
     make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
-    if judging:
+    if judging and max_loss is None:
         check_judged(architecture)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
     with clock("load"):
@@ -162,8 +225,71 @@ def compress(
         dtype=wanted or _checkpoint_dtype(source),
         device=device,
         source=source,
+        options={"auto_class": auto_class, "dtype": wanted, "batch_size": batch_size},
         **options,
     )
+
+
+def _searched_on(
+    max_loss: float,
+    recipe: Recipe,
+    texts: CalibrationText | None,
+    validation: CalibrationText | None,
+    sizes: tuple[object, ...],
+) -> tuple[CalibrationText | None, CalibrationText]:
+    """Return the texts to calibrate on and those to judge a search by.
+
+    Raises:
+        CompressionError: there can be no search.
+    """
+    if not 0 < max_loss < 1:
+        raise CompressionError(f"max_loss is {max_loss}; it must be above 0 and below 1, e.g. 0.01 for 1 %.")
+    if any(size is not None for size in sizes):
+        raise CompressionError("max_loss and a size exclude each other: the one is searched for, given the other.")
+    if recipe.budget is None:
+        raise CompressionError(
+            f"max_loss searches over budgets for all weights, and the recipe '{recipe.name}' has none; take balanced, "
+            "small, tiny or nano, or give the recipe a budget."
+        )
+    if validation is not None:
+        return texts, validation
+    if texts is None:
+        raise CompressionError("max_loss needs text to judge by: pass validation, or leave calibration on.")
+    return hold_out(texts)
+
+
+def _search(
+    solved: Callable[[Recipe], _Solved],
+    recipe: Recipe,
+    plan: Plan,
+    judge: Callable[[Any], float],
+    max_loss: float,
+    progress: bool,
+) -> tuple[_Solved, Recipe, list[Trial]]:
+    """Return what has the largest total ratio within the loss, its recipe, and all trials."""
+    total = plan.skeleton.total * FLOAT32
+    largest = plan.resized({group.name: group.structure.limit(group.shape) for group in plan.groups})
+    smallest = plan.resized({group.name: group.structure.minimum for group in plan.groups})
+    kept: dict[float, _Solved] = {}
+
+    def with_ratio(ratio: float) -> Recipe:
+        return recipe.override(total_ratio=round(ratio, 3))
+
+    def attempt(ratio: float) -> Trial:
+        found = solved(with_ratio(ratio))
+        trial = Trial(round(ratio, 3), found[0].file_bytes, judge(found[1]))
+        if trial.loss <= max_loss:
+            kept.clear()  # the search only goes up from here
+            kept[ratio] = found
+        if progress:
+            tqdm.write(f"total ratio {trial.total_ratio:g}: {trial.bytes:,} bytes, loss {trial.loss:.2%}")
+        return trial
+
+    assert recipe.budget is not None
+    start = total / recipe.budget.allowed(plan.skeleton.total)
+    bounds = (total / largest.file_bytes * 1.001, total / smallest.file_bytes * 0.999)
+    best, trials = largest_ratio(attempt, bounds, max_loss, start)
+    return kept[best], with_ratio(best), trials
 
 
 def compress_model(
@@ -176,6 +302,8 @@ def compress_model(
     device: str | torch.device | None = None,
     source: BaseCheckpoint | None = None,
     validation: CalibrationText | None = None,
+    max_loss: float | None = None,
+    options: dict[str, Any] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -191,7 +319,9 @@ def compress_model(
         dtype: of the result; by default the model's.
         device: where it is computed.
         source: where the model was loaded from, if it was.
-        validation: text that chooses among the steps of training; see `compress`.
+        validation: text that chooses among the steps of training, or judges sizes; see `compress`.
+        max_loss: that is allowed; needs a budget in the recipe, and validation text.
+        options: how the base was loaded, for the report.
         batch_size: texts in one forward pass.
         seed: of everything random.
         progress: show progress bars.
@@ -223,28 +353,52 @@ def compress_model(
                 statistics, record = measure(
                     compute, plan, texts, tokenizer, seed=seed, batch_size=batch_size, progress=progress
                 )
-        if recipe.allocation == "by_gain":
-            with clock("allocate"):
-                plan = _allocated(compute, plan, statistics, progress)
-        with clock("solve"):
-            judge = perplexity_judge(compute, plan, tokenizer, validation) if validation else None
-            factors, reports = solve_groups(
-                plan, compute.state_dict(), statistics, seed=seed, progress=progress, judge=judge
+
+        def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
+            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype)
+            # Moments are dropped as they are used, to save memory; whoever searches needs them again.
+            known = (
+                statistics if max_loss is None else replace(statistics, input_moments=dict(statistics.input_moments))
             )
-        with clock("build"):
-            built = build_model(compute, plan, factors, source)
+            if recipe.allocation == "by_gain":
+                with clock("allocate"):
+                    sized = _allocated(compute, sized, known, progress)
+            with clock("solve"):
+                judged = validation if max_loss is None else None
+                judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
+                factors, reports = solve_groups(
+                    sized, compute.state_dict(), known, seed=seed, progress=progress, judge=judge
+                )
+            with clock("build"):
+                return sized, build_model(compute, sized, factors, source), reports
+
+        search = None
+        if max_loss is None:
+            plan, built, reports = solved(recipe)
+        else:
+            assert validation is not None and tokenizer is not None
+            with clock("search"):
+                judge = loss_judge(compute, tokenizer, validation)
+                (plan, built, reports), recipe, trials = _search(solved, recipe, plan, judge, max_loss, progress)
+            search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
     finally:
         if source is None:
             model.to(home).train(was_training)  # type: ignore[arg-type]
     name = source.name if source else Path(str(model.config.name_or_path or "a model in memory")).name
     report = Report(
-        base={"name": name, "revision": source.revision if source else None},
+        base={
+            "name": name,
+            "revision": source.revision if source else None,
+            "weight_bytes": source.weight_bytes if source else None,
+        },
         architecture=architecture,
         recipe=recipe.to_dict(),
         seed=seed,
         dtype=plan.dtype,
         calibration=record.to_dict() if record else None,
         validation={"source": validation.source, "sha256": validation.sha256} if validation else None,
+        search=search,
+        options={key: value for key, value in (options or {}).items() if value is not None},
         groups=tuple(reports),
         dense=plan.dense,
         totals=totals(plan),
@@ -260,17 +414,28 @@ def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progr
     """Return the plan with the bytes that its groups have in all given to those that gain most from them."""
     state = model.state_dict()
     choices = []
-    for group in tqdm(plan.groups, desc="allocating", unit="group", disable=not progress):
+    groups = [group for group in plan.groups if group.structure.known_gains]
+    for group in tqdm(groups, desc="allocating", unit="group", disable=not progress):
         problem = problem_of(group, state, plan.skeleton.prefix, statistics)
-        candidates = range(1, group.structure.limit(group.shape) + 1)
+        candidates = range(group.structure.minimum, group.structure.limit(group.shape) + 1)
         costs = [float(replace(group, size=size).stored_bytes) for size in candidates]
-        dense = group.parameters * STORAGES[plan.dtype]
+        dense = group.parameters * STORAGES[plan.rest]
         costs = [cost for cost in costs if cost < dense]  # they grow with size: what is left is a beginning
-        errors = expected_errors(problem).cpu()[1 : len(costs) + 1]
+        first = group.structure.minimum
+        errors = expected_errors(problem).cpu()[first : first + len(costs)]
         choices.append(Choices(errors, torch.tensor(costs, dtype=torch.float64)))
-    budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in plan.groups)
-    chosen = allocate(choices, budget)
-    return plan.resized({group.name: i + 1 for group, i in zip(plan.groups, chosen, strict=True)})
+    allowed = plan.recipe.budget.allowed(plan.skeleton.total) if plan.recipe.budget else None
+    if allowed is None:
+        budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in groups)
+    else:
+        budget = allowed - (plan.file_bytes - sum(group.stored_bytes for group in groups))
+    while True:
+        chosen = allocate(choices, budget)
+        sizes = {group.name: i + group.structure.minimum for group, i in zip(groups, chosen, strict=True)}
+        sized = plan.resized(sizes)
+        if allowed is None or sized.file_bytes <= allowed:
+            return sized
+        budget -= sized.file_bytes - allowed  # other sizes, other numbers in the file's header
 
 
 def _check_finite(model: nn.Module, title: str) -> None:
@@ -312,4 +477,5 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - started, 3)
+        spent = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        self.seconds[stage] = round(spent, 3)

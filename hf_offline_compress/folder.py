@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .base import clamp_length, copy_companions
 from .errors import CompressionError
 from .registration import MODEL_TYPES
+from .verifying.record import write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ def inspect_folder(folder: str | Path) -> FolderContents:
     path = Path(folder)
     config = _read(path / "config.json")
     report = _read(path / REPORT_FILE)
-    if not _is_ours(path) or config is None or report is None:
+    if not is_compressed(path) or config is None or report is None:
         raise CompressionError(
             f"'{folder}' is no compressed folder: it needs a config.json of a compressed model and a {REPORT_FILE}. "
             "`hf-offline-compress compress` writes such folders."
@@ -72,7 +73,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise CompressionError(
             f"The output folder '{folder}' is not empty; pass another, or --overwrite (overwrite=True) to replace it."
         )
-    if not _is_ours(folder):
+    if not is_compressed(folder):
         raise CompressionError(
             f"The output folder '{folder}' was not written by this package, and so is not overwritten; pass another."
         )
@@ -92,6 +93,8 @@ def save_folder(
     Raises:
         CompressionError: see `check_target`.
     """
+    from .card import write_card_if_possible  # which reads folders by this module
+
     check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
@@ -104,6 +107,8 @@ def save_folder(
             copy_companions(source, partial)
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
+        write_record(partial, model)
+        write_card_if_possible(partial, name=folder.name, base=source)
         _settle(partial)
         _replace(partial, folder)
     finally:
@@ -141,7 +146,8 @@ def _forget_paths(file: Path) -> None:
         file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _is_ours(folder: Path) -> bool:
+def is_compressed(folder: Path) -> bool:
+    """Return whether a folder is that of a compressed model, as its config.json says."""
     config = _read(folder / "config.json")
     return config is not None and config.get("model_type") in MODEL_TYPES
 

@@ -5,14 +5,17 @@ A plan needs no weights and no torch: it is the dry run, and what `compress` the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from .errors import CompressionError, listing
 from .families import Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
 from .structures import GroupShape, Shape, Stored, Structure
+from .structures.base import ITEM_BYTES
 
 FORMAT_VERSION = 1
 DECODERS = "compression_decoders"
@@ -20,6 +23,10 @@ FLOAT32 = 4
 # Heads that predict only from several inputs at once.
 SEVERAL_INPUTS = ("MultipleChoice", "DoubleHeadsModel")
 _TOO_SMALL = "would not shrink"
+# In safetensors files tensors lie by their dtypes, the last of these first, and then by their names.
+DTYPES = ("uint8", "int16", "float16", "bfloat16", "float32")
+# Between these the ratio is looked for at which everything together fits into a budget.
+RATIOS = (1.0, 4096.0)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ class Plan:
         skeleton: all parameters of the base.
         groups: what is compressed.
         dense: what is not.
+        rest: dtype that all else is stored in.
     """
 
     model_type: str
@@ -143,6 +151,7 @@ class Plan:
     skeleton: Skeleton
     groups: tuple[Group, ...]
     dense: tuple[Dense, ...]
+    rest: str
 
     @property
     def parameters(self) -> int:
@@ -163,7 +172,33 @@ class Plan:
     def total_stored_bytes(self) -> int:
         """Bytes of all tensors of the compressed model, without file headers."""
         dense = self.skeleton.total - self.parameters
-        return self.stored_bytes + dense * STORAGES[self.dtype]
+        return self.stored_bytes + dense * STORAGES[self.rest]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the one weight file, its header included, as the safetensors library writes it."""
+        tensors = self.tensors() | {name: (shape, self.rest) for name, shape in self._rest_shapes().items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-DTYPES.index(item[1][1]), item[0])):
+            start, end = end, end + prod(shape) * ITEM_BYTES.get(dtype, STORAGES.get(dtype, 0))
+            code = dtype.replace("float", "F").replace("uint", "U").replace("int", "I").replace("bF", "BF")
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        length = len(json.dumps(header, separators=(",", ":")))
+        return 8 + length + -length % 8 + end
+
+    def _rest_shapes(self) -> dict[str, Shape]:
+        """Return full name → shape of the tensors that are stored for all else; parts of fused layers by themselves."""
+        chosen = [matrix for group in self.groups for matrix in group.matrices]
+        gone = {f"{self.skeleton.prefix if m.in_base else ''}{m.module}.weight" for m in chosen}
+        rest = {name: shape for name, shape in self.skeleton.parameters.items() if name not in gone}
+        fused = {matrix.module for matrix in chosen if matrix.part}
+        for matrix in (m for m in self.skeleton.matrices if m.module in fused):
+            rest.pop(f"{self.skeleton.prefix}{matrix.module}.bias", None)
+            rest[f"{self.skeleton.prefix}{matrix.name}.bias"] = (matrix.rows,)
+            if matrix not in chosen:
+                rest[f"{self.skeleton.prefix}{matrix.name}.weight"] = (matrix.rows, matrix.columns)
+        return rest
 
     @property
     def total_ratio(self) -> float:
@@ -182,7 +217,9 @@ class Plan:
 
     def resized(self, sizes: Mapping[str, int]) -> Plan:
         """Return the plan with other sizes of its groups, by name."""
-        return replace(self, groups=tuple(replace(group, size=sizes[group.name]) for group in self.groups))
+        return replace(
+            self, groups=tuple(replace(group, size=sizes.get(group.name, group.size)) for group in self.groups)
+        )
 
     def runtime(self) -> dict[str, Any]:
         """Return the plan as the config carries it: plain JSON, all that the runtime needs to build the modules."""
@@ -202,7 +239,7 @@ class Plan:
                 "shared": group.shared,
                 "members": members,
             }
-        return {"format_version": FORMAT_VERSION, "decoding": "cached", "groups": groups}
+        return {"format_version": FORMAT_VERSION, "decoding": "cached", "rest": self.rest, "groups": groups}
 
 
 def make_plan(
@@ -229,10 +266,32 @@ def make_plan(
     _check_ratios(recipe, dtype)
     _check_importance(recipe, architecture, family.base_class)
 
+    grouped, dense = _grouped(recipe, skeleton)
+    for rule, matrices in grouped:
+        if rule.structure:
+            rule.structure.check(shape_of(matrices))
+    # Numbers that a float32 model's tensors have beyond half precision say little, where all else is kept in few bits.
+    rest = recipe.rest or ("float16" if recipe.budget and dtype == "float32" else dtype)
+    draft = Plan(family.model_type, architecture, dtype, recipe, skeleton, (), (), rest)
+    if recipe.budget:
+        return _within_budget(draft, grouped, dense)
+    return _sized_plan(draft, grouped, dense, None)
+
+
+def _sized_plan(
+    draft: Plan, grouped: Sequence[tuple[Rule, tuple[Matrix, ...]]], dense: Sequence[Dense], ratio: float | None
+) -> Plan:
+    """Return the draft with each group as large as its rule's ratio allows, or one ratio for all.
+
+    Where there is one for all, groups that would be too small have their smallest size.
+
+    Raises:
+        CompressionError: nothing would shrink.
+    """
     groups: list[Group] = []
-    dense: list[Dense] = []
-    for rule, matrices in _grouped(recipe, skeleton, dense):
-        group = _sized(rule, matrices, dtype)
+    dense = list(dense)
+    for rule, matrices in grouped:
+        group = _sized(rule, matrices, draft, ratio)
         if isinstance(group, Group):
             groups.append(group)
         else:
@@ -240,9 +299,38 @@ def make_plan(
     if not groups:
         closest = next((item for item in dense if item.reason.startswith(_TOO_SMALL)), dense[0])
         raise CompressionError(f"Nothing would shrink: {closest.name} {closest.reason}. Ask for another ratio.")
-    rest = skeleton.total - sum(group.parameters for group in groups) - sum(item.parameters for item in dense)
+    total = draft.skeleton.total
+    rest = total - sum(group.parameters for group in groups) - sum(item.parameters for item in dense)
     dense.append(Dense("everything else", rest, "norms, biases and other parameters of no kind"))
-    return Plan(family.model_type, architecture, dtype, recipe, skeleton, tuple(groups), tuple(dense))
+    return replace(draft, groups=tuple(groups), dense=tuple(dense))
+
+
+def _within_budget(draft: Plan, grouped: Sequence[tuple[Rule, tuple[Matrix, ...]]], dense: Sequence[Dense]) -> Plan:
+    """Return the plan at the one ratio for all groups at which it is largest within the budget.
+
+    Raises:
+        CompressionError: it is too large even with every group at its smallest.
+    """
+    budget = draft.recipe.budget
+    assert budget is not None
+    allowed = budget.allowed(draft.skeleton.total)
+    low, high = RATIOS
+    smallest = _sized_plan(draft, grouped, dense, high)
+    if smallest.file_bytes > allowed:
+        least, ratio = smallest.file_bytes, draft.skeleton.total * FLOAT32 / smallest.file_bytes
+        raise CompressionError(
+            f"The budget of {budget} ({allowed:,} bytes) cannot be kept: with every chosen matrix at its smallest the weights "
+            f"have {least:,} bytes (total ratio {ratio:.1f}). Ask for no less, or choose more modules."
+        )
+    best = smallest
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        plan = _sized_plan(draft, grouped, dense, middle)
+        if plan.file_bytes <= allowed:
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
 
 
 def _check_matches(recipe: Recipe, skeleton: Skeleton, architecture: str) -> None:
@@ -256,8 +344,13 @@ def _check_matches(recipe: Recipe, skeleton: Skeleton, architecture: str) -> Non
 def _check_ratios(recipe: Recipe, dtype: str) -> None:
     """Raise if a ratio is no more than what the model's own dtype already gives."""
     own = FLOAT32 / STORAGES[dtype]
+    if recipe.rest not in (None, dtype) and dtype != "float32":
+        raise CompressionError(
+            f"All else cannot be stored in {recipe.rest}: the model is in {dtype}, and a loaded model has one dtype. "
+            "Leave `rest` out, or pass dtype='float32'."
+        )
     for rule in recipe.rules:
-        if rule.structure and rule.ratio <= own:
+        if rule.structure and rule.ratio <= own and not recipe.budget:
             raise CompressionError(
                 f"Nothing would shrink at ratio {rule.ratio:g}: ratios count from float32, and the model, stored in {dtype}, "
                 f"is at {own:g} already. Ask for more, e.g. ratio {2 * own:g}."
@@ -284,8 +377,9 @@ def no_head(importance: str, architecture: str) -> CompressionError:
     )
 
 
-def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tuple[Rule, tuple[Matrix, ...]]]:
-    """Return the matrices that rules apply to, in the groups that the rules ask for; the others go to `dense`."""
+def _grouped(recipe: Recipe, skeleton: Skeleton) -> tuple[list[tuple[Rule, tuple[Matrix, ...]]], list[Dense]]:
+    """Return the matrices that rules apply to, in the groups that the rules ask for, and what stays dense."""
+    dense: list[Dense] = []
     found: dict[tuple[Any, ...], list[Matrix]] = {}
     for matrix in skeleton.matrices:
         index = next((i for i, rule in enumerate(recipe.rules) if matches(matrix, rule.modules)), None)
@@ -298,21 +392,32 @@ def _grouped(recipe: Recipe, skeleton: Skeleton, dense: list[Dense]) -> list[tup
         # What lies outside the layers has no neighbours of its kind and shape: it is a group by itself.
         block = matrix.name if matrix.layer is None else (matrix.layer // layers if layers else 0)
         found.setdefault((index, matrix.kind, block), []).append(matrix)
-    return [(recipe.rules[key[0]], tuple(matrices)) for key, matrices in found.items()]
+    return [(recipe.rules[key[0]], tuple(matrices)) for key, matrices in found.items()], dense
 
 
-def _sized(rule: Rule, matrices: tuple[Matrix, ...], dtype: str) -> Group | str:
-    """Return the largest group within the rule's budget, or the reason for which the matrices stay dense."""
+def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float | None) -> Group | str:
+    """Return the largest group within the rule's ratio, or the reason for which the matrices stay dense.
+
+    With a `ratio` for all groups, what is too large for it at its smallest gets that.
+    """
     structure = rule.structure
     assert structure is not None
-    storage, shape = rule.storage or dtype, shape_of(matrices)
-    structure.check(shape)
-    size = structure.fit(shape, int(shape.parameters * FLOAT32 / rule.ratio), STORAGES[storage])
-    if size == 0:
+    storage, shape = rule.storage or draft.rest, shape_of(matrices)
+    if shape.rows < structure.least_rows:
+        return f"{_TOO_SMALL}: a {structure.title.lower()} needs {structure.least_rows} rows"
+    itemsize, dense = STORAGES[storage], shape.parameters * STORAGES[draft.rest]
+    size = structure.fit(shape, int(shape.parameters * FLOAT32 / (ratio or rule.ratio)), itemsize)
+    if ratio is None and size == 0:
         return (
             f"{_TOO_SMALL}: even the smallest {structure.title.lower()} ({structure.unit} {structure.minimum}) is larger "
             f"than ratio {rule.ratio:g} allows"
         )
+    if ratio is not None:
+        size = max(size, structure.minimum)
+        if structure.stored_bytes(size, shape, itemsize) >= dense:
+            size = structure.fit(shape, dense - 1, itemsize)
+        if size == 0:
+            return f"{_TOO_SMALL}: even the smallest {structure.title.lower()} is larger than the matrix itself"
     return Group(_name(matrices), rule, matrices, size, storage)
 
 

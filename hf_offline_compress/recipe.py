@@ -130,6 +130,55 @@ class Grouping:
         return {1: "separated", None: "concatenated"}.get(self.layers, f"blocks:{self.layers}")
 
 
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large all weights together may be, with everything in their files; one of the two.
+
+    Attributes:
+        total_ratio: 4 bytes × all parameters of the base, over the bytes of all weight files.
+        max_bytes: bytes of all weight files.
+    """
+
+    total_ratio: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject two budgets, none, and those that nothing fits into."""
+        if (self.total_ratio is None) == (self.max_bytes is None):
+            raise CompressionError("A budget is either a total_ratio or max_bytes; give one of them.")
+        if self.total_ratio is not None and not self.total_ratio > 1:
+            raise CompressionError(
+                f"The total_ratio {self.total_ratio} would not make anything smaller; it must be above 1."
+            )
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise CompressionError(f"max_bytes is {self.max_bytes}; it must be above 0, e.g. 6MB.")
+
+    def allowed(self, parameters: int) -> int:
+        """Return how many bytes the weight files of a model with so many parameters may have."""
+        return self.max_bytes if self.max_bytes is not None else int(parameters * 4 / float(self.total_ratio or 1))
+
+    def __str__(self) -> str:
+        """Return the budget as it is asked for."""
+        return f"total ratio {self.total_ratio:g}" if self.total_ratio else f"{self.max_bytes:,} bytes"
+
+
+def parse_bytes(value: object) -> int:
+    """Return bytes, from a whole number or a text such as "6MB" (of 10⁶ bytes) or "500 kB".
+
+    Raises:
+        CompressionError: it is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[bB]?)\s*", str(value))
+    if not match or match[2].lower() not in UNITS:
+        raise CompressionError(f"The size {value!r} is unknown; give bytes, or a number with kB, MB or GB, e.g. 6MB.")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
 @dataclass(frozen=True)
 class Rule:
     """What becomes of the matrices that it names."""
@@ -188,6 +237,13 @@ class Recipe:
             "each as large as pays most"
         },
     )
+    budget: Budget | None = field(
+        default=None, metadata={"help": "how large all weight files together may be; instead of the rules' ratios"}
+    )
+    rest: str | None = field(
+        default=None,
+        metadata={"help": f"dtype that all else is stored in: {listing(STORAGES)}; the model's if not given"},
+    )
     description: str = ""
     references: tuple[str, ...] = ()
 
@@ -196,9 +252,12 @@ class Recipe:
         _check_selectors(self.modules)
         if self.allocation not in ALLOCATIONS:
             raise CompressionError(f"The allocation '{self.allocation}' is unknown; known are {listing(ALLOCATIONS)}.")
+        if self.rest is not None and self.rest not in STORAGES:
+            raise CompressionError(f"The storage '{self.rest}' is unknown; known are {listing(STORAGES)}.")
         if self.allocation == "by_gain" and any(r.structure and not r.structure.known_gains for r in self.rules):
+            known = listing([name for name, structure in STRUCTURES.items() if structure.known_gains])
             raise CompressionError(
-                "The allocation 'by_gain' needs structures whose errors are known beforehand: low_rank."
+                f"The allocation 'by_gain' needs structures whose errors are known beforehand: {known}."
             )
         if self.allocation == "by_gain" and any(r.structure and not r.objective.sensitive for r in self.rules):
             raise CompressionError(
@@ -227,15 +286,25 @@ class Recipe:
         grouping: object = None,
         storage: str | None = None,
         allocation: str | None = None,
+        total_ratio: float | None = None,
+        max_bytes: int | str | None = None,
     ) -> Recipe:
         """Return the recipe with what is not None replaced, in every rule that compresses.
 
+        A ratio takes the place of a budget for all weights, and the other way round.
+
         Raises:
-            CompressionError: a value is not one that the field takes.
+            CompressionError: a value is not one that the field takes, or there are several budgets.
         """
         changes: dict[str, Any] = {}
+        sizes = {"ratio": ratio, "total_ratio": total_ratio, "max_bytes": max_bytes}
+        if len(asked := [name for name, value in sizes.items() if value is not None]) > 1:
+            raise CompressionError(f"{listing(asked)} were given; they exclude each other, so give one.")
+        budget = self.budget
         if ratio is not None:
-            changes["ratio"] = _number(ratio, "ratio")
+            changes["ratio"], budget = _number(ratio, "ratio"), None
+        elif asked:
+            budget = _budget({asked[0]: sizes[asked[0]]}, "The request")
         if grouping is not None:
             changes["grouping"] = grouping if isinstance(grouping, Grouping) else Grouping.parse(grouping)
         if storage is not None:
@@ -245,6 +314,7 @@ class Recipe:
             rules=tuple(replace(rule, **changes) if rule.structure else rule for rule in self.rules),
             modules=self.modules if modules is None else _names(modules, "modules"),
             allocation=self.allocation if allocation is None else allocation,
+            budget=budget,
         )
 
     def without_calibration(self) -> Recipe:
@@ -263,6 +333,8 @@ class Recipe:
             "references": list(self.references),
             "modules": list(self.modules),
             "allocation": self.allocation,
+            "budget": {key: value for key, value in asdict(self.budget).items() if value} if self.budget else None,
+            "rest": self.rest,
             "rules": [
                 {
                     "modules": list(rule.modules),
@@ -336,6 +408,8 @@ def recipe_from_dict(content: object, label: str = "recipe") -> Recipe:
         rules=tuple(_rule(rule, f"Rule {i} of the recipe '{label}'") for i, rule in enumerate(rules, 1)),
         modules=_names(content.get("modules", DEFAULT_MODULES), "modules"),
         allocation=str(content.get("allocation", "uniform")),
+        budget=_budget(content["budget"], f"The recipe '{label}'") if content.get("budget") else None,
+        rest=content.get("rest"),
         description=str(content.get("description", "")),
         references=_names(content.get("references", ()), "references"),
     )
@@ -356,6 +430,15 @@ def _rule(content: object, label: str) -> Rule:
     if "ratio" in values:
         values["ratio"] = _number(values["ratio"], "ratio")
     return Rule(**values)
+
+
+def _budget(content: object, label: str) -> Budget:
+    values = _mapping(content, f"{label}'s budget", Budget)
+    if values.get("max_bytes") is not None:
+        values["max_bytes"] = parse_bytes(values["max_bytes"])
+    if values.get("total_ratio") is not None:
+        values["total_ratio"] = _number(values["total_ratio"], "total_ratio")
+    return Budget(**values)
 
 
 def _structure(content: object, label: str) -> Structure | None:

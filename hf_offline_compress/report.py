@@ -66,13 +66,15 @@ class Report:
     """One compression.
 
     Attributes:
-        base: name and revision of the base model.
+        base: name and revision of the base model, and bytes of its weight files if it has any.
         architecture: stock class of the base.
         recipe: what was asked for, with all overrides in it.
         seed: of everything random.
         dtype: of what stays dense.
         calibration: source, hash and size of the text; None if no text was used.
         validation: source and hash of the text that training was judged by; None if it was judged by its loss.
+        search: loss allowed and sizes tried, where the size was searched for; else None.
+        options: how the base was loaded, as far as that was asked for.
         groups: what was compressed.
         dense: what was not, and why.
         totals: bytes, parameters and ratios of the whole.
@@ -80,13 +82,15 @@ class Report:
         versions: of the libraries.
     """
 
-    base: dict[str, str | None]
+    base: dict[str, Any]
     architecture: str
     recipe: dict[str, Any]
     seed: int
     dtype: str
     calibration: dict[str, Any] | None
     validation: dict[str, str] | None
+    search: dict[str, Any] | None
+    options: dict[str, Any]
     groups: tuple[GroupReport, ...]
     dense: tuple[Dense, ...]
     totals: dict[str, float]

@@ -94,7 +94,11 @@ def test_without_text_the_objective_is_data_free(base):
 
 def test_the_report_says_what_is_needed_to_do_it_again(base):
     report = quick(base, "calibrated-svd", seed=7).report
-    assert report.base == {"name": "tiny-bert", "revision": None}
+    assert report.base == {
+        "name": "tiny-bert",
+        "revision": None,
+        "weight_bytes": (base / "model.safetensors").stat().st_size,
+    }
     assert report.calibration["source"] == "caller" and report.calibration["masked"] == 0.15
     assert len(report.calibration["sha256"]) == 64 and report.calibration["tokens"] > 300
     assert report.seed == report.calibration["seed"] == 7

@@ -17,6 +17,7 @@ from hf_offline_compress.structures import (
     LowRank,
     Quantized,
     Sparse,
+    Trellis,
     Tucker,
 )
 
@@ -38,6 +39,8 @@ STRUCTURES = {
     "sparse_with_zeros": (Sparse(compact=False), 30),
     "quantized": (Quantized(), 3),
     "codebook": (Codebook(), 5),
+    "trellis": (Trellis(run=5, outliers=0.02), 4),
+    "trellis_of_single_weights": (Trellis(run=64, outliers=0.0), 8),
     "codebook_of_sums": (Codebook(width=2, books=2), 4),
     "quantized_in_groups": (Quantized(group_size=4), 5),
 }
@@ -51,11 +54,15 @@ def make(kind, entry, shared=False, **options):
     decoder = layer_class.decoder_class(group, COLUMNS) if shared and layer_class.decoder_class else None
     layer = layer_class(ROWS, COLUMNS, group, decoder, **options)
     both = torch.nn.ModuleList([layer] if decoder is None else [layer, decoder])
-    for parameter in both.parameters():
+    for name, parameter in both.named_parameters():
         torch.nn.init.normal_(parameter)
+        if name.endswith("scale_range"):  # logarithms, in 255 steps
+            parameter.data.mul_(0.01)
     for name, buffer in both.named_buffers():
         if name.endswith("order"):
             buffer.copy_(torch.randperm(COLUMNS))
+        elif name.endswith("outlier_rows"):  # in their order
+            buffer.copy_(pack(torch.randint(ROWS, (layer.outliers,)).sort().values, layer.row_bits))
         else:
             buffer.copy_(torch.randint(256, buffer.shape))
     return layer, decoder
@@ -182,7 +189,7 @@ def test_resizing_keeps_rows_and_adds_the_mean(entry):
     layer, _ = make("embedding", entry)
     before = layer.dense_weight().detach()
     own = {name: tensor.detach().clone() for name, tensor in layer.named_parameters(recurse=False)}
-    if entry.startswith(("kronecker", "tucker", "sparse", "codebook")):
+    if entry.startswith(("kronecker", "tucker", "sparse", "codebook", "trellis")):
         with pytest.raises(NotImplementedError, match="resize the base model, then compress it"):
             layer.resize(ROWS + 3)
         return

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, load_recipe
-from hf_offline_compress.recipe import preset_names, recipe_from_dict, split_selectors
+from hf_offline_compress.recipe import Budget, parse_bytes, preset_names, recipe_from_dict, split_selectors
 from hf_offline_compress.structures import Autoencoder, LowRank, Training
 
 EPOCHS = {"method": "epochs", "epochs": 1, "batch_size": 1}
@@ -21,7 +21,8 @@ def rule(**changes):
 def test_presets(name, tmp_path):
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description and recipe.references
-    assert recipe.modules == ("linears", "word_embeddings")
+    # What has a budget for everything compresses everything.
+    assert recipe.modules == (("all",) if recipe.budget else ("linears", "word_embeddings"))
     assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(recipe.to_dict()))
@@ -30,7 +31,40 @@ def test_presets(name, tmp_path):
 
 def test_names_of_the_presets():
     papers = {"svd", "fwsvd", "calibrated-svd", "direction-ae", "ae", "paper-d", "paper-r"}
-    assert papers | {"kronecker", "tucker", "pruning", "quantized", "allocated-svd"} <= set(preset_names())
+    assert papers | {"kronecker", "tucker", "pruning", "quantized", "gptq", "allocated-svd"} <= set(preset_names())
+    sizes = {"balanced": 4, "small": 8, "tiny": 16, "nano": 24}
+    assert {name: load_recipe(name).budget.total_ratio for name in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("6MB", 6_000_000), ("1.5 gb", 1_500_000_000), ("500 kB", 500_000), ("77", 77), (12, 12)]
+)
+def test_sizes_in_bytes(text, count):
+    assert parse_bytes(text) == count
+    assert load_recipe("tiny").override(max_bytes=text).budget == Budget(max_bytes=count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_bytes": "6 apples"}, "'6 apples' is unknown"),
+        ({"max_bytes": 0}, "above 0"),
+        ({"total_ratio": 1}, "would not make anything smaller"),
+        ({"total_ratio": "four"}, "must be a number"),
+        ({"total_ratio": 4, "ratio": 3}, "exclude each other"),
+        ({"total_ratio": 4, "max_bytes": 3}, "exclude each other"),
+    ],
+)
+def test_budgets_that_are_none(changes, message):
+    with pytest.raises(CompressionError, match=message):
+        load_recipe("tiny").override(**changes)
+
+
+def test_a_ratio_takes_the_place_of_a_budget_and_the_other_way_round():
+    assert load_recipe("tiny").override(ratio=8).budget is None
+    assert load_recipe("svd").override(total_ratio=8).budget == Budget(total_ratio=8)
+    with pytest.raises(CompressionError, match="give one of them"):
+        recipe_from_dict({**MINIMAL, "budget": {"total_ratio": 4, "max_bytes": 5}})
 
 
 def test_what_presets_ask_for():
@@ -177,7 +211,9 @@ def test_what_is_wrong_with_a_recipe(content, message):
 
 
 def test_files_that_are_no_recipes(tmp_path):
-    with pytest.raises(CompressionError, match="no recipe 'tidy'.*presets are ae, allocated-svd, calibrated-ae, "):
+    with pytest.raises(
+        CompressionError, match="no recipe 'tidy'.*presets are ae, allocated-svd, balanced, calibrated-ae, "
+    ):
         load_recipe("tidy")
     broken = tmp_path / "broken.yaml"
     broken.write_text("rules: [")

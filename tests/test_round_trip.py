@@ -16,6 +16,7 @@ from common import HEADS, QUICK, TEXTS, make_model, make_tokenizer, nonlinear, o
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
+from hf_offline_compress.recipe import Budget
 from hf_offline_compress.structures import (
     Autoencoder,
     Codebook,
@@ -24,6 +25,7 @@ from hf_offline_compress.structures import (
     Quantized,
     Sparse,
     Training,
+    Trellis,
     Tucker,
 )
 
@@ -33,6 +35,13 @@ COSINE = Objective(cosine=0.9, l2=0.1)
 FEW = Autoencoder(training=Training(epochs=3))
 ALL = ("linears", "word_embeddings", "position_embeddings")
 RECIPES = {
+    "budget": Recipe(
+        "budget",
+        (Rule(Trellis(state_bits=8, outliers=0.01), SENSITIVE),),
+        modules=("all",),
+        allocation="by_gain",
+        budget=Budget(total_ratio=4),
+    ),
     "low_rank": Recipe("low_rank", (Rule(LowRank(), CALIBRATED, ratio=2.0),), modules=(".+",)),
     "low_rank_shared": Recipe(
         "low_rank_shared", (Rule(LowRank(), CALIBRATED, Grouping(None), ratio=2.5, storage="float16"),), modules=ALL
@@ -62,6 +71,7 @@ RECIPES = {
         "codebook", (Rule(Codebook(rounds=1), CALIBRATED, Grouping(None), ratio=6.0, storage="float16"),), modules=ALL
     ),
     "quantized": Recipe("quantized", (Rule(Quantized(group_size=8), ratio=2.0, storage="float16"),), modules=(".+",)),
+    "gptq": Recipe("gptq", (Rule(Quantized(8, clip=True), CALIBRATED, ratio=4.0, storage="float16"),), modules=ALL),
     "linear_autoencoder": Recipe(
         "linear_autoencoder",
         (Rule(Autoencoder(decoder="linear", norms=False, training=QUICK), COSINE, ratio=2.0),),
@@ -72,7 +82,7 @@ CASES = [
     (t, h, r)
     for t, h in HEADS
     for r in RECIPES
-    if r in ("low_rank", "allocated", "autoencoder_shared", "quantized") or "LM" in h
+    if r in ("low_rank", "allocated", "budget", "autoencoder_shared", "quantized") or "LM" in h
 ]
 LOADER = Path(__file__).with_name("load_folders.py")
 
@@ -138,6 +148,11 @@ def test_a_fresh_process_gives_the_same_outputs(folders, loaded, model_type, hea
 def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe):
     folder, result = folders[1][name_of(model_type, head, recipe)]
     plan = make_plan(make_model(model_type, head).config.to_dict(), RECIPES[recipe], architecture=head)
+    if recipe == "budget":
+        allowed = plan.skeleton.total * 4 / 4
+        plan = plan.resized({group.name: group.size for group in result.report.groups})
+        assert len({group.size for group in plan.groups}) > 1
+        assert 0.98 * allowed < plan.file_bytes <= allowed
     if recipe == "allocated":
         budget = plan.parameters * 4 / 2.0
         plan = plan.resized({group.name: group.size for group in result.report.groups})
@@ -153,6 +168,7 @@ def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe
     assert sum(sizes[name] for name in planned) == plan.stored_bytes == result.report.totals["compressed_stored_bytes"]
     assert sum(sizes.values()) == plan.total_stored_bytes == result.report.totals["stored_bytes"]
     assert plan.total_stored_bytes < result.report.totals["dense_bytes"]
+    assert plan.file_bytes == inspect_folder(folder).weight_bytes
     assert inspect_folder(folder).report == json.loads(json.dumps(result.report.to_dict()))
 
 
@@ -178,6 +194,6 @@ def test_nothing_of_this_machine_is_saved(folders):
         if file.is_file():
             content = file.read_bytes()
             assert not [text for text in private if len(text) > 3 and text.encode() in content], file.name
-            assert file.suffix in (".json", ".py", ".safetensors", ".txt"), file.name
+            assert file.suffix in (".json", ".md", ".py", ".safetensors", ".txt"), file.name
             if file.suffix == ".json":
                 assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", content.decode()), file.name

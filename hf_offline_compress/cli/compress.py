@@ -16,12 +16,14 @@ from .options import (
     Debug,
     Dtype,
     GroupingOption,
+    MaxBytes,
     Modules,
     Quiet,
     Ratio,
     RecipeOption,
     Revision,
     Storage,
+    TotalRatio,
     app,
 )
 from .output import calm, megabytes, print_json, run
@@ -37,6 +39,15 @@ def compress(
     grouping: GroupingOption = None,
     storage: Storage = None,
     allocation: Allocation = None,
+    total_ratio: TotalRatio = None,
+    max_bytes: MaxBytes = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="find the smallest size whose loss on held-out text is at most this, e.g. 0.01 for 1 %",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="text to calibrate on: bundled, none, a file with one text a line, or a data set's name")
     ] = "bundled",
@@ -84,6 +95,9 @@ def compress(
             grouping=grouping,
             storage=storage,
             allocation=allocation,
+            total_ratio=total_ratio,
+            max_bytes=max_bytes,
+            max_loss=max_loss,
             calibration=calibration,
             validation=validation,
             auto_class=auto_class,

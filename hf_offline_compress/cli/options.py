@@ -30,6 +30,15 @@ Modules = Annotated[str | None, typer.Option(help=HELP["modules"] + "; with comm
 GroupingOption = Annotated[str | None, typer.Option(help=HELP["grouping"], show_default=False)]
 Storage = Annotated[str | None, typer.Option(help=HELP["storage"], show_default=False)]
 Allocation = Annotated[str | None, typer.Option(help=HELP["allocation"], show_default=False)]
+TotalRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="4 bytes x all parameters, over the bytes of all weight files: a budget for all", show_default=False
+    ),
+]
+MaxBytes = Annotated[
+    str | None, typer.Option(help="the same budget in bytes, e.g. 6MB (of 1,000,000 bytes)", show_default=False)
+]
 Dtype = Annotated[
     str | None, typer.Option(help="dtype of the model; the checkpoint's if not given", show_default=False)
 ]

@@ -13,11 +13,13 @@ from .options import (
     Debug,
     Dtype,
     GroupingOption,
+    MaxBytes,
     Modules,
     Ratio,
     RecipeOption,
     Revision,
     Storage,
+    TotalRatio,
     app,
 )
 from .output import megabytes, print_dense, print_json, print_table, run
@@ -35,6 +37,8 @@ def plan(
     grouping: GroupingOption = None,
     storage: Storage = None,
     allocation: Allocation = None,
+    total_ratio: TotalRatio = None,
+    max_bytes: MaxBytes = None,
     auto_class: AutoClass = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -53,6 +57,8 @@ def plan(
             grouping=grouping,
             storage=storage,
             allocation=allocation,
+            total_ratio=total_ratio,
+            max_bytes=max_bytes,
         )
         name, config = read_config(base, revision=revision)
         outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)

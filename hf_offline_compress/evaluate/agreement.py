@@ -9,29 +9,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .processes import ALONE, Processes
+
 
 @torch.inference_mode()
 def sentence_embeddings(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, max_length: int = 128
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_length: int = 128,
+    progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Return the mean of the last hidden states over each text's tokens, of unit length, [texts, width], float32.
 
     Texts are cut at `max_length` tokens. The body of a model with a head is used.
+
+    Args:
+        model: stock or compressed.
+        tokenizer: the model's.
+        texts: at least one for an embedding.
+        batch_size: texts in one forward pass.
+        max_length: tokens of a text, at most.
+        progress: show a progress bar.
+        processes: that share the work.
     """
     base = model.base_model.eval()
-    embeddings = torch.empty(len(texts), 0)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: less padding
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+
+    def embed(chosen: list[int]) -> Tensor:
         encoded = tokenizer(
             [texts[i] for i in chosen], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(base.device)
         hidden = base(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0].float()
         mask = encoded["attention_mask"][..., None]
-        pooled = F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
-        if not embeddings.numel():
-            embeddings = pooled.new_empty(len(texts), pooled.shape[1])
-        embeddings[torch.tensor(chosen)] = pooled
+        return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
+
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: less padding
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = processes.map(embed, batches, desc="embeddings", progress=progress)
+    if not found:
+        return torch.empty(0, 0)
+    embeddings = torch.empty(len(texts), found[0].shape[1])
+    embeddings[torch.tensor(order)] = torch.cat(found)
     return embeddings
 
 

@@ -8,7 +8,8 @@ the text and the settings alone, so that a base and its compressed form answer t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from types import SimpleNamespace
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..base import clamp_length
 from ..errors import CompressionError
 from ..families import CAUSAL_HEADS
+from .processes import ALONE, Processes
 
 # A batch is cut so that its logits take no more room than this, as long as it has more than one sequence.
 LOGITS_BYTES = 128 * 2**20
@@ -57,7 +58,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], **options: Any)
     Raises:
         CompressionError: the model has no head of a language model, or one of the functions says so.
     """
-    measure = causal_perplexity if _is_causal(model) else masked_perplexity
+    measure = causal_perplexity if is_causal(model) else masked_perplexity
     return measure(model, tokenizer, texts, **options)
 
 
@@ -73,6 +74,7 @@ def masked_perplexity(
     min_tokens: int = 20,
     batch_size: int = 32,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Perplexity:
     """Return a masked language model's perplexity: exp of its mean loss on words that were masked as a whole.
 
@@ -89,31 +91,64 @@ def masked_perplexity(
         min_tokens: lines of fewer tokens are dropped; special tokens do not count.
         batch_size: lines in one forward pass, at most.
         progress: show a progress bar.
+        processes: that share the work.
 
     Raises:
         CompressionError: the model or the tokenizer cannot do this, or no line is long enough.
     """
     started = time.perf_counter()
-    if _is_causal(model):
-        raise CompressionError(f"{type(model).__name__} is no masked language model; use causal_perplexity.")
     if not 0 < share <= 1:
         raise CompressionError(f"The share of masked tokens must be above 0 and at most 1, not {share}.")
+    block = check_masked(model, tokenizer, block)
+    lines = masked_lines(texts, tokenizer, seed=seed, share=share, block=block, min_tokens=min_tokens)
+    loss, tokens = summed_loss(model, tokenizer, by_length(lines), batch_size, progress, processes, masked=True)
+    return result(loss, tokens, len(lines), started)
+
+
+def check_masked(model: Any, tokenizer: Any, block: int) -> int:
+    """Return how many tokens a line may have: `block`, or the model's positions if these are fewer.
+
+    Raises:
+        CompressionError: the model or the tokenizer has nothing to do with masks.
+    """
+    if is_causal(model):
+        raise CompressionError(f"{type(model).__name__} is no masked language model; use causal_perplexity.")
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
         missing = "mask token" if tokenizer.mask_token_id is None else "knowledge of words, as fast tokenizers have"
         raise CompressionError(f"The tokenizer has no {missing}, which masked perplexity needs; pass the model's own.")
-    block = _clamped(block, model)
-    lines = masked_lines(texts, tokenizer, seed=seed, share=share, block=block, min_tokens=min_tokens)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    order = sorted(range(len(lines)), key=lambda i: len(lines[i][0]))  # like lengths together: less padding
-    sequences = [lines[i] for i in order]
-    loss, tokens = _summed_loss(model, sequences, padding, tokenizer.mask_token_id, batch_size, progress)
-    return _result(loss, tokens, len(lines), started)
+    return clamped(block, model)
+
+
+def by_length(lines: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return sequences with like lengths together, which needs less padding."""
+    return sorted(lines, key=lambda line: len(line[0]))
 
 
 def masked_lines(
     texts: Sequence[str], tokenizer: Any, *, seed: int, share: float, block: int, min_tokens: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the lines' true tokens and which of them are masked, both [length], in the order of the texts.
+
+    Args: see `masked_perplexity`.
+
+    Raises:
+        CompressionError: no line is long enough.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for tokens, words in tokenized_lines(texts, tokenizer, block=block, min_tokens=min_tokens):
+        masked = torch.zeros(len(tokens), dtype=torch.bool)
+        masked[_chosen(words, share, generator)] = True
+        lines.append((tokens, masked))
+    return lines
+
+
+def tokenized_lines(
+    texts: Sequence[str], tokenizer: Any, *, block: int, min_tokens: int
+) -> list[tuple[Tensor, list[list[int]]]]:
+    """Return the lines that are long enough: true tokens [length], and the places of each word's tokens.
+
+    Words with a special token in them, such as unknown words, are left out: nobody should have to foretell them.
 
     Args: see `masked_perplexity`.
 
@@ -128,19 +163,14 @@ def masked_lines(
     least = max(1, min(min_tokens, block - tokenizer.num_special_tokens_to_add()))
     encoded = tokenizer(found or [""], truncation=True, max_length=block, return_special_tokens_mask=True)
     special = torch.tensor(tokenizer.all_special_ids)
-    generator = torch.Generator().manual_seed(seed)
     lines = []
     for i, (ids, added) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
         if len(ids) - sum(added) < least:
             continue
         tokens = torch.tensor(ids)
-        # Nobody should have to foretell unknown words or other special tokens.
         words = _words(encoded.word_ids(i), torch.isin(tokens, special).tolist())
-        chosen = _chosen(words, share, generator)
-        if chosen:
-            masked = torch.zeros(len(ids), dtype=torch.bool)
-            masked[chosen] = True
-            lines.append((tokens, masked))
+        if words:
+            lines.append((tokens, words))
     if not lines:
         raise CompressionError(
             f"None of the {len(found)} lines of the text has {min_tokens} tokens that the tokenizer knows; pass longer "
@@ -177,6 +207,7 @@ def causal_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Perplexity:
     """Return a causal language model's perplexity over the texts, joined with the token that ends a text between them.
 
@@ -192,14 +223,30 @@ def causal_perplexity(
         stride: tokens between the beginnings of windows, fewer than a window has; by default half a window.
         batch_size: windows in one forward pass, at most.
         progress: show a progress bar.
+        processes: that share the work.
 
     Raises:
         CompressionError: the model cannot do this, the stride does not fit, or there is no text.
     """
     started = time.perf_counter()
-    if not _is_causal(model):
+    windows, count = causal_windows(model, tokenizer, texts, block=block, stride=stride)
+    loss, tokens = summed_loss(model, tokenizer, windows, batch_size, progress, processes, masked=False)
+    return result(loss, tokens, count, started)
+
+
+def causal_windows(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, block: int, stride: int | None
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Return the windows' tokens and which of them are foretold there, both [length], and the number of texts.
+
+    Args: see `causal_perplexity`.
+
+    Raises:
+        CompressionError: see `causal_perplexity`.
+    """
+    if not is_causal(model):
         raise CompressionError(f"{type(model).__name__} is no causal language model; use masked_perplexity.")
-    block = _clamped(block, model)
+    block = clamped(block, model)
     stride = max(1, block // 2) if stride is None else stride
     if not 1 <= stride < block:
         raise CompressionError(
@@ -216,9 +263,7 @@ def causal_perplexity(
         raise CompressionError(
             f"The text has {len(ids)} tokens, and a perplexity needs at least 2; pass a longer text."
         )
-    windows = list(_windows(torch.tensor(ids), block, stride))
-    loss, tokens_counted = _summed_loss(model, windows, 0, None, batch_size, progress)
-    return _result(loss, tokens_counted, len(kept), started)
+    return list(_windows(torch.tensor(ids), block, stride)), len(kept)
 
 
 def _windows(ids: Tensor, block: int, stride: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -233,53 +278,79 @@ def _windows(ids: Tensor, block: int, stride: int) -> Iterable[tuple[Tensor, Ten
             return
 
 
-def _summed_loss(
+@torch.inference_mode()
+def summed_loss(
     model: Any,
+    tokenizer: Any,
     sequences: list[tuple[Tensor, Tensor]],
-    padding: int,
-    mask_token: int | None,
     batch_size: int,
     progress: bool,
+    processes: Processes,
+    *,
+    masked: bool,
 ) -> tuple[float, int]:
     """Return the sum of −log p over the asked tokens, and their number.
 
     Args:
         model: a language model; it is put into evaluation mode for the while.
+        tokenizer: the model's.
         sequences: true tokens and which of them are asked for, both [length]; those of like length side by side.
-        padding: token behind shorter sequences, which is not attended to.
-        mask_token: stands in the place of asked tokens; None if each is foretold by the token before it.
         batch_size: sequences in one forward pass, at most.
         progress: show a progress bar.
+        processes: that share the work.
+        masked: whether the mask token stands in the place of asked tokens, or each is foretold by the one before it.
     """
-    shift = 0 if mask_token is not None else 1
-    total, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
+
+    def batch_loss(batch: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+        total, tokens = 0.0, 0
+        for logits, true in asked_logits(model, tokenizer, batch, masked=masked):
+            total += float(F.cross_entropy(logits, true.to(logits.device), reduction="none").double().sum())
+            tokens += len(true)
+        return total, tokens
+
+    with evaluating(model):
+        found = processes.map(
+            batch_loss, batches_of(sequences, batch_size, model), desc="perplexity", progress=progress
+        )
+    return sum(total for total, _ in found), sum(tokens for _, tokens in found)
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Put models into evaluation mode for the while."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
-        for batch in tqdm(
-            _batches(sequences, batch_size, model), desc="perplexity", unit="batch", disable=not progress
-        ):
-            longest = max(len(ids) for ids, _ in batch)
-            ids = torch.full((len(batch), longest), padding)
-            attention = torch.zeros_like(ids)
-            for row, (true, asked) in enumerate(batch):
-                ids[row, : len(true)] = true if mask_token is None else true.masked_fill(asked, mask_token)
-                attention[row, : len(true)] = 1
-            output = model(input_ids=ids.to(model.device), attention_mask=attention.to(model.device))
-            logits = output["prediction_logits"] if "prediction_logits" in output else output["logits"]
-            for row, (true, asked) in enumerate(batch):
-                (all_places,) = asked.nonzero(as_tuple=True)
-                for places in all_places.split(PLACES_AT_ONCE):  # the loss needs copies of the logits
-                    chosen = logits[row, (places - shift).to(logits.device)].float()  # [places, vocabulary]
-                    loss = F.cross_entropy(chosen, true[places].to(chosen.device), reduction="none")
-                    total += float(loss.double().sum())
-                tokens += len(all_places)
+        yield
     finally:
-        model.train(was_training)
-    return total, tokens
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
 
 
-def _batches(sequences: list[tuple[Tensor, Tensor]], batch_size: int, model: Any) -> list[list[tuple[Tensor, Tensor]]]:
+def asked_logits(
+    model: Any, tokenizer: Any, batch: list[tuple[Tensor, Tensor]], *, masked: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits [places, vocabulary] of asked tokens in float32, a few at a time, and the true tokens [places]."""
+    shift = 0 if masked else 1
+    longest = max(len(ids) for ids, _ in batch)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(batch), longest), padding)
+    attention = torch.zeros_like(ids)
+    for row, (true, asked) in enumerate(batch):
+        ids[row, : len(true)] = true.masked_fill(asked, tokenizer.mask_token_id) if masked else true
+        attention[row, : len(true)] = 1
+    output = model(input_ids=ids.to(model.device), attention_mask=attention.to(model.device))
+    logits = output["prediction_logits"] if "prediction_logits" in output else output["logits"]
+    for row, (true, asked) in enumerate(batch):
+        (all_places,) = asked.nonzero(as_tuple=True)
+        for places in all_places.split(PLACES_AT_ONCE):  # the loss needs copies of the logits
+            yield logits[row, (places - shift).to(logits.device)].float(), true[places]
+
+
+def batches_of(
+    sequences: list[tuple[Tensor, Tensor]], batch_size: int, model: Any
+) -> list[list[tuple[Tensor, Tensor]]]:
     """Return the sequences in batches, whose logits take at most `LOGITS_BYTES` where they have several sequences."""
     per_token = model.config.vocab_size * model.dtype.itemsize
     batches: list[list[tuple[Tensor, Tensor]]] = []
@@ -293,7 +364,7 @@ def _batches(sequences: list[tuple[Tensor, Tensor]], batch_size: int, model: Any
     return batches
 
 
-def _is_causal(model: Any) -> bool:
+def is_causal(model: Any) -> bool:
     """Return whether the model foretells the next token, rather than masked ones.
 
     Raises:
@@ -315,7 +386,7 @@ def _is_causal(model: Any) -> bool:
     return True
 
 
-def _clamped(block: int, model: Any) -> int:
+def clamped(block: int, model: Any) -> int:
     """Return `block`, or the number of tokens that the model takes if that is smaller."""
     return int(clamp_length(SimpleNamespace(model_max_length=block), model.config).model_max_length)
 
@@ -324,6 +395,7 @@ def _listed(texts: Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def _result(loss: float, tokens: int, lines: int, started: float) -> Perplexity:
+def result(loss: float, tokens: int, lines: int, started: float) -> Perplexity:
+    """Return the perplexity of a summed loss."""
     value = float(torch.tensor(loss / tokens, dtype=torch.float64).exp())  # which says inf where math.exp raises
     return Perplexity(value, tokens, lines, round(time.perf_counter() - started, 3))

@@ -140,26 +140,52 @@ class CompressedModelMixin:
         if self.config.compression:
             for file in Path(__file__).parent.glob("*_compressed.py"):
                 shutil.copyfile(file, Path(save_directory) / file.name)
+            # What was recorded of the model that was saved here before is not true of this one.
+            (Path(save_directory) / "verification.json").unlink(missing_ok=True)
+
+    def push_to_hub(self: Any, repo_id: str, **options: Any) -> str:
+        """Publish the model with the code that loads it; options and result are those of the stock method.
+
+        With the package installed, model and files are verified first, and a model card that it was loaded with goes along.
+
+        Raises:
+            CompressionError: with the package, where a check fails or the Hub does not take it.
+        """
+        if self.config.compression is None:
+            return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
+        try:
+            from hf_offline_compress.hub import push_model
+        except ImportError:  # only its code is here
+            return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
+        return push_model(self, repo_id, **options)
 
     def _narrowed(self: Any, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Return the state dict with factors in their storage dtype; None where nothing is to be cast."""
+        """Return the state dict with factors and all else in their storage dtypes; None where nothing is to be cast."""
+        rest = getattr(torch, (self.config.compression or {}).get("rest") or "float32")
         narrow = {
+            name: rest
+            for name, tensor in self.state_dict().items()
+            if tensor.is_floating_point() and rest.itemsize < tensor.dtype.itemsize
+        }
+        narrow |= {
             f"{name}.{key}": storage
             for name, module in self.named_modules()
             if isinstance(module, CompressedWeight | WeightDecoder)
             for key, tensor in module.factors().items()
-            if (storage := getattr(torch, module.storage)).itemsize < tensor.dtype.itemsize
+            if (storage := getattr(torch, module.storage)).itemsize < tensor.dtype.itemsize or f"{name}.{key}" in narrow
         }
         if not narrow:
             return state_dict
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        for name in narrow.keys() & state.keys():
+        cast: dict[tuple[int, torch.dtype], Tensor] = {}  # tied tensors must stay one
+        for name in sorted(narrow.keys() & state.keys()):
             if state[name].device.type == "meta":
                 raise NotImplementedError(
                     "A model with offloaded weights whose factors are stored narrower than they are held cannot be saved; "
                     "load it without offloading, or with dtype=torch.float16."
                 )
-            state[name] = state[name].to(narrow[name])
+            key = (state[name].data_ptr(), narrow[name])
+            state[name] = cast.setdefault(key, state[name].to(narrow[name]))
         return state
 
 

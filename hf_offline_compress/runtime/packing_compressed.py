@@ -1,5 +1,7 @@
 """Whole numbers of a few bits, packed into bytes without gaps between them."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,31 +25,46 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed.flatten(-2)[..., : packed_length(count, bits)].to(torch.uint8)
 
 
+def spanned_bytes(bits: int, window: int) -> int:
+    """Return in how many bytes the `window` bits lie, at most, that begin where a code of `bits` bits does."""
+    return -(-(8 - math.gcd(8, bits) + window) // 8)
+
+
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return codes [..., count], int32, of bytes that `pack` has made."""
-    whole = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).to(torch.int32)
-    codes = []
-    for _, first, shift in _places(bits):
-        code = whole[..., first] >> shift
-        for i in range(1, (shift + bits + 7) // 8):
-            code = code | (whole[..., first + i] << (8 * i - shift))
-        codes.append(code & (2**bits - 1))
-    return torch.stack(codes, dim=-1).flatten(-2)[..., :count]
+    groups = -(-count // TOGETHER)
+    spanned = spanned_bytes(bits, bits)
+    whole = F.pad(packed, (0, groups * bits + spanned - 1 - packed.shape[-1])).to(torch.int32)
+    windows = whole[..., : groups * bits].clone()  # what begins with each byte
+    for i in range(1, spanned):
+        windows |= whole[..., i : i + groups * bits] << (8 * i)
+    first = torch.arange(TOGETHER, device=packed.device, dtype=torch.int32) * bits
+    codes = windows.unflatten(-1, (groups, bits)).index_select(-1, first >> 3)
+    codes >>= first & 7
+    codes &= 2**bits - 1
+    return codes.flatten(-2)[..., :count]
 
 
 def round_min_max(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packed codes, scales and minima of a weight [rows, columns], rounded to 2ᵇ evenly spaced values.
+    """Return packed codes, scales and packed zeros of a weight [rows, columns], rounded to 2ᵇ evenly spaced values.
 
-    Each `group_size` columns of a row have a scale and a minimum of their own, both [rows, groups].
+    Each `group_size` columns of a row have a scale and a zero of their own, [rows, groups] before they are packed.
     """
     columns = weight.shape[1]
-    filling = -columns % group_size
-    parts = torch.cat([weight, weight[:, -1:].expand(-1, filling)], dim=1).unflatten(1, (-1, group_size))
-    minima, maxima = parts.aminmax(dim=2)
-    scales = (maxima - minima) / (2**bits - 1)
-    steps = torch.where(scales > 0, scales, torch.ones_like(scales))
-    codes = ((parts - minima[..., None]) / steps[..., None]).round().clamp(0, 2**bits - 1)
-    return pack(codes.flatten(1)[:, :columns].to(torch.int32), bits), scales, minima
+    parts = F.pad(weight, (0, -columns % group_size)).unflatten(1, (-1, group_size))
+    scales, zeros = even_steps(parts.amin(dim=2), parts.amax(dim=2), bits)
+    codes = (parts / scales[..., None] + zeros[..., None] / 2).round().clamp(0, 2**bits - 1)
+    return pack(codes.flatten(1)[:, :columns], bits), scales, pack(zeros, bits + 1)
+
+
+def even_steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scale and zero of 2ᵇ evenly spaced values between `low` and `high`, 0 among what they span.
+
+    Code c stands for (c - zero / 2) · scale: zeros count half steps, so they take a bit more than codes.
+    """
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scales = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(low.dtype).tiny)
+    return scales, (-2 * low / scales).round()
 
 
 def _places(bits: int) -> list[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .packing_compressed import packed_length, round_min_max, unpack
+from .trellis_compressed import TrellisWeight
 from .weights_compressed import CompressedWeight, DecodedWeight, WeightDecoder
 
 # Numbers that are held at once where single rows of a tensor are decoded.
@@ -319,37 +320,43 @@ class SparseWeight(DecodedWeight):
 
 
 class QuantizedWeight(DecodedWeight):
-    """Ŵ from codes of a few bits, with a scale and a minimum for each row or each part of one."""
+    """Ŵ from codes of a few bits, with a scale and a zero, in half steps, for each row or each part of one."""
 
     def make_tensors(self, group: dict[str, Any]) -> None:
-        """Make codes, scales and minima; see the base class."""
+        """Make codes, scales and zeros; see the base class."""
         self.bits, self.group_size = group["bits"], group["group_size"]
         parts = -(-self.columns // self.group_size)
         self.codes: Tensor
-        self.register_buffer("codes", torch.empty(self.rows, packed_length(self.columns, self.bits), dtype=torch.uint8))
+        self.zeros: Tensor
+        for name, count, bits in (("codes", self.columns, self.bits), ("zeros", parts, self.bits + 1)):
+            self.register_buffer(name, torch.empty(self.rows, packed_length(count, bits), dtype=torch.uint8))
         self.scales = nn.Parameter(torch.empty(self.rows, parts))
-        self.minima = nn.Parameter(torch.empty(self.rows, parts))
 
     def dense_weight(self) -> Tensor:
         """Return Ŵ [rows, columns]; see the base class."""
-        return self._rows(self.codes, self.scales, self.minima)
+        return self._rows(self.codes, self.scales, self.zeros)
 
     def some_rows(self, ids: Tensor) -> Tensor:
         """Return rows of Ŵ; see the base class."""
-        return self._rows(self.codes[ids], self.scales[ids], self.minima[ids])
+        return self._rows(self.codes[ids], self.scales[ids], self.zeros[ids])
+
+    def reset_parameters(self, std: float) -> None:
+        """Fill with codes that are not all alike, and random scales; see the base class."""
+        super().reset_parameters(std)
+        nn.init.constant_(self.codes, 0b11100100)
+        nn.init.normal_(self.scales, std=std / 2**self.bits)
 
     def resize(self, rows: int) -> None:
         """Change the number of rows; see the base class."""
         old, mean = self.rows, self.dense_weight().float().mean(dim=0, keepdim=True)
         self._resize_tensors(rows)
-        codes, scales, minima = round_min_max(mean, self.bits, self.group_size)
-        self.codes[old:], self.scales.data[old:], self.minima.data[old:] = codes, scales, minima
+        self.codes[old:], self.scales.data[old:], self.zeros[old:] = round_min_max(mean, self.bits, self.group_size)
 
-    def _rows(self, packed: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
+    def _rows(self, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         codes = unpack(packed, self.bits, self.columns)
         parts = F.pad(codes, (0, -self.columns % self.group_size)).unflatten(-1, (-1, self.group_size))
-        rows = parts.to(scales.dtype) * scales[..., None] + minima[..., None]
-        return rows.flatten(-2)[..., : self.columns]
+        halves = 2 * parts - unpack(zeros, self.bits + 1, scales.shape[-1])[..., None]
+        return (halves.to(scales.dtype) * (scales / 2)[..., None]).flatten(-2)[..., : self.columns]
 
 
 class CodebookDecoder(WeightDecoder):
@@ -416,4 +423,5 @@ WEIGHTS: dict[str, type[CompressedWeight]] = {
     "sparse": SparseWeight,
     "quantized": QuantizedWeight,
     "codebook": CodebookWeight,
+    "trellis": TrellisWeight,
 }

@@ -5,11 +5,16 @@ layers that share one hold it *unregistered* and only ever call it, so that it i
 hooks see every use.
 """
 
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
+DECODED_AT_ONCE = 2**22
 
 
 class WeightDecoder(nn.Module):
@@ -135,16 +140,56 @@ class CompressedWeight(nn.Module):
             self.padding_idx = None
 
 
+class DecodedBudget:
+    """Bytes that the decoded weights of a model may take together: first come, first kept."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Begin with nothing kept."""
+        self.max_bytes = max_bytes
+        self._kept: list[weakref.ref[Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is kept out of copies, as decoded weights are."""
+        return {"max_bytes": self.max_bytes, "_kept": []}
+
+    def used(self) -> int:
+        """Return the bytes of all weights that are kept; those that were dropped do not count any more."""
+        kept = [weight for ref in self._kept if (weight := ref()) is not None]
+        self._kept = [weakref.ref(weight) for weight in kept]
+        return sum(weight.untyped_storage().nbytes() for weight in kept)
+
+    def has_room(self, size: int) -> bool:
+        """Whether another weight of so many bytes may be kept."""
+        return self.used() + size <= self.max_bytes
+
+    def keep(self, weight: Tensor) -> None:
+        """Count a decoded weight as long as it is there."""
+        self._kept.append(weakref.ref(weight))
+
+
+def set_decoding(modules: Iterable[CompressedWeight], decoding: str, max_bytes: int | None = None) -> None:
+    """Choose when the weights of a model are decoded, and how many bytes of them may be kept; see the model's method."""
+    budget = None if max_bytes is None else DecodedBudget(max_bytes)
+    for module in modules:
+        module.decoding = decoding
+        if isinstance(module, DecodedWeight):
+            module.budget, module._cache = budget, None
+
+
 class DecodedWeight(CompressedWeight):
     """A weight that has to be decoded before it is applied: once, or on every use.
 
     The decoded weight is a cache: it is no buffer, it is not copied or saved, it is not used while gradients are on, and
     it is made anew when a parameter has changed.
+
+    Attributes:
+        budget: bytes that all decoded weights of the model may take, if they are bounded.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make an empty weight; see the base class."""
         super().__init__(*args, **kwargs)
+        self.budget: DecodedBudget | None = None
         self._cache: tuple[Any, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,31 +205,63 @@ class DecodedWeight(CompressedWeight):
         """Return rows of Ŵ by their indices, [...] → [..., columns], decoding little else."""
         return self.dense_weight()[ids]
 
+    def row_block(self, start: int, stop: int) -> Tensor:
+        """Return rows of Ŵ from `start` to before `stop`, [stop − start, columns], decoding little else."""
+        return self.some_rows(torch.arange(start, stop, device=next(self.parameters()).device))
+
     def project(self, x: Tensor) -> Tensor:
-        """Return x Ŵᵀ; see the base class."""
+        """Return x Ŵᵀ; see the base class.
+
+        A large weight that is not kept, as of a tied head, is decoded and applied in blocks of its rows.
+        """
         cached = self._cached()
-        return F.linear(x, self.dense_weight() if cached is None else cached, self.bias)
+        step = max(1, DECODED_AT_ONCE // self.columns)
+        by_rows = type(self).some_rows is not DecodedWeight.some_rows
+        # Training needs the whole weight for its gradients.
+        if cached is not None or self.rows <= step or not by_rows or torch.is_grad_enabled():
+            return F.linear(x, self.dense_weight() if cached is None else cached, self.bias)
+        out: Tensor | None = None
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            part = F.linear(x, self.row_block(start, stop), None if self.bias is None else self.bias[start:stop])
+            if out is None:
+                out = part.new_empty(*part.shape[:-1], self.rows)
+            out[..., start:stop] = part
+        assert out is not None
+        return out
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Decode the rows asked for, or look them up in the cache; see the base class."""
-        cached = self._cached()
-        return self.some_rows(ids) if cached is None else F.embedding(ids, cached)
+        # Bytes that are few go to layers that need all of their weight.
+        cached = self._cached(fill=self.budget is None)
+        if cached is None and ids.numel() <= self.rows:
+            return self.some_rows(ids)
+        return F.embedding(ids, self.dense_weight() if cached is None else cached)
 
-    def _cached(self) -> Tensor | None:
-        """Return the decoded weight, or None where it must not be kept."""
+    def _cached(self, fill: bool = True) -> Tensor | None:
+        """Return the decoded weight, or None where it must not be kept; without `fill`, only if it is there already."""
         # Under offloading hooks, parameters come and go between calls.
         if self.decoding != "cached" or torch.is_grad_enabled() or hasattr(self, "_hf_hook"):
             self._cache = None  # a step of training may follow, which a compiled graph would not notice
             return None
         if torch.compiler.is_compiling():
             return self._cache[1] if self._cache else None
-        shared = self.__dict__.get("_shared_decoder")
-        tensors = [*self.parameters(), *self.buffers(), *(shared.parameters() if shared is not None else ())]
-        if any(tensor.device.type == "meta" for tensor in tensors):
+        tensors = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        decoder = self.__dict__.get("_shared_decoder") or self.decoder
+        if decoder is not None:
+            tensors += decoder.parameters()
+        if any(tensor.is_meta for tensor in tensors):
             return None
         # In-place changes raise a tensor's version; replaced tensors have another address.
         versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         key = (versions, torch.is_autocast_enabled(tensors[0].device.type))
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, self.dense_weight())
+        if self._cache is not None and self._cache[0] == key:
+            return self._cache[1]
+        self._cache = None
+        size = self.rows * self.columns * tensors[0].element_size()
+        if not fill or (self.budget is not None and not self.budget.has_room(size)):
+            return None
+        self._cache = (key, self.dense_weight())
+        if self.budget is not None:
+            self.budget.keep(self._cache[1])
         return self._cache[1]

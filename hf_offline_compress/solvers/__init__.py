@@ -11,8 +11,9 @@ from .base import Factors, Problem
 from .codebook import solve_codebook
 from .kronecker import solve_kronecker
 from .low_rank import low_rank_errors, solve_low_rank
-from .quantized import solve_quantized
+from .quantized import quantized_errors, solve_quantized
 from .sparse import solve_sparse
+from .trellis import solve_trellises, trellis_errors
 from .tucker import solve_tucker
 
 SOLVERS: dict[str, Callable[[Problem], Factors]] = {
@@ -20,11 +21,14 @@ SOLVERS: dict[str, Callable[[Problem], Factors]] = {
     "kronecker": solve_kronecker,
     "tucker": solve_tucker,
     "sparse": solve_sparse,
-    "quantized": solve_quantized,
     "codebook": solve_codebook,
 }
 # Of structures whose problems are best solved together, if they are of equal shape, size, objective and options.
-BATCHED_SOLVERS: dict[str, Callable[[Sequence[Problem]], list[Factors]]] = {"autoencoder": solve_autoencoders}
+BATCHED_SOLVERS: dict[str, Callable[[Sequence[Problem]], list[Factors]]] = {
+    "autoencoder": solve_autoencoders,
+    "quantized": solve_quantized,
+    "trellis": solve_trellises,
+}
 
 
 def solve(problem: Problem) -> Factors:
@@ -41,7 +45,11 @@ def solve_all(problems: Sequence[Problem]) -> list[Factors]:
 
 
 # Of structures with `known_gains`: the least error at size 0, 1, 2, ….
-ERRORS: dict[str, Callable[[Problem], Tensor]] = {"low_rank": low_rank_errors}
+ERRORS: dict[str, Callable[[Problem], Tensor]] = {
+    "low_rank": low_rank_errors,
+    "quantized": quantized_errors,
+    "trellis": trellis_errors,
+}
 
 
 def expected_errors(problem: Problem) -> Tensor:

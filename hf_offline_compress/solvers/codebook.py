@@ -15,11 +15,8 @@ from torch import Tensor
 from ..runtime.packing_compressed import pack
 from ..structures import Codebook
 from .base import Factors, Problem
+from .feedback import BLOCK, DAMPING, damped_moments, inverse_roots, metric_of, row_importance
 
-# As GPTQ has it: of the mean of the diagonal.
-DAMPING = 1e-2
-# Columns coded before the rest hears of their errors.
-BLOCK = 128
 POINTS, ITERATIONS = 2**16, 15
 REFINEMENTS = 20
 DISTANCES_AT_ONCE = 2**24
@@ -68,32 +65,20 @@ class _Metric:
 
 
 def _metric(problem: Problem, filling: int) -> _Metric:
-    found = problem.member_moments
-    if found is None and problem.input_moments is not None:
-        found = (problem.input_moments,) * len(problem.weights)
+    found = metric_of(problem)
     if found is None:
         return _Metric()
-    moments, roots = [], []
-    for given in found:
-        damped = torch.nn.functional.pad(given.double(), (0, filling, 0, filling)).to(problem.weights[0].device)
-        mean = damped.diagonal().mean().clamp_min(1e-30)
-        damped.diagonal().add_(DAMPING * mean)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped / mean))
-        moments.append((damped / mean).float())
-        roots.append(torch.linalg.cholesky(inverse, upper=True).float())
-    return _Metric(torch.stack(moments), torch.stack(roots))
+    device = problem.weights[0].device
+    # One tensor for each that members share, so that each is factorized once.
+    padded = {id(given): torch.nn.functional.pad(given, (0, filling, 0, filling)) for given in found}
+    damped = {key: damped_moments(given, DAMPING, device).float() for key, given in padded.items()}
+    roots = inverse_roots([padded[id(given)] for given in found], DAMPING, device)
+    return _Metric(torch.stack([damped[id(given)] for given in found]), roots)
 
 
 def _importance(problem: Problem) -> Tensor:
     """Return the weight of each row's squared error, of mean 1, [members, rows]."""
-    count = len(problem.weights)
-    if problem.output_moments is not None:
-        weights = torch.stack([moments.diagonal().clamp_min(0) for moments in problem.output_moments])
-        weights = weights + 0.1 * weights.mean()
-    elif problem.row_weights is not None:
-        weights = problem.row_weights.view(count, -1)
-    else:
-        weights = torch.ones(count, len(problem.weights[0]))
+    weights = row_importance(problem).view(len(problem.weights), -1)
     return weights / weights.mean().clamp_min(1e-30)
 
 

@@ -1,19 +1,120 @@
-"""Rounding to few bits."""
+"""Rounding to few bits: to the nearest, or with error feedback in the metric of the layer's inputs (GPTQ)."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
-from ..runtime.packing_compressed import round_min_max
+import torch
+from torch import Tensor
+
+from ..runtime.packing_compressed import even_steps, pack
 from ..structures import Quantized
+from ..structures.quantized import MAX_BITS
 from .base import Factors, Problem
+from .feedback import DAMPING, feed_back, inverse_roots, metric_of, row_importance, undetermined
+
+# Of what a group spans: the values may span so much less.
+SHRINK = [1 - 0.03 * i for i in range(21)]
 
 
 @torch.no_grad()
-def solve_quantized(problem: Problem) -> Factors:
-    """Return codes, scales and minima, rounded to nearest between the least and the largest weight of each group."""
-    structure = problem.structure
+def solve_quantized(problems: Sequence[Problem]) -> list[Factors]:
+    """Return codes, scales and zeros of problems of equal shape, bits and options.
+
+    Where the inputs' second moments are known, columns are rounded one after the other, and those to come make good the
+    errors so far. A group's scale is fixed when its first column is reached, for what the errors before have made of it.
+    """
+    results: dict[int, Factors] = {}
+    metrics = [metric_of(problem) for problem in problems]
+    for informed in (False, True):  # an embedding's problem may come without moments where a layer's has them
+        chosen = [i for i, metric in enumerate(metrics) if (metric is not None) == informed]
+        if not chosen:
+            continue
+        weights = torch.stack([problems[i].weights[0].float() for i in chosen])
+        found = [metric[0] for i in chosen if (metric := metrics[i]) is not None]
+        roots = inverse_roots(found, DAMPING, weights.device) if found else None
+        results |= dict(zip(chosen, _rounded(weights, roots, problems[0]), strict=True))
+    return [results[i] for i in range(len(problems))]
+
+
+@torch.no_grad()
+def quantized_errors(problem: Problem) -> Tensor:
+    """Return the squared error to expect with 0, 1, … bits, in the metric of the objective, [bits].
+
+    Rounding to steps leaves a twelfth of their square; with error feedback, of what columns leave undetermined.
+    """
+    structure, (weight,) = problem.structure, problem.weights
     assert isinstance(structure, Quantized)
-    (weight,) = problem.weights
-    codes, scales, minima = round_min_max(weight.float(), problem.size, structure.group_size or weight.shape[1])
-    return Factors(({"codes": codes, "scales": scales, "minima": minima},), {})
+    weight, columns = weight.double(), undetermined(problem)
+    importance, width = row_importance(problem).to(weight), structure.group_size or weight.shape[1]
+    base = torch.zeros((), dtype=torch.float64)
+    for start in range(0, weight.shape[1], width):
+        part = weight[:, start : start + width]
+        span = part.amax(dim=1).clamp_min(0) - part.amin(dim=1).clamp_max(0)
+        base += ((span.square() * importance).sum() * columns[start : start + width].sum()).cpu()
+    steps = torch.tensor([2.0**bits - 1 for bits in range(1, MAX_BITS + 1)], dtype=torch.float64)
+    errors = base / 12 / steps.square()
+    return torch.cat([4 * errors[:1], errors])
+
+
+def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Factors]:
+    """Return the factors of weights [members, rows, columns], by the first one's bits and options."""
+    structure, bits = problem.structure, problem.size
+    assert isinstance(structure, Quantized)
+    left = weights.mT.contiguous()  # [members, columns, rows]
+    members, columns, rows = left.shape
+    width = structure.group_size or columns
+    starts = range(0, columns, width)
+    codes = torch.empty_like(left, dtype=torch.uint8)
+    scales, zeros = left.new_empty(2, members, len(starts), rows)
+
+    def enter(start: int, end: int) -> None:
+        """Fix scale and zero of a group; without feedback, its codes too."""
+        part, at = left[:, start:end], start // width
+        # What an error in a column costs that the columns behind it make good as far as they can.
+        cost = None if roots is None else roots.diagonal(dim1=1, dim2=2)[:, start:end, None].square().reciprocal()
+        scales[:, at], zeros[:, at] = _grid(part, cost, bits, structure.clip)
+        if roots is None:
+            codes[:, start:end] = _codes(part, scales[:, at, None], zeros[:, at, None], bits)
+
+    def code(column: int, wanted: Tensor) -> Tensor:
+        scale, zero = scales[:, column // width], zeros[:, column // width]
+        found = _codes(wanted, scale, zero, bits)
+        codes[:, column] = found
+        return _decoded(found, scale, zero)
+
+    if roots is None:
+        for start in starts:
+            enter(start, min(start + width, columns))
+    else:
+        feed_back(left, roots, starts, enter, code)
+    packed, packed_zeros = pack(codes.mT, bits), pack(zeros.mT, bits + 1)
+    return [
+        Factors(({"codes": c, "scales": s, "zeros": z},), {})
+        for c, s, z in zip(packed, scales.mT, packed_zeros, strict=True)
+    ]
+
+
+def _grid(part: Tensor, cost: Tensor | None, bits: int, clip: bool) -> tuple[Tensor, Tensor]:
+    """Return scale and zero, both [members, rows], of a group [members, columns, rows]; `cost` [members, columns, 1]."""
+    low, high = part.aminmax(dim=1)
+    whole, zeros = even_steps(low, high, bits)
+    if not clip:
+        return whole, zeros
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for share in SHRINK:
+        scales = whole * share
+        error = (
+            part - _decoded(_codes(part, scales[:, None], zeros[:, None], bits), scales[:, None], zeros[:, None])
+        ).square()
+        total = (error if cost is None else error * cost).sum(dim=1)
+        best, least = torch.where(total < least, scales, best), torch.minimum(total, least)
+    return best, zeros
+
+
+def _codes(wanted: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    return (wanted / scales + zeros / 2).round_().clamp_(0, 2**bits - 1)
+
+
+def _decoded(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return (codes - zeros / 2) * scales

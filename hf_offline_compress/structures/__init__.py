@@ -7,10 +7,11 @@ from .kronecker import Kronecker
 from .low_rank import LowRank
 from .quantized import Quantized
 from .sparse import Sparse
+from .trellis import Trellis
 from .tucker import Tucker
 
 STRUCTURES: dict[str, type[Structure]] = {
-    cls.name: cls for cls in (LowRank, Autoencoder, Kronecker, Tucker, Sparse, Quantized, Codebook)
+    cls.name: cls for cls in (LowRank, Autoencoder, Kronecker, Tucker, Sparse, Quantized, Codebook, Trellis)
 }
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "Stored",
     "Structure",
     "Training",
+    "Trellis",
     "Tucker",
 ]

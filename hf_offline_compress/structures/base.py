@@ -77,6 +77,7 @@ class Structure(ABC):
         unit: what `size` counts.
         minimum: the smallest size.
         shares: whether several members have anything in common to store.
+        least_rows: matrices of fewer rows are better left as they are.
         known_gains: whether the error at every size is known without solving for it, so that bytes can go where they
             gain most.
     """
@@ -89,6 +90,7 @@ class Structure(ABC):
     minimum: ClassVar[int] = 1
     shares: ClassVar[bool] = True
     known_gains: ClassVar[bool] = False
+    least_rows: ClassVar[int] = 1
 
     @abstractmethod
     def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:

@@ -1,4 +1,4 @@
-"""Quantized: every weight a whole number of few bits, with a scale and a minimum for a row or a part of one."""
+"""Quantized: every weight a whole number of few bits, with a scale and a zero for a row or a part of one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True)
 class Quantized(Structure):
-    """Rounding to the 2ᵇ evenly spaced values between the least and the largest of a row: ŵ = minimum + code · scale.
+    """Rounding to 2ᵇ evenly spaced values, between the least and the largest of a group: ŵ = (code − zero / 2) · scale.
+
+    The zero is a whole number of half steps, of b + 1 bits: at equal bytes that is closer than a minimum kept as a number.
 
     Attributes:
-        group_size: columns that share a scale and a minimum; 0 for the whole row.
+        group_size: columns that share a scale and a zero; 0 for the whole row.
+        clip: let the values span less than the group does, where that is closer.
     """
 
     name: ClassVar[str] = "quantized"
     title: ClassVar[str] = "Quantized"
-    reference: ClassVar[str] = "Zafrir et al., Q8BERT, 2019"
-    objectives: ClassVar[tuple[str, ...]] = ("l2",)
+    reference: ClassVar[str] = "Frantar et al., GPTQ, ICLR 2023"
+    objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated", "sensitive")
     unit: ClassVar[str] = "bits"
     minimum: ClassVar[int] = MIN_BITS
     shares: ClassVar[bool] = False
+    known_gains: ClassVar[bool] = True
 
     group_size: int = 0
+    clip: bool = False
 
     def __post_init__(self) -> None:
         """Reject a group of less than nothing."""
@@ -40,11 +45,11 @@ class Quantized(Structure):
         return ceil(shape.columns / self.group_size) if self.group_size else 1
 
     def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
-        """Return codes packed by rows, scales and minima; see the base class."""
+        """Return codes and zeros packed by rows, and scales; see the base class."""
         return {
             "codes": Stored((shape.rows, ceil(shape.columns * size / 8)), "uint8"),
             "scales": Stored((shape.rows, self.scales(shape))),
-            "minima": Stored((shape.rows, self.scales(shape))),
+            "zeros": Stored((shape.rows, ceil(self.scales(shape) * (size + 1) / 8)), "uint8"),
         }
 
     def limit(self, shape: GroupShape) -> int:

@@ -1,0 +1,17 @@
+"""Model cards: what was done, what it costs, how to load it, from the report and the evaluations of a folder alone."""
+
+from .inputs import CardInputs, read_inputs
+from .metadata import inherited_metadata
+from .writing import CARD_FILE, free_section, parse_card, render_card, write_card, write_card_if_possible
+
+__all__ = [
+    "CARD_FILE",
+    "CardInputs",
+    "free_section",
+    "inherited_metadata",
+    "parse_card",
+    "read_inputs",
+    "render_card",
+    "write_card",
+    "write_card_if_possible",
+]

@@ -1,0 +1,114 @@
+"""All that a card is written from: report, evaluations, config and file sizes of a compressed folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompressionError
+from ..folder import inspect_folder
+
+EVALUATION_FILE = "evaluation.json"
+EVALUATION_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CardInputs:
+    """What a card is written from; plain JSON all of it, so that a card can be written anew from kept files.
+
+    Attributes:
+        name: of the folder; the card's title.
+        config: the contents of config.json.
+        report: the contents of the compression report.
+        evaluation: the contents of evaluation.json; None if there is none.
+        files: name → bytes, of every file of the folder but the card.
+    """
+
+    name: str
+    config: dict[str, Any]
+    report: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
+    files: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The report's groups."""
+        found: list[dict[str, Any]] = self.report["groups"]
+        return found
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations; empty if there are none."""
+        return list((self.evaluation or {}).get("evaluations") or [])
+
+    @property
+    def benchmark(self) -> dict[str, Any] | None:
+        """The benchmark; None if there is none."""
+        return (self.evaluation or {}).get("benchmark")
+
+    @property
+    def base_name(self) -> str:
+        """The base's Hub id, or the last component of a local path."""
+        return file_name(str(self.report["base"]["name"]), self.report["base"].get("revision"))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is in the folder."""
+        return any(name in self.files for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+
+
+def read_inputs(folder: str | Path, *, name: str | None = None) -> CardInputs:
+    """Return what a card of a compressed folder is written from; neither torch nor weights are loaded.
+
+    Args:
+        folder: one that `compress` has written.
+        name: how the card calls it; by default the folder's name.
+
+    Raises:
+        CompressionError: it is no such folder, or its evaluation.json cannot be read.
+    """
+    contents, path = inspect_folder(folder), Path(folder)
+    if not contents.weights:
+        raise CompressionError(f"'{contents.name}' has no weights (*.safetensors), so nothing can be said of it.")
+    files = {
+        file.relative_to(path).as_posix(): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != "README.md"
+    }
+    return CardInputs(name or contents.name, contents.config, contents.report, read_evaluation(path), files)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of a folder's evaluation.json; None if there is none.
+
+    Raises:
+        CompressionError: it is not JSON of the form that `evaluate` writes.
+    """
+    path = folder / EVALUATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CompressionError(
+            f"The {EVALUATION_FILE} of '{folder.name}' cannot be read: {error}. Delete it, and evaluate again."
+        ) from error
+    if not isinstance(content, dict) or content.get("format_version") != EVALUATION_FORMAT:
+        raise CompressionError(
+            f"The {EVALUATION_FILE} of '{folder.name}' is not of format {EVALUATION_FORMAT}, which this version reads; "
+            "delete it, and evaluate again."
+        )
+    return content
+
+
+def file_name(name: str, revision: object = None) -> str:
+    """Return a name that may be shown: a Hub id as it is, of a path the last component."""
+    is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
+    return name if revision or not is_path else name.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -1,0 +1,129 @@
+"""What a compressed model costs: what became worse or slower, and what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .inputs import CardInputs
+from .tables import MEGA, cell, data_name, value
+
+# Structures as the runtime knows them. Applied as they are, without making the dense weight:
+FACTORED = ("low_rank",)
+# With nothing that belongs to a single row, so that an embedding cannot get another one:
+NOT_RESIZED = ("kronecker", "tucker", "sparse", "codebook", "trellis")
+EMBEDDINGS = ("embeddings.word_embeddings", "wte")
+BASE, OURS = "base", "compressed"
+
+
+def limits(inputs: CardInputs) -> list[str]:
+    """Return the costs and limits of a model, a sentence or two each; what was measured comes first."""
+    return [*_measured(inputs), *_speed(inputs), *_decoding(inputs), *_resizing(inputs), *_training(inputs)]
+
+
+def _measured(inputs: CardInputs) -> list[str]:
+    if not inputs.evaluations:
+        return [
+            "It has not been evaluated: the errors below are those of matrices, and say little of any task. Measure "
+            "your own task before you use it."
+        ]
+    found = [line for evaluation in inputs.evaluations for line in _worse(evaluation)]
+    return found or ["No metric in the results above is worse than the base's. Other tasks may be: measure yours."]
+
+
+def _worse(evaluation: dict[str, Any]) -> list[str]:
+    """Return what is worse than the base in one evaluation; of an agreement, how far it is from a perfect copy."""
+    worse = [
+        metric
+        for metric in evaluation["metrics"]
+        if metric.get("base") is not None
+        and metric.get("compressed") is not None
+        and (
+            (metric.get("better") == "lower" and metric["compressed"] > metric["base"])
+            or (metric.get("better") == "higher" and metric["compressed"] < metric["base"])
+        )
+    ]
+    if worse and str(evaluation["id"]).startswith("agreement"):
+        shown = ", ".join(f"{cell(m['name'])} {value(m['compressed'])} ({value(m['base'])})" for m in worse)
+        return [
+            f"It does not say quite what the base says: on {data_name(evaluation)} (a perfect copy in brackets) {shown}."
+        ]
+    return [
+        f"Worse than the base: {cell(m['name'])} on {data_name(evaluation)} is {value(m['compressed'])}, of the base "
+        f"{value(m['base'])}."
+        for m in worse
+    ]
+
+
+def _speed(inputs: CardInputs) -> list[str]:
+    benchmark = inputs.benchmark
+    models = {model["name"]: model for model in benchmark["models"]} if benchmark else {}
+    if BASE not in models or OURS not in models:
+        return ["Its speed and memory beside the base's have not been measured."]
+    base, own = models[BASE], models[OURS]
+    found = [
+        f"Slower than the base: batch {ours['batch']}, length {ours['length']} takes {value(ours['median_ms'])} ms, the "
+        f"base {value(dense['median_ms'])} ms."
+        for dense, ours in _pairs(base, own)
+        if ours["median_ms"] > dense["median_ms"]
+    ]
+    for key, verb, scale, unit in (
+        ("load_seconds", "Loads in", 1, "s"),
+        ("memory_bytes", "Takes", MEGA, "MB of memory"),
+    ):
+        if base.get(key) is not None and own.get(key) is not None and own[key] > base[key]:
+            shown = (
+                [value(own[key]), value(base[key])] if scale == 1 else [f"{x[key] / scale:.2f}" for x in (own, base)]
+            )
+            found.append(f"{verb} {shown[0]} {unit}, the base {shown[1]} {unit}.")
+    smaller = [
+        f"{cell(name)} ({model['disk_bytes'] / MEGA:.2f} MB)"
+        for name, model in models.items()
+        if name not in (BASE, OURS)
+        and not name.startswith(OURS)
+        and 0 < (model.get("disk_bytes") or 0) <= own["disk_bytes"]
+    ]
+    if smaller:
+        found.append(f"Smaller or as small on disk, without this package: {', '.join(smaller)}.")
+    return found or ["In the benchmark above it is nowhere slower or larger than the base."]
+
+
+def _pairs(base: dict[str, Any], own: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the latencies of two models at the sizes that both were measured at."""
+    dense = {(each["batch"], each["length"]): each for each in base.get("latency") or []}
+    return [
+        (dense[size], each) for each in own.get("latency") or [] if (size := (each["batch"], each["length"])) in dense
+    ]
+
+
+def _decoding(inputs: CardInputs) -> list[str]:
+    compression = inputs.config["compression"]
+    structures = {group["structure"] for group in compression["groups"].values()}
+    if structures <= set(FACTORED):
+        return ["Its matrices are applied as factors, never as dense ones: it saves memory as well as disk."]
+    if compression["decoding"] == "cached":
+        return [
+            "Small on disk, not in memory: weights are decoded once, at the first forward pass, and are dense from then on. "
+            '`model.set_decoding("on_the_fly")` decodes them at every use instead, which needs less memory and more time.'
+        ]
+    return [
+        "Weights are decoded at every use, which needs little memory and much time. "
+        '`model.set_decoding("cached")` decodes them once.'
+    ]
+
+
+def _resizing(inputs: CardInputs) -> list[str]:
+    for group in inputs.config["compression"]["groups"].values():
+        words = any(member["module"] in EMBEDDINGS for member in group["members"])
+        if words and group["structure"] in NOT_RESIZED:
+            return ["Its vocabulary cannot be resized: resize the base, then compress that."]
+    return []
+
+
+def _training(inputs: CardInputs) -> list[str]:
+    found = ["It was not fine-tuned after compression; what is lost may partly come back if you do."]
+    if record := inputs.report.get("calibration"):
+        text = {"bundled": "hf-offline-compress's own English text", "caller": "a text of its maker"}.get(
+            record["source"], f"`{cell(record['source'])}`"
+        )
+        found.append(f"It was calibrated on {text}: on text that is unlike it, more may be lost than measured here.")
+    return found

@@ -1,0 +1,366 @@
+"""From inputs to the card's text, and into the folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CompressionError
+from . import tables
+from .citations import citations
+from .command import TEXTS, reproduction
+from .inputs import CardInputs, read_inputs
+from .limits import limits
+from .metadata import (
+    KEPT,
+    WRITTEN,
+    base_on_hub,
+    card_data,
+    check_given,
+    inherited_metadata,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+CARD_FILE = "README.md"
+BEGIN, END = "<!-- your notes: begin -->", "<!-- your notes: end -->"
+FOLD = 12  # longer lists of groups are folded
+# Which auto class a snippet uses, where several load the same class.
+AUTO_CLASSES = (
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForPreTraining",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModel",
+)
+logger = logging.getLogger(__name__)
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    license: str | None = None,  # noqa: A002 (the Hub's word)
+    base_model: str | None = None,
+    language: Sequence[str] | None = None,
+    base: str | Path | None = None,
+    name: str | None = None,
+    model_id: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a compressed folder's model card, README.md, and return its path.
+
+    The user's notes and metadata of a card that is there already are kept.
+
+    Args:
+        folder: one that `compress` has written.
+        license: of the model, as the Hub calls it; by default the base's, if that is known, and none if it is not.
+        base_model: the base's id on the Hub; by default it is given if the base came from there.
+        language: of the model, e.g. ["en"]; by default the base's, if that is known.
+        base: a local folder of the base, whose own card says what licence and languages it has.
+        name: the card's title; by default the folder's name.
+        model_id: what snippets load; by default `name`.
+        overwrite: replace a README.md that is no card of ours.
+
+    Raises:
+        CompressionError: Jinja2 is not installed, the folder is no compressed one, or something in the request or in the
+            folder's README.md stands against it. Nothing has been written.
+    """
+    text = card_text(
+        folder,
+        license=license,
+        base_model=base_model,
+        language=language,
+        base=base,
+        name=name,
+        model_id=model_id,
+        overwrite=overwrite,
+    )
+    path = Path(folder) / CARD_FILE
+    partial = path.with_name(f".{CARD_FILE}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def card_text(
+    folder: str | Path,
+    *,
+    license: str | None = None,  # noqa: A002
+    base_model: str | None = None,
+    language: Sequence[str] | None = None,
+    base: str | Path | None = None,
+    name: str | None = None,
+    model_id: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Return what `write_card` would write; see there."""
+    require_jinja()
+    inputs = read_inputs(folder, name=name)
+    if base is not None and not Path(base).is_dir():
+        raise CompressionError(f"There is no folder '{base}' of the base; pass a local one, or leave it out.")
+    path = Path(folder) / CARD_FILE
+    known: dict[str, Any] = inherited_metadata(base) if base is not None else {}
+    notes = ""
+    if path.is_file():
+        old = path.read_text("utf-8")
+        kept = free_section(old)
+        if kept is not None:
+            notes = kept
+            known |= _kept_metadata(old)
+        elif not overwrite:
+            raise CompressionError(
+                f"'{Path(folder).name}' has a {CARD_FILE} that is no card of this command (the marks '{BEGIN}' and '{END}' "
+                "are not in it); move your text away, or pass --overwrite (overwrite=True) to replace it."
+            )
+    given = {"license": license, "base_model": base_model, "language": list(language) if language else None}
+    check_given(given)
+    return render_card(inputs, {**known, **{k: v for k, v in given.items() if v}}, notes=notes, model_id=model_id)
+
+
+def write_card_if_possible(folder: str | Path, **options: Any) -> Path | None:
+    """Write a folder's card where Jinja2 is installed, and return its path; None where it is not. See `write_card`."""
+    if find_spec("jinja2") is None:
+        logger.info("No model card was written: that needs `pip install 'hf-offline-compress[card]'`.")
+        return None
+    return write_card(folder, **options)
+
+
+def render_card(
+    inputs: CardInputs, known: Mapping[str, Any] | None = None, *, notes: str = "", model_id: str | None = None
+) -> str:
+    """Return the text of a card: the same text from the same arguments, and every number from the inputs.
+
+    Args:
+        inputs: report, evaluations, config and file sizes.
+        known: metadata that the inputs do not have: `license`, `language`, `base_model`, or any other.
+        notes: the user's, between the marks.
+        model_id: what snippets load; by default the inputs' name.
+
+    Raises:
+        CompressionError: Jinja2 is not installed.
+    """
+    require_jinja()
+    from huggingface_hub import ModelCard
+
+    given = {key: value for key, value in (known or {}).items() if value}
+    facts = {**(inputs.report["base"].get("metadata") or {}), **given}
+    inherited = "license" in facts and "license" not in given
+    if "base_model" not in facts and (hub := base_on_hub(inputs.report)):
+        facts["base_model"] = hub
+    data = card_data(inputs, facts)
+    template = (files("hf_offline_compress") / "templates" / "card.md.jinja").read_text("utf-8")
+    context = _context(inputs, facts, inherited, model_id or inputs.name)
+    card = ModelCard.from_template(data, template_str=template, notes=f"{BEGIN}\n{notes}{END}", **context)
+    return str(card).rstrip() + "\n"
+
+
+def free_section(text: str) -> str | None:
+    """Return what the user wrote between the marks of a card, the line break behind it included; None without marks."""
+    found = re.search(f"{re.escape(BEGIN)}\r?\n?(.*?){re.escape(END)}", text, re.DOTALL)
+    return found[1] if found else None
+
+
+def parse_card(text: str) -> ModelCard:
+    """Return a card, parsed.
+
+    Raises:
+        ValueError: its metadata is no YAML, or results in it are not of the Hub's form.
+    """
+    from huggingface_hub import ModelCard
+
+    return ModelCard(text)
+
+
+def require_jinja() -> None:
+    """Raise CompressionError if Jinja2 is not installed."""
+    if find_spec("jinja2") is None:
+        raise CompressionError(
+            "Model cards need Jinja2, which is not installed; pip install 'hf-offline-compress[card]'."
+        )
+
+
+def _kept_metadata(text: str) -> dict[str, Any]:
+    """Return the metadata of our earlier card that is not written anew: what users set, or have added."""
+    try:
+        found = parse_card(text).data.to_dict()
+    except Exception as error:  # yaml and huggingface_hub raise several kinds
+        raise CompressionError(
+            f"The metadata of the {CARD_FILE} that is there cannot be read: {' '.join(str(error).split())[:200]} Mend it, or "
+            "delete the file."
+        ) from error
+    return {key: value for key, value in found.items() if key in (*KEPT, "tags") or key not in WRITTEN}
+
+
+def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, model_id: str) -> dict[str, Any]:
+    """Return all texts of the template."""
+    report, benchmark = inputs.report, inputs.benchmark
+    command, recipe = reproduction(inputs, _first(facts.get("base_model")))
+    bibtex, references = citations(report)
+    auto, load = _loading(inputs, model_id)
+    folded = len(inputs.groups) > FOLD
+    return {
+        "title": inputs.name,
+        "model_id": model_id,
+        "summary": _summary(inputs, facts, inherited),
+        "headline": tables.headline(inputs),
+        "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load.format(options=""),
+        "load_without": load.format(options=", trust_remote_code=True") if auto else _remote_loading(inputs, model_id),
+        "sentence_transformers": "modules.json" in inputs.files,
+        "made": f"With hf-offline-compress {report['versions'].get('hf-offline-compress', '')}:".replace(" :", ":"),
+        "command": command,
+        "recipe": recipe.rstrip() if recipe else None,
+        "circumstances": _bullets(_circumstances(inputs, facts)),
+        "sizes": tables.sizes(inputs),
+        "results": tables.results(inputs) if inputs.evaluations else None,
+        "conditions": _bullets(tables.conditions(inputs)),
+        "speeds": tables.speeds(benchmark) if benchmark else None,
+        "benchmarked": _benchmarked(benchmark) if benchmark else None,
+        "limits": _bullets(limits(inputs)),
+        "compressed": "Error is ‖W − Ŵ‖ / ‖W‖ of the weights; on real inputs it is weighted by the calibration text's.",
+        "folded": f"{len(inputs.groups)} groups" if folded else None,
+        "group_table": tables.group_table(inputs),
+        "chart": tables.chart(inputs),
+        "dense": _bullets(_dense(inputs)),
+        "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".",
+        "bibtex": "\n\n".join(bibtex),
+        "references": _bullets(references),
+    }
+
+
+def _summary(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool) -> str:
+    report, totals = inputs.report, inputs.report["totals"]
+    base, hub = tables.cell(inputs.base_name), _first(facts.get("base_model"))
+    shown = f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{base}`"
+    revision = f" at revision `{report['base']['revision']}`" if report["base"].get("revision") else ""
+    matrices = sum(len(group["members"]) for group in inputs.groups)
+    recipe = report["recipe"]
+    dense = totals["parameters"] * tables.FLOAT32
+    sentences = [
+        f"This is {shown}{revision} ({report['architecture']}, {tables.count(totals['parameters'])} parameters), made smaller "
+        f"without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and nothing else "
+        "is changed.",
+        f"The recipe is `{tables.cell(recipe['name'])}`"
+        + (f": {_sentence(recipe)}" if recipe.get("description") else "."),
+        f"The weights take {inputs.weight_bytes / tables.MEGA:.2f} MB on disk, {dense / inputs.weight_bytes:.2f} times less than "
+        f"the base in float32.",
+        _licence(facts, inherited),
+    ]
+    return "\n".join(sentences)
+
+
+def _sentence(recipe: Mapping[str, Any]) -> str:
+    text = tables.cell(recipe["description"])
+    return (text[0].lower() if text[1:2].islower() else text[0]) + text[1:].rstrip(".") + "."
+
+
+def _licence(facts: Mapping[str, Any], inherited: bool) -> str:
+    names = _listed(facts.get("license"))
+    if not names:
+        return (
+            "The licence of the base is not known here, so none is given: find out what the base allows before you use or "
+            "share this model."
+        )
+    return f"Its licence is {', '.join(names)}{', that of the base' if inherited else ''}."
+
+
+def _loading(inputs: CardInputs, model_id: str) -> tuple[str | None, str]:
+    """Return the auto class that loads the model, if there is one, and the lines that load it."""
+    own = inputs.config["architectures"][0]
+    found = [name for name, cls in (inputs.config.get("auto_map") or {}).items() if cls.endswith(f".{own}")]
+    auto = next((name for name in AUTO_CLASSES if name in found), None)
+    imports = [auto] if auto else []
+    lines = [f'model = {auto or f"hf_offline_compress.{own}"}.from_pretrained("{model_id}"{{options}})']
+    if inputs.has_tokenizer:
+        imports.append("AutoTokenizer")
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{model_id}"{{options}})')
+    head = [f"from transformers import {', '.join(imports)}", ""] if imports else []
+    return auto, "\n".join([*head, *lines])
+
+
+def _remote_loading(inputs: CardInputs, model_id: str) -> str:
+    """Return the lines that load a head which no auto class knows, by the class beside its body's."""
+    own = inputs.config["architectures"][0]
+    return "\n".join(
+        (
+            "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
+            "",
+            f'cls = get_class_from_dynamic_module("modeling_compressed.{own}", "{model_id}", trust_remote_code=True)',
+            f'model = cls.from_pretrained("{model_id}")',
+        )
+    )
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _circumstances(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
+    """Return what else the result depends on: the base, seed, texts, times."""
+    report = inputs.report
+    lines = [f"base: `{tables.cell(inputs.base_name)}`"]
+    if not report["base"].get("revision"):
+        lines[0] += (
+            ", a local copy" if facts.get("base_model") else ", a local checkpoint: the command takes its folder"
+        )
+    lines.append(f"seed: {report['seed']}; dtype: {report['dtype']}")
+    record = report.get("calibration")
+    if record:
+        source = {"bundled": "the package's own text", "caller": f"texts passed in Python, here as {TEXTS}"}.get(
+            record["source"], f"`{tables.cell(record['source'])}`"
+        )
+        lines.append(
+            f"calibration: {source}, {tables.count(record['tokens'])} tokens in {tables.count(record['texts'])} texts, seed "
+            f"{record['seed']}, SHA-256 of the text `{record['sha256']}`"
+        )
+    else:
+        lines.append("calibration: none, no text was used")
+    if record := report.get("validation"):
+        lines.append(f"validation: `{tables.cell(record['source'])}`, SHA-256 of the text `{record['sha256']}`")
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in (report.get("seconds") or {}).items())
+    return [*lines, f"time: {times}"] if times else lines
+
+
+def _benchmarked(benchmark: Mapping[str, Any]) -> str:
+    parts = [f"device {benchmark.get('device', 'unknown')}"]
+    parts += [f"{key} {benchmark[key]}" for key in ("threads", "repeats", "seed") if benchmark.get(key) is not None]
+    parts += [f"{name} {number}" for name, number in (benchmark.get("versions") or {}).items()]
+    if benchmark.get("memory_kind"):
+        kind = str(benchmark["memory_kind"])
+        parts.append("memory is " + kind.replace(" (memory_bytes)", "").replace(" (loaded_bytes)", " (loaded)"))
+    parts += [f"{item['name']} not measured: {item['reason']}" for item in benchmark.get("unavailable") or []]
+    return "; ".join(tables.cell(part).rstrip(".") for part in parts) + "."
+
+
+def _dense(inputs: CardInputs) -> list[str]:
+    """Return what stays dense, a line a reason."""
+    items = inputs.report["dense"]
+    lines = []
+    for reason in dict.fromkeys(item["reason"] for item in items):
+        chosen = [item for item in items if item["reason"] == reason]
+        names = ", ".join(f"`{item['name']}`" if " " not in item["name"] else item["name"] for item in chosen[:3])
+        names += f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+        parameters = sum(item["parameters"] for item in chosen)
+        lines.append(f"dense: {names}, {tables.count(parameters)} parameters ({tables.cell(reason)})")
+    return lines
+
+
+def _first(value: Any) -> str | None:
+    return next(iter(_listed(value)), None)
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)] if value else []

@@ -1,0 +1,91 @@
+"""`benchmark`: speed, memory and bytes of a compressed folder beside its base and simple alternatives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .evaluate import BaseOption, Device, Folder
+from .options import AsJson, Debug, Quiet, Revision, app
+from .output import calm, megabytes, print_json, print_table, run
+
+
+@app.command()
+def benchmark(
+    folder: Folder,
+    base: BaseOption = None,
+    batch: Annotated[str, typer.Option(help="sequences in one forward pass, with commas between")] = "1,32",
+    length: Annotated[str, typer.Option(help="tokens of each, with commas between")] = "128",
+    models: Annotated[
+        str, typer.Option(help="what to measure, with commas between")
+    ] = "base,bfloat16,int8,compressed,on_the_fly",
+    repeats: Annotated[int, typer.Option(min=1, help="rounds over all models")] = 9,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="of the CPU; torch's own choice if not given", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure FOLDER, its base, and the base in bfloat16 and int8: bytes, loading, memory, latency."""
+
+    def work() -> None:
+        from ..errors import CompressionError
+
+        def numbers(option: str, text: str) -> list[int]:
+            if not all(part.strip().isdigit() for part in text.split(",")):
+                raise CompressionError(f"--{option} takes whole numbers with commas between, e.g. 1,32, not '{text}'.")
+            return [int(part) for part in text.split(",")]
+
+        batches, lengths = numbers("batch", batch), numbers("length", length)
+        calm(quiet)
+        from ..evaluate.benchmarking import benchmark_folder
+
+        result = benchmark_folder(
+            folder,
+            base=base,
+            batches=batches,
+            lengths=lengths,
+            models=[name.strip() for name in models.split(",")],
+            repeats=repeats,
+            threads=threads,
+            device=device,
+            seed=seed,
+            revision=revision,
+            progress=not quiet,
+        )
+        if as_json:
+            print_json({"folder": folder.resolve().name, "benchmark": result})
+        elif not quiet:
+            _print(result)
+            print(f"\nput into {folder / 'evaluation.json'}")
+
+    run(work, debug)
+
+
+def _print(result: dict[str, Any]) -> None:
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    print(f"{result['device']}, {threads}, medians of {result['repeats']} rounds with quartiles, in ms\n")
+    models = result["models"]
+    cells = [f"{cell['batch']} x {cell['length']}" for cell in models[0]["latency"]]
+    rows = [
+        (
+            model["name"],
+            megabytes(model["disk_bytes"]),
+            f"{model['load_seconds']:.2f} s",
+            megabytes(model["loaded_bytes"]),
+            megabytes(model["memory_bytes"]),
+            *(f"{c['median_ms']:.1f} ({c['low_ms']:.1f}-{c['high_ms']:.1f})" for c in model["latency"]),
+        )
+        for model in models
+    ]
+    print_table(("model", "on disk", "load", "loaded", "peak", *cells), rows)
+    print()
+    speeds = [(model["name"], *(f"{cell['tokens_per_second']:,.0f}" for cell in model["latency"])) for model in models]
+    print_table(("tokens a second", *cells), speeds)
+    for item in result["unavailable"]:
+        print(f"\nnot measured: {item['name']}: {item['reason']}")

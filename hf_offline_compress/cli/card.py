@@ -1,0 +1,75 @@
+"""`card`: write the model card of a compressed folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import AsJson, Debug, app
+from .output import print_json, run
+
+
+@app.command()
+def card(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
+    ],
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license", help="of the model, as the Hub calls it; the base's if not given", show_default=False
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="the base's id on the Hub, if it was a local folder", show_default=False)
+    ] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(help="of the model, e.g. en, with commas between; the base's if not given", show_default=False),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="local folder of the base, whose card names its licence and languages", show_default=False),
+    ] = None,
+    model_id: Annotated[
+        str | None,
+        typer.Option(help="what the card's snippets load; the folder's name if not given", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a README.md that is no card of this command")
+    ] = False,
+    stdout: Annotated[bool, typer.Option("--stdout", help="print the card and write nothing")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model card of FOLDER from its report and evaluations; your notes in it are kept."""
+
+    def work() -> None:
+        from ..card import parse_card, write_card
+        from ..card.writing import CARD_FILE, card_text
+
+        languages = [part.strip() for part in language.split(",")] if language else None
+        options: dict[str, Any] = {
+            "license": license_,
+            "base_model": base_model,
+            "language": languages,
+            "base": base,
+            "model_id": model_id,
+            "overwrite": overwrite,
+        }
+        text = card_text(folder, **options) if stdout else write_card(folder, **options).read_text("utf-8")
+        if as_json:
+            print_json(
+                {
+                    "file": CARD_FILE,
+                    "written": not stdout,
+                    "metadata": parse_card(text).data.to_dict(),
+                    **({"text": text} if stdout else {}),
+                }
+            )
+        else:
+            print(text if stdout else f"{folder / CARD_FILE}: written", end="" if stdout else "\n")
+
+    run(work, debug)

@@ -1,0 +1,166 @@
+"""`evaluate`: a compressed folder beside its base, on a text or a task."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import AsJson, Debug, Quiet, Revision, app
+from .output import calm, print_json, print_table, run
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="its base, a Hub id or a folder; what its report names, if that is on the Hub", show_default=False
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="where to compute, e.g. cuda", show_default=False)]
+TUNING = "of fine-tuning"
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    base: BaseOption = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="for perplexity and agreement: a file with one text a line, or a data set's name", show_default=False
+        ),
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            help="on the text: perplexity, pseudo_perplexity, agreement; with commas between "
+            "(default: agreement, and perplexity of language models)",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli or squad", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="a CSV or JSON file instead of the task's data set", show_default=False)
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="of the file: those of the texts, then the label's, with commas between; numbers from 1 if it has no header",
+            show_default=False,
+        ),
+    ] = None,
+    fine_tune: Annotated[bool, typer.Option("--fine-tune", help="train both models on the task first")] = False,
+    train_data: Annotated[
+        Path | None, typer.Option(help=f"a CSV or JSON file to train on {TUNING}", show_default=False)
+    ] = None,
+    train_limit: Annotated[
+        int | None, typer.Option(min=1, help="so many training examples at most", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"{TUNING} (default: 2e-5, squad 3e-5)", show_default=False)
+    ] = None,
+    train_batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"{TUNING} (default: 32)", show_default=False)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help=f"{TUNING} (default: 3)", show_default=False)] = None,
+    length: Annotated[
+        int | None, typer.Option(min=8, help="tokens of an example (default: 128, squad 384)", show_default=False)
+    ] = None,
+    share: Annotated[float, typer.Option(help="of tokens that are masked, whole words")] = 0.15,
+    block: Annotated[
+        int | None,
+        typer.Option(min=2, help="tokens of a line (default: 512) or of a causal window (1024)", show_default=False),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="between causal windows (default: half); overlap of squad's (128)", show_default=False
+        ),
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(min=1, help="lines with fewer are not masked but dropped")] = 20,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="so many texts or examples at most", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences in one forward pass")] = 32,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    dtype: Annotated[str, typer.Option(help="to compute in: float32, bfloat16, float16")] = "float32",
+    device: Device = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate FOLDER beside its base, and add the numbers to its evaluation.json."""
+
+    def work() -> None:
+        calm(quiet)
+        from ..errors import CompressionError
+        from ..evaluate.evaluation import evaluate_folder
+        from ..evaluate.tasks import TaskSettings
+        from ..evaluate.text_evaluation import TextSettings
+
+        settings = TaskSettings(learning_rate, train_batch_size, length, stride, epochs, train_limit)
+        training = (learning_rate, train_batch_size, epochs, train_limit)
+        if not fine_tune and any(value is not None for value in training):
+            raise CompressionError("Settings of training belong to --fine-tune; add it, or leave them out.")
+        try:
+            found = evaluate_folder(
+                folder,
+                base=base,
+                text=text,
+                task=task,
+                data=data,
+                train_data=train_data,
+                columns=_split(columns),
+                measures=_split(measure),
+                text_settings=TextSettings(
+                    share=share, block=block, stride=stride, min_tokens=min_tokens, max_length=length or 128
+                ),
+                task_settings=settings,
+                fine_tune=fine_tune,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                progress=not quiet,
+            )
+        except CompressionError as error:
+            if _is_main() or debug:
+                raise
+            raise typer.Exit(1) from error  # the main process says it
+        if not _is_main():
+            return
+        if as_json:
+            print_json({"folder": folder.resolve().name, "evaluations": [item.to_dict() for item in found]})
+        elif not quiet:
+            rows = [
+                (item.id if i == 0 else "", each.name, _number(each.base), _number(each.compressed), each.better)
+                for item in found
+                for i, each in enumerate(item.metrics)
+            ]
+            print_table(("evaluation", "metric", "base", "compressed", "better"), rows)
+            print(f"\nadded to {folder / 'evaluation.json'}")
+
+    run(work, debug)
+
+
+def _split(names: str | None) -> list[str] | None:
+    return [name.strip() for name in names.split(",")] if names is not None else None
+
+
+def _is_main() -> bool:
+    """Whether this process is the first of those that accelerate or torchrun has launched."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _number(value: Any) -> str:
+    return "not finite" if value is None else f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"

@@ -1,0 +1,44 @@
+"""`verify`: could strangers load a folder, and is nothing in it that should not be?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson, Debug, app
+from .output import print_json, run
+
+TrustFolder = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the code in the folder even if it is not that of this package")
+]
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
+    ],
+    trust_remote_code: TrustFolder = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a compressed folder before it is published; exit code 1 if a check fails."""
+
+    def work() -> None:
+        from ..verifying import verify_folder
+
+        verification = verify_folder(folder, trust_remote_code=trust_remote_code)
+        if as_json:
+            print_json(verification.to_dict())
+        else:
+            width = max(len(check.name) for check in verification.checks)
+            for check in verification.checks:
+                print(f"{check.status.ljust(7)}  {check.name.ljust(width)}  {check.sentence}")
+            failed, all_of_them = len(verification.failed), len(verification.checks)
+            print(f"\n{verification.folder}: {f'{failed} of {all_of_them} checks failed' if failed else 'verified'}")
+        if not verification.passed:
+            raise typer.Exit(1)
+
+    run(work, debug)

@@ -1,0 +1,196 @@
+"""A process that holds one model and does as it is told, so that the memory of one is not mixed with another's.
+
+It reads a JSON object a line and answers each by one. The first says what to hold, see `Held`; then come
+``{"do": "load"}``, ``{"do": "forward", "batch": 1, "length": 128}`` and ``{"do": "memory"}``, until the input ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Held:
+    """What a process holds.
+
+    Attributes:
+        kind: "base", "bfloat16", "int8", "compressed" or "on_the_fly".
+        folder: of the checkpoint.
+        architecture: stock class.
+        device: where it computes.
+        threads: of the CPU; None for torch's own choice.
+        seed: of the tokens.
+    """
+
+    kind: str
+    folder: str
+    architecture: str
+    device: str
+    threads: int | None
+    seed: int
+    model: Any = None
+    batches: dict[tuple[int, int], Any] = field(default_factory=dict)
+    before: int = 0
+
+    def prepare(self) -> dict[str, Any]:
+        """Import all that loading will need, and take note of the memory in use."""
+        import transformers
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        self._class(transformers)
+        torch.ones(8, 8, device=self.device) @ torch.ones(8, 8, device=self.device)
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            _forget_peak()
+            self.before = _resident()
+        return {"threads": torch.get_num_threads()}
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return torch.device(self.device).type == "cuda"
+
+    def load(self) -> dict[str, Any]:
+        """Load the model, in place of one that was loaded before; return seconds, and bytes of its tensors."""
+        import transformers
+
+        from .alternatives import int8, tensor_bytes
+        from .pair import load
+
+        self.model = None
+        gc.collect()
+        model_class = self._class(transformers)
+        started = time.perf_counter()
+        model = load(model_class, Path(self.folder), "bfloat16" if self.kind == "bfloat16" else "float32")
+        if self.kind == "int8":
+            model = int8(model)
+        self.model = model.to(self.device)
+        self._wait()
+        seconds = time.perf_counter() - started
+        _touch(self.model)
+        decodes = False
+        if self.kind in ("compressed", "on_the_fly"):
+            from ..runtime.weights_compressed import DecodedWeight
+
+            decodes = any(isinstance(module, DecodedWeight) for module in model.modules())
+            model.set_decoding("cached" if self.kind == "compressed" else "on_the_fly")
+        return {"seconds": seconds, "tensor_bytes": tensor_bytes(self.model), "decodes": decodes}
+
+    @torch.inference_mode()
+    def forward(self, batch: int, length: int) -> dict[str, Any]:
+        """Run one forward pass over random tokens, and return its milliseconds."""
+        inputs = self.batches.setdefault((batch, length), self._inputs(batch, length))
+        self._wait()
+        started = time.perf_counter()
+        self.model(**inputs)
+        self._wait()
+        return {"ms": (time.perf_counter() - started) * 1000}
+
+    def memory(self) -> dict[str, Any]:
+        """Return bytes above those before loading: at the peak, and now."""
+        gc.collect()
+        if self.on_gpu:
+            peak, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
+        else:
+            peak, now = _peak(), _resident()
+        return {"peak": max(0, peak - self.before), "now": max(0, now - self.before)}
+
+    def _class(self, transformers: Any) -> Any:
+        stock = getattr(transformers, self.architecture)
+        if self.kind not in ("compressed", "on_the_fly"):
+            return stock
+        from ..runtime.modeling_compressed import compressed_class
+
+        return compressed_class(stock)
+
+    def _inputs(self, batch: int, length: int) -> dict[str, Any]:
+        vocabulary = self.model.config.vocab_size
+        generator = torch.Generator().manual_seed(self.seed)
+        # Special tokens, the first of a vocabulary in most cases, are no part of ordinary text.
+        ids = torch.randint(vocabulary // 2, vocabulary, (batch, length), generator=generator)
+        if self.architecture.endswith(("ForMultipleChoice", "DoubleHeadsModel")):
+            ids = ids[:, None]  # [batch, choices, length]
+        return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids).to(self.device)}
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def _touch(model: Any) -> None:
+    """Read every weight once: of a file that is mapped into memory, only what has been read counts as resident."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().sum()  # which makes no copy
+
+
+def _forget_peak() -> None:
+    """Let the kernel count the peak of resident memory anew, where it can."""
+    with suppress(OSError):  # without it, the peak of the imports counts too
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int | None:
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _peak() -> int:
+    if (found := _status("VmHWM")) is not None:
+        return found
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident() -> int:
+    found = _status("VmRSS")
+    return _peak() if found is None else found
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+    held = Held(**json.loads(sys.stdin.readline()))
+
+    def answer(work: Callable[..., dict[str, Any]], **options: Any) -> None:
+        try:
+            content = work(**options)
+        except Exception as error:
+            content = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    works: dict[str, Callable[..., dict[str, Any]]] = {
+        "load": held.load,
+        "forward": held.forward,
+        "memory": held.memory,
+    }
+    answer(held.prepare)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer(works[request.pop("do")], **request)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Speed, memory and bytes of a compressed folder beside its base and what a user could do to the base instead.
+
+Every model has a fresh process of its own, for the sake of its memory. All of them stay, and answer one after the other,
+round after round: whatever slows the machine down for a while slows all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..errors import CompressionError, listing
+from .pair import Pair, find_pair
+from .processes import launched_processes
+from .records import check_writable, library_versions, write_evaluations
+
+LOADS = 3
+WARM_UP = 2
+# What a process holds → how results name it
+MODELS = {
+    "base": "base",
+    "bfloat16": "bfloat16",
+    "int8": "int8 (torch dynamic)",
+    "compressed": "compressed",
+    "on_the_fly": "compressed, on the fly",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch size at one length."""
+
+    batch: int
+    length: int
+
+
+class Worker:
+    """A process that holds one model; see `benchmark_worker`."""
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        """Start the process, and do not wait for it; `settings` are those of `benchmark_worker.Held`."""
+        self.name = name
+        command = [sys.executable, "-m", f"{__package__}.benchmark_worker"]
+        # The process must find this very package, and may have been started from anywhere.
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+        self.process = subprocess.Popen(  # noqa: S603 (our own module)
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self.threads = 0
+        self._send(settings)
+
+    def wait_until_ready(self) -> None:
+        """Return when the process has imported all that it needs.
+
+        Raises:
+            CompressionError: it could not.
+        """
+        self.threads = int(self._receive()["threads"])
+
+    def ask(self, do: str, **options: int) -> dict[str, Any]:
+        """Return the process's answer.
+
+        Raises:
+            CompressionError: the process cannot do it, or is gone.
+        """
+        self._send({"do": do, **options})
+        return self._receive()
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # that it is gone shows when its answer does not come
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise CompressionError(
+                f"The process that measures '{self.name}' ended with code {code}, for lack of memory in most cases; pass "
+                "a smaller --batch or --length."
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise CompressionError(f"'{self.name}' cannot be measured: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def benchmark_folder(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    batches: Sequence[int] = (1, 32),
+    lengths: Sequence[int] = (128,),
+    models: Sequence[str] = tuple(MODELS),
+    repeats: int = 9,
+    threads: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    write: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a compressed folder, its base, and the base in bfloat16 and int8; put the result into evaluation.json.
+
+    All compute in float32 but for bfloat16 and int8. Measured are one forward pass over random tokens, loading from a warm
+    cache, and memory.
+
+    Args:
+        folder: that this package has written.
+        base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
+        batches: sequences in one pass.
+        lengths: tokens of each; every batch is measured at every length.
+        models: what is measured, of `MODELS`: base, bfloat16, int8, compressed, on_the_fly.
+        repeats: rounds over all models, after two that do not count.
+        threads: of the CPU; torch's own choice by default.
+        device: where to compute; by default the CPU.
+        seed: of the tokens.
+        revision: of a base on the Hub.
+        write: put the result into evaluation.json.
+        progress: show progress bars.
+
+    Returns:
+        Plain JSON, see `docs/evaluating.md`: of every model the bytes on disk, the median seconds of loading, the memory
+        and, for each batch and length, the median and quartiles of latency.
+
+    Raises:
+        CompressionError: something of this cannot be done. Nothing is written then.
+    """
+    for name, values in {"batch": batches, "length": lengths, "repeats": [repeats], "threads": [threads or 1]}.items():
+        if not values or any(value < 1 for value in values):
+            raise CompressionError(f"The {name} must be at least 1, not {', '.join(map(str, values)) or 'nothing'}.")
+    for name in models or ["nothing"]:
+        if name not in MODELS:
+            raise CompressionError(f"The model '{name}' cannot be measured; known: {listing(MODELS)}.")
+    where = launched_processes(device)
+    if where.count > 1:
+        raise CompressionError("A benchmark measures one model at a time; run it without accelerate launch.")
+    pair = find_pair(folder, base, revision=revision)
+    positions = int(pair.tokenizer.model_max_length)
+    if max(lengths) > positions:
+        raise CompressionError(
+            f"A length of {max(lengths)} tokens was asked for, and '{pair.contents.name}' takes {positions}; pass shorter ones."
+        )
+    if write:
+        check_writable(pair.folder)
+    cells = [Cell(batch, length) for length in dict.fromkeys(lengths) for batch in dict.fromkeys(batches)]
+    workers, unavailable = _start(pair, models, str(where.device), threads, seed, progress)
+    try:
+        measured = _measure(workers, cells, repeats, progress, _disk_bytes(pair))
+        used_threads = next(iter(workers.values())).threads
+    finally:
+        for worker in workers.values():
+            worker.close()
+    result = {
+        "device": str(where.device),
+        "threads": used_threads,
+        "versions": library_versions(),
+        "seed": seed,
+        "repeats": repeats,
+        "dtype": "float32",
+        "memory_kind": (
+            "CUDA memory allocated" if str(where.device).startswith("cuda") else "resident memory of the process"
+        )
+        + " above that before loading: at the peak (memory_bytes), loaded and after one pass (loaded_bytes)",
+        "models": measured,
+        "unavailable": unavailable,
+    }
+    if write:
+        write_evaluations(pair.folder, benchmark=result)
+    return result
+
+
+def _start(
+    pair: Pair, models: Sequence[str], device: str, threads: int | None, seed: int, progress: bool
+) -> tuple[dict[str, Worker], list[dict[str, str]]]:
+    """Start a process for every model and load it; return them, and what is not available and why."""
+    unavailable: list[dict[str, str]] = []
+    workers: dict[str, Worker] = {}
+    _warm(pair)
+    try:
+        for kind, name in MODELS.items():
+            if kind not in models:
+                continue
+            ours = kind in ("compressed", "on_the_fly")
+            settings = {
+                "kind": kind,
+                "folder": str((pair.folder if ours else pair.base.folder).resolve()),
+                "architecture": pair.architecture,
+                "device": device,
+                "threads": threads,
+                "seed": seed,
+            }
+            if kind == "int8" and device != "cpu":
+                unavailable.append({"name": name, "reason": "torch's dynamic quantization runs on the CPU only"})
+            else:
+                workers[kind] = Worker(name, settings)  # they import side by side
+        for kind in tqdm(list(workers), desc="starting", unit="model", disable=not progress):
+            workers[kind].wait_until_ready()
+        for kind in list(workers):
+            if reason := _missing(workers[kind], kind):
+                workers.pop(kind).close()
+                unavailable.append({"name": MODELS[kind], "reason": reason})
+        if not workers:
+            raise CompressionError(f"Nothing can be measured: {unavailable[0]['name']}: {unavailable[0]['reason']}.")
+    except BaseException:
+        for worker in workers.values():
+            worker.close()
+        raise
+    return workers, unavailable
+
+
+def _missing(worker: Worker, kind: str) -> str | None:
+    """Load a worker's model; return why there is nothing to measure, or None."""
+    try:
+        loaded = worker.ask("load")
+    except CompressionError as error:
+        if kind != "int8":
+            raise
+        return str(error)
+    if kind == "on_the_fly" and not loaded["decodes"]:
+        return "nothing is decoded, all weights are applied as they are stored"
+    return None
+
+
+def _measure(
+    workers: dict[str, Worker], cells: Sequence[Cell], repeats: int, progress: bool, disk: dict[str, int]
+) -> list[dict[str, Any]]:
+    smallest = min(cells, key=lambda cell: cell.batch * cell.length)
+    loaded = {}
+    for name, worker in workers.items():
+        worker.ask("forward", batch=smallest.batch, length=smallest.length)
+        loaded[name] = worker.ask("memory")["now"]
+    times: dict[str, dict[Cell, list[float]]] = {name: {cell: [] for cell in cells} for name in workers}
+    for cell in cells:
+        for turn in tqdm(
+            range(-WARM_UP, repeats), desc=f"{cell.batch} x {cell.length}", unit="round", disable=not progress
+        ):
+            # Each round begins with another model, so that none is always behind the same one.
+            names = [*workers][turn % len(workers) :] + [*workers][: turn % len(workers)]
+            for name in names:
+                spent = workers[name].ask("forward", batch=cell.batch, length=cell.length)["ms"]
+                if turn >= 0:
+                    times[name][cell].append(spent)
+    memory = {name: worker.ask("memory")["peak"] for name, worker in workers.items()}
+    loads: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for _ in range(LOADS):
+        for name, worker in workers.items():
+            loads[name].append(worker.ask("load"))
+    return [
+        {
+            "name": MODELS[name],
+            "disk_bytes": disk.get(name, loads[name][0]["tensor_bytes"]),
+            "load_seconds": statistics.median(load["seconds"] for load in loads[name]),
+            "memory_bytes": memory[name],
+            "loaded_bytes": loaded[name],
+            "latency": [_latency(cell, times[name][cell]) for cell in cells],
+        }
+        for name in workers
+    ]
+
+
+def _latency(cell: Cell, milliseconds: Sequence[float]) -> dict[str, Any]:
+    """Return median and quartiles of times, and the tokens in a second at the median."""
+    median = statistics.median(milliseconds)
+    low, _, high = statistics.quantiles(milliseconds, method="inclusive") if len(milliseconds) > 1 else [median] * 3
+    return {
+        "batch": cell.batch,
+        "length": cell.length,
+        "median_ms": round(median, 3),
+        "low_ms": round(low, 3),
+        "high_ms": round(high, 3),
+        "tokens_per_second": round(cell.batch * cell.length / median * 1000, 1),
+    }
+
+
+def _disk_bytes(pair: Pair) -> dict[str, int]:
+    """Return the bytes of the weight files that there are; the alternatives to the base are never stored."""
+    ours = sum(file.stat().st_size for file in pair.folder.glob("*.safetensors"))
+    return {
+        "base": sum(file.stat().st_size for file in _weight_files(pair.base.folder)),
+        "compressed": ours,
+        "on_the_fly": ours,
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+
+
+def _warm(pair: Pair) -> None:
+    """Read all weights once, so that no model is loaded from a cold disk and others from memory."""
+    for file in [*_weight_files(pair.base.folder), *pair.folder.glob("*.safetensors")]:
+        with file.open("rb") as stream:
+            while stream.read(2**24):
+                pass

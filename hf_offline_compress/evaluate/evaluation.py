@@ -1,0 +1,127 @@
+"""A compressed folder evaluated beside its base; what was found goes into the folder's evaluation.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..calibration_text import load_texts
+from ..errors import CompressionError, listing
+from .metrics import require
+from .pair import find_pair
+from .processes import launched_processes
+from .records import Evaluation, check_writable, write_evaluations
+from .task_evaluation import evaluate_task
+from .tasks import TaskSettings, find_task
+from .text_evaluation import TextSettings, choose_measures, evaluate_text
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def evaluate_folder(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    text: str | Path | Sequence[str] | None = None,
+    task: str | None = None,
+    data: str | Path | None = None,
+    train_data: str | Path | None = None,
+    columns: Sequence[str] | None = None,
+    measures: Sequence[str] | None = None,
+    text_settings: TextSettings | None = None,
+    task_settings: TaskSettings | None = None,
+    fine_tune: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    write: bool = True,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Evaluate a compressed folder beside its base, and add what was found to its evaluation.json.
+
+    Under `accelerate launch` several processes share the work, and all return the same.
+
+    Args:
+        folder: that this package has written. Its weights are read; code in it is never run.
+        base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
+        text: to measure perplexity and agreement on: a file with one text a line, a data set's name, or texts.
+        task: one of `tasks.TASKS`, e.g. "sst2" or "squad".
+        data: local CSV or JSON file in the place of the task's data set on the Hub.
+        train_data: the same, for fine-tuning.
+        columns: of these files: those of the texts, then that of the label, by name or by number from 1; found by their
+            names if not given.
+        measures: on the text: "perplexity", "pseudo_perplexity", "agreement"; by default agreement, and perplexity of
+            language models.
+        text_settings: how the text is put to the models; its seed is `seed`.
+        task_settings: how the task is put to the models, and how they are fine-tuned; the papers' settings by default.
+        fine_tune: fine-tune both models on the task first. Without it they answer as they are.
+        limit: so many texts or examples at most, from the beginning.
+        seed: of masked words, new heads and training.
+        batch_size: sequences in one forward pass, at most.
+        dtype: to compute in: "float32", "bfloat16" or "float16".
+        device: where to compute; by default the CPU, or what `accelerate launch` chooses.
+        revision: of a base on the Hub; by default the one that the report names.
+        write: add what was found to evaluation.json.
+        progress: show progress bars.
+
+    Raises:
+        CompressionError: something of this cannot be done. Nothing is written then.
+    """
+    if text is None and task is None:
+        raise CompressionError("There is nothing to evaluate on; pass --text (text=) or --task (task=), or both.")
+    if task is None and (data is not None or train_data is not None or fine_tune):
+        raise CompressionError("A data file and fine-tuning belong to a task; name it with --task (task=).")
+    if dtype not in DTYPES:
+        raise CompressionError(f"The dtype '{dtype}' is not one of {listing(DTYPES)}.")
+    if limit is not None and limit < 1:
+        raise CompressionError(f"The limit must be at least 1, not {limit}.")
+    found_task = find_task(task) if task is not None else None
+    if found_task is not None:
+        require("sklearn", "scipy")
+    loaded = load_texts(text, "evaluation text") if text is not None else None
+    if text is not None and loaded is None:
+        raise CompressionError("The evaluation text 'none' is no text; pass a file with one text a line.")
+    pair = find_pair(folder, base, revision=revision)
+    if write:
+        check_writable(pair.folder)
+    chosen = choose_measures(measures, pair.architecture) if loaded else ()
+    processes = launched_processes(device)
+    found: list[Evaluation] = []
+    if loaded is not None:
+        settings = text_settings or TextSettings()
+        settings = TextSettings(**{**settings.__dict__, "seed": seed})
+        found += evaluate_text(
+            pair,
+            loaded,
+            chosen,
+            settings,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            processes=processes,
+            progress=progress,
+        )
+    if found_task is not None:
+        item = evaluate_task(
+            pair,
+            found_task,
+            data=data,
+            train_data=train_data,
+            columns=columns,
+            task_settings=task_settings or TaskSettings(),
+            fine_tune=fine_tune,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            dtype=dtype,
+            processes=processes,
+            progress=progress,
+        )
+        found.append(item)
+    if write and processes.is_main:
+        write_evaluations(pair.folder, found)
+    processes.wait()
+    return found

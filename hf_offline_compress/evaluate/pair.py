@@ -1,0 +1,156 @@
+"""A compressed folder and its base: found, checked against each other, and loaded side by side.
+
+The compressed model is loaded by this package's own classes. Code that came with the folder is never run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base import BaseCheckpoint, clamp_length, load_tokenizer, quiet_transformers, resolve_base
+from ..errors import CompressionError, listing
+from ..families import CAUSAL_HEADS
+from ..folder import FolderContents, inspect_folder
+
+# What must be equal in the configs of a base and of what was made from it.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "position_embedding_type",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A compressed folder and its base, not yet loaded.
+
+    Attributes:
+        folder: of the compressed model.
+        contents: what is in it.
+        base: the base checkpoint.
+        architecture: stock class that both were saved from.
+        tokenizer: that both are asked with; it pads, with the end token if need be.
+    """
+
+    folder: Path
+    contents: FolderContents
+    base: BaseCheckpoint
+    architecture: str
+    tokenizer: Any
+
+    def load_base(self, architecture: str | None = None, dtype: str = "float32", **options: Any) -> Any:
+        """Return the base in evaluation mode, on the CPU; see `load`."""
+        import transformers
+
+        return load(getattr(transformers, architecture or self.architecture), self.base.folder, dtype, **options)
+
+    def load_compressed(self, architecture: str | None = None, dtype: str = "float32", **options: Any) -> Any:
+        """Return the compressed model in evaluation mode, on the CPU; see `load`."""
+        import transformers
+
+        from ..runtime.modeling_compressed import compressed_class
+
+        stock = getattr(transformers, architecture or self.architecture)
+        return load(compressed_class(stock), self.folder, dtype, **options)
+
+
+def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, **options: Any) -> Any:
+    """Return a model in evaluation mode.
+
+    Args:
+        model_class: stock or compressed.
+        folder: of the checkpoint.
+        dtype: to hold it in.
+        new_head: whether weights of a head may be missing, and are filled at random.
+        **options: of `from_pretrained`, e.g. `num_labels`.
+
+    Raises:
+        CompressionError: weights are missing.
+    """
+    import torch
+
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
+        )
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(
+        key for key in info["missing_keys"] if ".pooler." not in f".{key}" and (not new_head or key.startswith(prefix))
+    )
+    if missing:
+        raise CompressionError(
+            f"'{folder.name}' has no weights for {listing(missing[:3])}{' …' if len(missing) > 3 else ''} of "
+            f"{model_class.__name__}; a head has to be there, or to be trained with --fine-tune."
+        )
+    if model.config.pad_token_id is None:  # GPT-2's heads look for the last token that is no padding
+        model.config.pad_token_id = model.config.eos_token_id
+    return model.eval()
+
+
+def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: str | None = None) -> Pair:
+    """Return a compressed folder with its base and their tokenizer.
+
+    Args:
+        folder: that this package has written.
+        base: folder or Hub id; by default what the folder's report names, if that is on the Hub.
+        revision: of a base on the Hub; by default what the report says.
+
+    Raises:
+        CompressionError: there is no such folder or base, the base is another model, or there is no tokenizer.
+    """
+    contents = inspect_folder(folder)
+    said = contents.report["base"]
+    if base is None:
+        # The last component of a local path has neither a commit nor an owner.
+        if not said.get("revision") and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(said["name"])):
+            raise CompressionError(
+                f"'{contents.name}' was made from '{said['name']}', which is no Hub id; pass its folder with --base (base=)."
+            )
+        base = str(said["name"])
+    if str(base) == said["name"] and not Path(base).is_dir():
+        revision = revision or said.get("revision")
+    resolved = resolve_base(base, revision=revision)
+    _check_sizes(contents, resolved)
+    tokenizer = load_tokenizer(
+        BaseCheckpoint(contents.name, Path(folder), contents.config, resolved.family)
+    ) or load_tokenizer(resolved)
+    if tokenizer is None:
+        raise CompressionError(
+            f"Neither '{contents.name}' nor '{resolved.name}' has a tokenizer; save one in either folder with save_pretrained."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = clamp_length(tokenizer, resolved.config)
+    # What is judged is placed by position: behind the last token there may be padding, before the first never.
+    tokenizer.padding_side = "right"
+    return Pair(Path(folder), contents, resolved, str(contents.report["architecture"]), tokenizer)
+
+
+def language_model_kind(architecture: str) -> str | None:
+    """Return "masked" or "causal" for a stock class with a language model's head that can be measured, else None."""
+    if architecture.endswith(CAUSAL_HEADS):
+        return "causal"
+    return "masked" if architecture.endswith(("ForMaskedLM", "ForPreTraining")) else None
+
+
+def _check_sizes(contents: FolderContents, base: BaseCheckpoint) -> None:
+    """Raise CompressionError if a folder cannot have been made from a base."""
+    compressed = contents.config
+    if compressed["model_type"] != f"compressed_{base.family.model_type}":
+        raise CompressionError(
+            f"'{base.name}' is {base.family.title}, and '{contents.name}' is a {compressed['model_type']}; pass the base that it "
+            f"was made from ('{contents.report['base']['name']}')."
+        )
+    for name in SIZES:
+        if name in compressed and name in base.config and compressed[name] != base.config[name]:
+            raise CompressionError(
+                f"'{base.name}' has {name} {base.config[name]}, and '{contents.name}' has {compressed[name]}; pass the base "
+                f"that it was made from ('{contents.report['base']['name']}')."
+            )

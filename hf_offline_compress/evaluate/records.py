@@ -1,0 +1,160 @@
+"""What evaluations found, as plain JSON: `evaluation.json` in a compressed folder, added to by every run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompressionError
+
+EVALUATION_FILE = "evaluation.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of base and compressed model.
+
+    Attributes:
+        name: e.g. "perplexity", "accuracy".
+        better: "lower" or "higher".
+        base: the base's value; of what compares both with the base, the value of a perfect copy. None: not finite.
+        compressed: the compressed model's. None: not finite, e.g. a correlation with predictions that are all the same.
+    """
+
+    name: str
+    better: str
+    base: float | None
+    compressed: float | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a model was asked.
+
+    Attributes:
+        name: a file's name, a Hub id, "bundled" or "caller".
+        config: of a data set on the Hub.
+        split: of a data set on the Hub.
+        revision: its commit.
+        sha256: of a local file, or of texts, one a line.
+        examples: how many were used.
+    """
+
+    name: str
+    examples: int
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a compressed model beside its base.
+
+    Attributes:
+        id: names it within the folder; a later one of the same id replaces it.
+        task: `type` as the Hub calls it, e.g. "fill-mask", and `name`.
+        data: what was asked.
+        settings: all that the numbers depend on, as plain JSON.
+        metrics: the numbers.
+        seconds: time that base and compressed model took.
+        versions: of the libraries.
+    """
+
+    id: str
+    task: dict[str, str]
+    data: Data
+    settings: dict[str, Any]
+    metrics: tuple[Metric, ...]
+    seconds: dict[str, float]
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as plain JSON."""
+        return asdict(self)
+
+
+def metric(name: str, better: str, base: float, compressed: float) -> Metric:
+    """Return a metric; numbers that JSON does not have (infinite, undefined) become None."""
+    return Metric(name, better, *(float(value) if math.isfinite(value) else None for value in (base, compressed)))
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that an evaluation depends on."""
+    from ..report import versions
+
+    found = versions()
+    for module, name in {
+        "accelerate": "accelerate",
+        "datasets": "datasets",
+        "sklearn": "scikit-learn",
+        "scipy": "scipy",
+    }.items():
+        if find_spec(module) is not None:
+            found[name] = version(name)
+    return found
+
+
+def read_evaluations(folder: str | Path) -> dict[str, Any]:
+    """Return the contents of a folder's evaluation.json; an empty record where there is none yet.
+
+    Raises:
+        CompressionError: the file is there but cannot be read.
+    """
+    file = Path(folder) / EVALUATION_FILE
+    if not file.exists():
+        return {"format_version": FORMAT_VERSION, "evaluations": [], "benchmark": None}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        found, known = content["format_version"], isinstance(content["evaluations"], list)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressionError(
+            f"The {EVALUATION_FILE} of '{Path(folder).name}' cannot be read; remove it, and evaluate again."
+        ) from error
+    if found != FORMAT_VERSION or not known:
+        raise CompressionError(
+            f"The {EVALUATION_FILE} of '{Path(folder).name}' has format {found}, and this version of the package reads format "
+            f"{FORMAT_VERSION}; remove it, and evaluate again."
+        )
+    return dict(content)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise CompressionError unless evaluations can be added to a folder; asked before hours of work."""
+    read_evaluations(folder)
+    if not os.access(folder, os.W_OK):
+        raise CompressionError(
+            f"'{folder}' cannot be written to, so {EVALUATION_FILE} has no place; copy the folder first."
+        )
+
+
+def write_evaluations(
+    folder: Path, evaluations: Sequence[Evaluation] = (), benchmark: Mapping[str, Any] | None = None
+) -> None:
+    """Add evaluations to a folder's evaluation.json, and replace those of the same id, and the benchmark if there is one."""
+    content = read_evaluations(folder)
+    entries = {entry["id"]: entry for entry in content["evaluations"]}
+    entries |= {item.id: item.to_dict() for item in evaluations}
+    content["evaluations"] = list(entries.values())
+    content["benchmark"] = dict(benchmark) if benchmark is not None else content.get("benchmark")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    descriptor, partial = tempfile.mkstemp(prefix=f".{EVALUATION_FILE}.", dir=folder)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(partial).chmod(0o666 & ~mask)  # temporary files are private, and others shall read this one
+        Path(partial).replace(folder / EVALUATION_FILE)
+    finally:
+        Path(partial).unlink(missing_ok=True)

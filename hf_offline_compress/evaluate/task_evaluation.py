@@ -1,0 +1,193 @@
+"""A task, answered by a compressed model and by its base: as they are, or after fine-tuning both alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompressionError
+from ..families import family_of
+from .agreement import sentence_embeddings
+from .classification import class_order, classifier_logits, predictions, texts_of
+from .fine_tuning import train
+from .metrics import require, score, squad_scores
+from .pair import Pair
+from .processes import Processes
+from .question_answering import answers, make_windows, training_features
+from .records import Evaluation, metric
+from .task_data import Example, Split, load_splits, load_training
+from .tasks import Settings, Task, TaskSettings
+
+HEADS = {"classification": "ForSequenceClassification", "regression": "ForSequenceClassification"}
+HEADS["question answering"] = "ForQuestionAnswering"
+Scores = dict[str, float]
+
+
+def evaluate_task(
+    pair: Pair,
+    task: Task,
+    *,
+    data: str | Path | None,
+    train_data: str | Path | None,
+    columns: Sequence[str] | None,
+    task_settings: TaskSettings,
+    fine_tune: bool,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    dtype: str,
+    processes: Processes,
+    progress: bool,
+) -> Evaluation:
+    """Return base and compressed model on a task; see `evaluate_folder` for the arguments.
+
+    Raises:
+        CompressionError: neither model has a head for the task and there is no fine-tuning, or the data do not fit.
+    """
+    require("sklearn", "scipy", *(("datasets",) if data is None else ()), *(("accelerate",) if fine_tune else ()))
+    if fine_tune and data is not None and train_data is None:
+        raise CompressionError("Fine-tuning on a file of your own needs --train-data (train_data=) beside --data.")
+    if train_data is not None and not fine_tune:
+        raise CompressionError(
+            "Training data without --fine-tune would not be used; add --fine-tune, or leave them out."
+        )
+    if fine_tune and dtype != "float32":
+        raise CompressionError(f"Fine-tuning is done in float32, not {dtype}; leave --dtype out.")
+    settings = task_settings.for_task(task, pair.tokenizer.model_max_length)
+    method = "fine-tuned" if fine_tune else _zero_shot_method(pair, task)
+    splits = load_splits(task, data, columns, limit)
+    training = load_training(task, train_data, columns, settings.limit) if fine_tune else None
+    found: dict[str, Scores] = {}
+    seconds: dict[str, float] = {}
+    for name, loader in (("base", pair.load_base), ("compressed", pair.load_compressed)):
+        started = time.perf_counter()
+        model = _model(pair, task, loader, fine_tune, dtype, seed).to(processes.device)
+        if training:
+            features = _features(task, training.examples, pair.tokenizer, settings)
+            train(model, pair.tokenizer, features, settings, seed=seed, processes=processes, progress=progress)
+        shown = pair.base.name if name == "base" else pair.contents.name
+        found[name] = _scores(
+            model, pair.tokenizer, task, splits, method, shown, settings, batch_size, processes, progress
+        )
+        seconds[name] = round(time.perf_counter() - started, 3)
+    record: dict[str, Any] = {"method": method, "length": settings.length, "dtype": dtype, "limit": limit}
+    if task.kind == "question answering":
+        record["stride"] = settings.stride
+    if training:
+        record |= {
+            "seed": seed,
+            "processes": processes.count,
+            "fine_tuning": asdict(settings),
+            "training": asdict(training.data),
+        }
+    hub_type = "sentence-similarity" if method == "embeddings" else task.hub_type
+    return Evaluation(
+        id=":".join([task.name, *(["fine-tuned"] if fine_tune else []), splits[0].data.name]),
+        task={"type": hub_type, "name": f"{task.title}{', fine-tuned' if fine_tune else ''}"},
+        data=splits[0].data,
+        settings=record,
+        metrics=tuple(metric(name, "higher", found["base"][name], found["compressed"][name]) for name in found["base"]),
+        seconds=seconds,
+    )
+
+
+def _zero_shot_method(pair: Pair, task: Task) -> str:
+    """Return how models answer a task without training: by their head, or by the cosine of sentence embeddings.
+
+    Raises:
+        CompressionError: they cannot.
+    """
+    if pair.architecture.endswith(HEADS[task.kind]):
+        return "head"
+    if task.kind == "regression":
+        return "embeddings"
+    raise CompressionError(
+        f"'{pair.contents.name}' is a {pair.architecture}, and {task.name} needs a model {HEADS[task.kind]}; "
+        "pass --fine-tune, which gives it and its base such a head."
+    )
+
+
+def _model(pair: Pair, task: Task, loader: Callable[..., Any], fine_tune: bool, dtype: str, seed: int) -> Any:
+    """Return the model to evaluate or to fine-tune, on the CPU; a new head is drawn from the seed."""
+    if not fine_tune:
+        return loader(dtype=dtype)
+    from transformers import set_seed
+
+    family = family_of(pair.base.config)
+    architecture = next(head for head in family.heads if head.endswith(HEADS[task.kind]))
+    labels = dict(enumerate(task.labels or ("score",)))
+    options: dict[str, Any] = {}
+    if task.kind != "question answering":
+        problem = "single_label_classification" if task.labels else "regression"
+        options = {
+            "id2label": labels,
+            "label2id": {name: i for i, name in labels.items()},
+            "problem_type": problem,
+            "ignore_mismatched_sizes": True,
+        }
+    set_seed(seed)
+    try:
+        return loader(architecture, dtype, new_head=True, **options)
+    except RuntimeError as error:
+        raise CompressionError(
+            f"'{pair.contents.name}' cannot be given a new head for {task.name}: its own is compressed, and of another size."
+        ) from error
+
+
+def _features(task: Task, examples: Sequence[Example], tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Return what `Trainer` takes: inputs and labels of each example, or of each window."""
+    if task.kind == "question answering":
+        windows = make_windows(examples, tokenizer, length=settings.length, stride=settings.stride)
+        return training_features(examples, windows)
+    columns = [list(column) for column in zip(*texts_of(examples), strict=True)]
+    encoded = tokenizer(*columns, truncation=True, max_length=settings.length)
+    return [
+        {
+            **{name: encoded[name][i] for name in tokenizer.model_input_names if name in encoded},
+            "labels": int(example.label) if task.labels else float(example.label),
+        }
+        for i, example in enumerate(examples)
+    ]
+
+
+def _scores(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    splits: Sequence[Split],
+    method: str,
+    name: str,
+    settings: Settings,
+    batch_size: int,
+    processes: Processes,
+    progress: bool,
+) -> Scores:
+    """Return the metrics of one model on all splits."""
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
+    found: Scores = {}
+    for split in splits:
+        examples = split.examples
+        if task.kind == "question answering":
+            said = answers(model, tokenizer, examples, length=settings.length, stride=settings.stride, **options)
+            scores = squad_scores(said, [example.answers for example in examples])
+        else:
+            if method == "embeddings":
+                given = similarities(model, tokenizer, examples, max_length=settings.length, **options)
+            else:
+                order = class_order(task, model.config, name)
+                logits = classifier_logits(model, tokenizer, texts_of(examples), max_length=settings.length, **options)
+                given = predictions(task, logits, order)
+            scores = score(task.metrics, [example.label for example in examples], given)
+        found |= {f"{metric_name}{split.suffix}": value for metric_name, value in scores.items()}
+    return found
+
+
+def similarities(model: Any, tokenizer: Any, examples: Sequence[Example], **options: Any) -> list[float]:
+    """Return the cosines of the mean-pooled embeddings of each example's two texts; options of `sentence_embeddings`."""
+    first, second = (
+        sentence_embeddings(model, tokenizer, [example.texts[i] for example in examples], **options) for i in (0, 1)
+    )
+    return (first * second).sum(dim=1).tolist()

@@ -1,0 +1,203 @@
+"""A text, put to a compressed model and to its base: perplexity, pseudo-perplexity, and how far they agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..calibration_text import CalibrationText
+from ..errors import CompressionError, listing
+from .agreement import agreement, sentence_embeddings
+from .classification import classifier_logits
+from .pair import Pair, language_model_kind
+from .perplexity import Perplexity, causal_perplexity, masked_perplexity
+from .predictions import PredictionAgreement, class_agreement, language_agreement
+from .processes import Processes
+from .pseudo_perplexity import pseudo_perplexity
+from .records import Data, Evaluation, Metric, metric
+
+MEASURES = ("perplexity", "pseudo_perplexity", "agreement")
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a text is put to a model.
+
+    Attributes:
+        seed: of the choice of masked words.
+        share: of a line's tokens that are masked.
+        block: tokens of a line (by default 512) or of a causal model's window (1024), at most.
+        stride: tokens between the beginnings of windows; by default half a window.
+        min_tokens: lines with fewer are dropped, where words are masked.
+        max_length: tokens of a text, at most, where hidden states are compared.
+    """
+
+    seed: int = 0
+    share: float = 0.15
+    block: int | None = None
+    stride: int | None = None
+    min_tokens: int = 20
+    max_length: int = 128
+
+    def of(self, kind: str, positions: int) -> dict[str, Any]:
+        """Return those that a measure takes, with numbers in the place of None.
+
+        Args:
+            kind: "masked", "causal" or "pseudo".
+            positions: tokens that the model takes.
+        """
+        if kind == "causal":
+            block = min(self.block or 1024, positions)
+            return {"block": block, "stride": self.stride or max(1, block // 2)}
+        of_lines = {"block": min(self.block or 512, positions), "min_tokens": self.min_tokens}
+        return of_lines if kind == "pseudo" else {"seed": self.seed, "share": self.share, **of_lines}
+
+
+def choose_measures(measures: Sequence[str] | None, architecture: str) -> tuple[str, ...]:
+    """Return what is measured on a text: what was asked for, else agreement, and perplexity of language models.
+
+    Raises:
+        CompressionError: there is no such measure, or the architecture does not have it.
+    """
+    kind = language_model_kind(architecture)
+    if measures is None:
+        return ("perplexity", "agreement") if kind else ("agreement",)
+    for name in measures:
+        if name not in MEASURES:
+            raise CompressionError(f"There is no measure '{name}'; known: {listing(MEASURES)}.")
+        if (name == "perplexity" and not kind) or (name == "pseudo_perplexity" and kind != "masked"):
+            needed = "masked language model" if name == "pseudo_perplexity" else "language model"
+            raise CompressionError(
+                f"The measure '{name}' needs a {needed}, and {architecture} is none; choose agreement."
+            )
+    return tuple(dict.fromkeys(measures))
+
+
+def evaluate_text(
+    pair: Pair,
+    text: CalibrationText,
+    measures: Sequence[str],
+    settings: TextSettings,
+    *,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    processes: Processes,
+    progress: bool,
+) -> list[Evaluation]:
+    """Return base and compressed model on a text, an evaluation for each measure; see `evaluate_folder`.
+
+    Raises:
+        CompressionError: the text does not do, e.g. since all lines are too short.
+    """
+    texts = text.texts[:limit] if limit else text.texts
+    models = {"base": pair.load_base(dtype=dtype), "compressed": pair.load_compressed(dtype=dtype)}
+    for model in models.values():
+        model.to(processes.device)
+    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
+    found = []
+    for name in measures:
+        measure: Callable[..., Outcome] = _agreement if name == "agreement" else _perplexity
+        kind = language_model_kind(pair.architecture)
+        task, metrics, seconds, used, examples = measure(
+            models, pair, texts, settings, "pseudo" if name == "pseudo_perplexity" else kind, shared
+        )
+        prefix = f"{kind}_perplexity" if name == "perplexity" else name
+        found.append(
+            Evaluation(
+                id=f"{prefix}:{text.source}",
+                task=task,
+                data=Data(text.source, examples, sha256=text.sha256),
+                settings={**used, "dtype": dtype, "limit": limit},
+                metrics=metrics,
+                seconds=seconds,
+            )
+        )
+    return found
+
+
+Outcome = tuple[dict[str, str], tuple[Metric, ...], dict[str, float], dict[str, Any], int]
+MEASURED: dict[str, Callable[..., Perplexity]] = {
+    "masked": masked_perplexity,
+    "causal": causal_perplexity,
+    "pseudo": pseudo_perplexity,
+}
+TASKS = {
+    "masked": {"type": "fill-mask", "name": "masked language modelling"},
+    "causal": {"type": "text-generation", "name": "causal language modelling"},
+    "pseudo": {"type": "fill-mask", "name": "masked language modelling, a token at a time"},
+}
+
+
+def _perplexity(
+    models: dict[str, Any],
+    pair: Pair,
+    texts: Sequence[str],
+    settings: TextSettings,
+    kind: str | None,
+    shared: dict[str, Any],
+) -> Outcome:
+    assert kind is not None
+    used = settings.of(kind, pair.tokenizer.model_max_length)
+    base, compressed = (MEASURED[kind](model, pair.tokenizer, texts, **used, **shared) for model in models.values())
+    name = "pseudo_perplexity" if kind == "pseudo" else "perplexity"
+    metrics = (metric(name, "lower", base.perplexity, compressed.perplexity),)
+    seconds = {"base": base.seconds, "compressed": compressed.seconds}
+    return TASKS[kind], metrics, seconds, {**used, "tokens": base.tokens}, base.lines
+
+
+def _agreement(
+    models: dict[str, Any],
+    pair: Pair,
+    texts: Sequence[str],
+    settings: TextSettings,
+    kind: str | None,
+    shared: dict[str, Any],
+) -> Outcome:
+    """Compare pooled states of texts, and predictions where there is a head for them; the base agrees with itself."""
+    used: dict[str, Any] = {"max_length": min(settings.max_length, pair.tokenizer.model_max_length)}
+    options = {**shared, "max_length": used["max_length"]}
+    (base, compressed), seconds = _timed_each(
+        models, lambda model: sentence_embeddings(model, pair.tokenizer, texts, **options)
+    )
+    metrics = [metric("cosine", "higher", 1.0, agreement(compressed, base))]
+    compared: PredictionAgreement | None = None
+    if kind:
+        of_kind = settings.of(kind, pair.tokenizer.model_max_length)
+        used |= of_kind
+        compared = language_agreement(
+            models["base"],
+            models["compressed"],
+            pair.tokenizer,
+            texts,
+            masked=kind == "masked",
+            **of_kind,
+            **shared,
+        )
+    elif pair.architecture.endswith("ForSequenceClassification") and models["base"].config.num_labels > 1:
+        alone = [(text,) for text in texts]
+        (base, compressed), _ = _timed_each(
+            models, lambda model: classifier_logits(model, pair.tokenizer, alone, **options)
+        )
+        compared = class_agreement(base, compressed)
+    if compared:
+        metrics.append(metric("kl_divergence", "lower", 0.0, compared.kl_divergence))
+        metrics.append(metric("top_1_agreement", "higher", 1.0, compared.top_1))
+        used["predictions"] = compared.places
+    task = {"type": "feature-extraction", "name": "agreement with the base"}
+    return task, tuple(metrics), seconds, used, len(texts)
+
+
+def _timed_each(
+    models: dict[str, Any], work: Callable[[Any], torch.Tensor]
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    found, seconds = [], {}
+    for name, model in models.items():
+        started = time.perf_counter()
+        found.append(work(model))
+        seconds[name] = round(time.perf_counter() - started, 3)
+    return found, seconds

@@ -1,0 +1,227 @@
+"""Back to a stock dense checkpoint: decoded weights, stock class and config, for tools that know only those."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .base import copy_companions, quiet_transformers
+from .errors import CompressionError, listing
+from .families import FAMILIES, PARTS, Matrix, Skeleton
+from .folder import REPORT_FILE, _replace, _settle
+from .recipe import STORAGES
+from .registration import MODEL_TYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+EXPORT_FILE = "export.json"
+PREFIX = "Compressed"
+TYPE_PREFIX = "compressed_"
+# Fields of a compressed model's config that a stock one does not have, or has of its own.
+NOT_CARRIED = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "auto_map",
+    "compression",
+    "dtype",
+    "torch_dtype",
+)
+
+
+def export_folder(folder: str | Path, out: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
+    """Write a compressed model as a stock dense checkpoint, whole or not at all, and return its path.
+
+    The weights are those that the compressed model decodes; it is as large as the base. Tokenizer, licence and other
+    companions are carried along, code is not.
+
+    Args:
+        folder: a compressed model, written by `compress`, or by `save_pretrained` after fine-tuning.
+        out: where to; it must not exist yet, or be empty.
+        dtype: of the weights, "float32", "float16" or "bfloat16"; by default the compressed model's.
+        overwrite: replace a folder that an export has written.
+
+    Raises:
+        CompressionError: `folder` is no compressed model, `out` cannot be written, or the dtype is unknown. Nothing has
+            been written.
+    """
+    source, target = Path(folder), Path(out)
+    config = check_export(source, target, dtype=dtype, overwrite=overwrite)
+    dense = dense_model(source, dtype=dtype or str(config.get("dtype") or "float32"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        dense.save_pretrained(partial)
+        copy_companions(source, partial)
+        if (source / REPORT_FILE).is_file():
+            shutil.copyfile(source / REPORT_FILE, partial / REPORT_FILE)
+        (partial / EXPORT_FILE).write_text(_record(source, config, dense), "utf-8")
+        _settle(partial)
+        _replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_export(
+    folder: str | Path, out: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Return the compressed folder's config if `export_folder` could write it, without torch; see there.
+
+    Raises:
+        CompressionError: it could not.
+    """
+    config = _compressed_config(Path(folder))
+    if dtype is not None and dtype not in STORAGES:
+        raise CompressionError(f"The dtype '{dtype}' is not supported; supported are {listing(STORAGES)}.")
+    _check_target(Path(folder), Path(out), overwrite)
+    return config
+
+
+def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
+    """Return the stock model that a compressed folder stands for, in evaluation mode, on the CPU.
+
+    Weights are decoded in float32, whatever the dtype, and rounded once.
+
+    Args:
+        folder: a compressed model.
+        dtype: of the result.
+
+    Raises:
+        CompressionError: it is no compressed model, or some of its weights are missing.
+    """
+    import torch
+    import transformers
+
+    from . import registration
+
+    source = Path(folder)
+    config = _compressed_config(source)
+    name = str(config["architectures"][0])
+    with quiet_transformers():
+        compressed, info = registration.public(name).from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise CompressionError(
+            f"'{source.name}' has no weights for {listing(missing[:3])} of {name}: the folder is damaged; compress again."
+        )
+    stock = getattr(transformers, name.removeprefix(PREFIX))
+    model_type = str(config["model_type"]).removeprefix(TYPE_PREFIX)
+    values = {key: value for key, value in compressed.config.to_dict().items() if key not in NOT_CARRIED}
+    stock_config = stock.config_class(**values)
+    stock_config.architectures = [stock.__name__]
+    skeleton = FAMILIES[model_type].skeleton(stock_config.to_dict(), stock.__name__)
+    with quiet_transformers():
+        dense, info = stock.from_pretrained(
+            None,
+            config=stock_config,
+            state_dict=dense_state(compressed, skeleton),
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if problems:
+        raise RuntimeError(f"The stock {stock.__name__} does not take the decoded weights: {problems}.")
+    dense.config.name_or_path = ""
+    if dense.can_generate() and compressed.generation_config is not None:
+        dense.generation_config = compressed.generation_config
+    return dense.eval()
+
+
+def dense_state(model: PreTrainedModel, skeleton: Skeleton) -> dict[str, Tensor]:
+    """Return the tensors of the stock model that a compressed one stands for, by their names there.
+
+    Args:
+        model: compressed.
+        skeleton: the stock model's parameters and matrices.
+    """
+    import torch
+
+    from .runtime.layers_compressed import FusedLinear
+    from .runtime.weights_compressed import CompressedWeight
+
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name in skeleton.parameters}
+    parts: dict[str, dict[str, Any]] = {}
+    with torch.no_grad():
+        for matrix in skeleton.matrices:
+            name = f"{skeleton.prefix if matrix.in_base else ''}{matrix.module}"
+            module: Any = model.get_submodule(name)
+            if isinstance(module, FusedLinear):
+                parts.setdefault(name, {})[str(matrix.part)] = module[str(matrix.part)]
+            elif isinstance(module, CompressedWeight):
+                kept[f"{name}.weight"] = _as_stored(module.dense_weight(), matrix)
+        for name, found in parts.items():
+            matrix = next(m for m in skeleton.matrices if name.endswith(m.module) and m.part)
+            # [out, in] of each part, one below the other, as the fused layer has them
+            weight = torch.cat([_weight(found[part]) for part in PARTS])
+            kept[f"{name}.weight"] = _as_stored(weight, matrix)
+            kept[f"{name}.bias"] = torch.cat([found[part].bias for part in PARTS])
+    return {name: tensor.detach() for name, tensor in kept.items()}
+
+
+def _weight(module: Any) -> Tensor:
+    """Return the weight [out, in] of a linear layer, compressed or not."""
+    weight: Tensor = module.dense_weight() if hasattr(module, "dense_weight") else module.weight
+    return weight
+
+
+def _as_stored(weight: Tensor, matrix: Matrix) -> Tensor:
+    """Return a weight [rows, columns] as the checkpoint keeps it."""
+    return (weight.T if matrix.transposed else weight).contiguous()
+
+
+def _compressed_config(folder: Path) -> dict[str, Any]:
+    config = _read(folder / "config.json")
+    if config is None or config.get("model_type") not in MODEL_TYPES or not config.get("compression"):
+        raise CompressionError(
+            f"'{folder}' is no compressed model: export needs a folder that `hf-offline-compress compress` has written."
+        )
+    return config
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raise CompressionError unless an export can be written there."""
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise CompressionError(f"The output folder '{target}' is, or lies in, the compressed one; pass another.")
+    if target.is_file():
+        raise CompressionError(f"'{target}' is a file; pass a folder that is not there yet.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CompressionError(
+            f"The output folder '{target}' is not empty; pass another, or --overwrite (overwrite=True) to replace it."
+        )
+    if not (target / EXPORT_FILE).is_file():
+        raise CompressionError(
+            f"The output folder '{target}' was not written by an export, and so is not overwritten; pass another."
+        )
+
+
+def _record(source: Path, config: Mapping[str, Any], dense: PreTrainedModel) -> str:
+    """Return what an export says of itself."""
+    from .version import __version__
+
+    content = {
+        "exported_from": source.resolve().name,
+        "compressed_class": config["architectures"][0],
+        "architecture": type(dense).__name__,
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "hf-offline-compress": __version__,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,121 @@
+"""Trellis: codes of which each says, with those before it, where in a large table the next weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, ClassVar
+
+from ..errors import CompressionError
+from .base import GroupShape, Stored, Structure
+
+# Step of the rate → weights a code stands for, and bits of a code: half a bit a weight, 1, 1.5, … 4, 5, 6.
+RATES = {1: (2, 1), 2: (2, 2), 3: (2, 3), 4: (2, 4), 5: (2, 5), 6: (2, 6), 7: (2, 7), 8: (1, 4), 9: (1, 5), 10: (1, 6)}
+# Step of the rate → mean squared error of standard normal numbers, with 10 bits of a state or the least that a rate takes;
+# benchmarks/trellis_distortion.py measures them. By the theory of rate and distortion none can be below 4^−bits.
+DISTORTIONS = {
+    0: 1.0,
+    1: 0.575,
+    2: 0.303,
+    3: 0.159,
+    4: 0.0850,
+    5: 0.0457,
+    6: 0.0236,
+    7: 0.0119,
+    8: 0.0077,
+    9: 0.0024,
+    10: 0.00067,
+}
+# So many bits of a state must be older than the newest code, or there is nothing to choose a path by.
+LEAST_MEMORY = 5
+
+
+@dataclass(frozen=True)
+class Trellis(Structure):
+    """Trellis-coded quantization: ŵ = scale · table[last L bits of the stream of codes].
+
+    The codes of `run` neighbouring rows form one stream: the first `width` columns of all of them, then the next columns.
+    Codes overlap in the table's index, so that a few bits a weight choose among many values; encoding finds the best
+    stream as a path through a trellis. The table is computed, not stored. The few weights that no entry comes near are
+    kept apart, as they are.
+
+    Attributes:
+        state_bits: bits L of a state; the table has 2ᴸ entries. Encoding takes time in proportion.
+        run: rows of a stream.
+        outliers: share of the weights that are kept apart.
+    """
+
+    name: ClassVar[str] = "trellis"
+    title: ClassVar[str] = "Trellis code"
+    reference: ClassVar[str] = (
+        "Tseng et al., QTIP - Quantization with Trellises and Incoherence Processing, NeurIPS 2024"
+    )
+    objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated", "sensitive", "importance")
+    unit: ClassVar[str] = "step of the rate"
+    shares: ClassVar[bool] = False
+    known_gains: ClassVar[bool] = True
+    least_rows: ClassVar[int] = 16  # a path needs room; and what is so small saves nothing
+
+    state_bits: int = 10
+    run: int = 64
+    outliers: float = 0.0005
+
+    def __post_init__(self) -> None:
+        """Reject states that are too small or too many, and shares that are none."""
+        if not 8 <= self.state_bits <= 14:
+            raise CompressionError(f"state_bits is {self.state_bits}; it must be from 8 to 14.")
+        if self.run < 1:
+            raise CompressionError(f"run is {self.run}; it must be at least 1.")
+        if not 0 <= self.outliers <= 0.05:
+            raise CompressionError(f"outliers is {self.outliers}; it must be a share from 0 to 0.05.")
+
+    def rows_a_stream(self, shape: GroupShape) -> int:
+        """Return how many rows share a stream: about `run`, and all streams alike."""
+        return ceil(shape.rows / ceil(shape.rows / self.run))
+
+    def outlier_count(self, shape: GroupShape) -> int:
+        """Return how many weights of a member are kept apart."""
+        return round(self.outliers * shape.rows * shape.columns)
+
+    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+        """Return packed codes, scales and outliers; see the base class."""
+        width, bits = RATES[size]
+        rows = self.rows_a_stream(shape)
+        steps = ceil(shape.columns / width) * rows
+        tensors = {
+            "codes": Stored((ceil(shape.rows / rows), ceil(steps * bits / 8)), "uint8"),
+            "scales": Stored((shape.rows,), "uint8"),
+            "scale_range": Stored((2,)),
+        }
+        if count := self.outlier_count(shape):
+            for name, entries in (("outlier_rows", shape.rows), ("outlier_columns", shape.columns)):
+                tensors[name] = Stored((ceil(count * index_bits(entries) / 8),), "uint8")
+            tensors["outlier_values"] = Stored((count,))
+        return tensors
+
+    def limit(self, shape: GroupShape) -> int:
+        """Return the largest rate; see the base class."""
+        return max(RATES)
+
+    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+        """Return what the runtime layer is built from; see the base class."""
+        width, bits = RATES[size]
+        return {
+            "structure": "trellis",
+            "bits": bits,
+            "width": width,
+            "state_bits": max(self.state_bits, bits + LEAST_MEMORY),
+            "run": self.rows_a_stream(shape),
+            "outliers": self.outlier_count(shape),
+        }
+
+
+def index_bits(entries: int) -> int:
+    """Return how many bits an index of so many entries takes."""
+    return max(1, (entries - 1).bit_length())
+
+
+def bits_a_weight(size: int) -> float:
+    """Return the bits of a code a weight, at a step of the rate."""
+    width, bits = RATES[size]
+    return bits / width

@@ -1,0 +1,107 @@
+"""Verification of a finished folder: would strangers be able to load it, and is there nothing in it that should not be?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompressionError
+from .card import card_check
+from .checks import Check, Verification, outcome
+from .code import code_check
+from .content import content_checks
+from .files import folder_files, outside_links
+from .loading import load_checks
+from .record import read_record, weight_files, write_record
+
+__all__ = ["Check", "Verification", "check_files", "folder_files", "verify_folder", "write_record"]
+
+
+def verify_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Verification:
+    """Return whether a compressed folder can be published: its files, its code, its card, and loading it.
+
+    It is loaded in two fresh processes, one that has this package and one that has not. The second runs the code in the
+    folder, but only if that is ours byte by byte.
+
+    Args:
+        folder: written by `compress`, or by `save_pretrained` of a compressed model.
+        trust_remote_code: run the folder's code even if it is not ours.
+
+    Raises:
+        CompressionError: it is no folder of a compressed model.
+    """
+    path = Path(folder)
+    checks, record = _file_checks(path)
+    code = next(check for check in checks if check.name == "code")
+    if code.status == "failed" and trust_remote_code:
+        noted = Check("code", "passed", f"It is run because you said so, although it is not ours: {code.sentence}")
+        checks = [noted if check is code else check for check in checks]
+    if any(check.name == "formats" and check.status == "failed" for check in checks):
+        loading = [
+            Check("loading", "skipped", "It was not loaded, because of the files that cannot be trusted to be data.")
+        ]
+    else:
+        loading = load_checks(path, record, run_code=code.status == "passed" or trust_remote_code)
+    return Verification(path.resolve().name, (*checks, *loading))
+
+
+def check_files(folder: str | Path) -> Verification:
+    """Return the checks of `verify_folder` that need no loading: nothing of the folder is run, and no torch is imported.
+
+    Raises:
+        CompressionError: it is no folder of a compressed model.
+    """
+    path = Path(folder)
+    return Verification(path.resolve().name, tuple(_file_checks(path)[0]))
+
+
+def _file_checks(folder: Path) -> tuple[list[Check], dict[str, Any] | None]:
+    """Return the checks of the files, and the folder's record if it has a readable one."""
+    from ..folder import is_compressed
+
+    if not is_compressed(folder):
+        raise CompressionError(
+            f"'{folder}' is no compressed folder: it needs a config.json of a compressed model. "
+            "`hf-offline-compress compress` writes such folders."
+        )
+    links = [f"{name} is a link to somewhere else" for name in outside_links(folder)]
+    checks = [
+        outcome("files", links, f"{len(folder_files(folder))} files, all in the folder itself."),
+        *content_checks(folder),
+        code_check(folder),
+        card_check(folder),
+    ]
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        return [*checks, Check("record", "failed", f"verification.json cannot be used: {error}.")], None
+    if record is None:
+        sentence = (
+            "There is no verification.json: it was not saved by compress, so the rest is checked as far as it can be."
+        )
+        checks.append(Check("record", "skipped", sentence))
+    return [*checks, _weights_check(folder, record)], record
+
+
+def _weights_check(folder: Path, record: dict[str, Any] | None) -> Check:
+    found = weight_files(folder)
+    size = (
+        f"{len(found)} weight file{'s' if len(found) != 1 else ''}, {sum(f['bytes'] for f in found.values()):,} bytes"
+    )
+    if not found:
+        return Check("weights", "failed", "There are no weights: no safetensors file is in the folder.")
+    if record is None:
+        return Check("weights", "skipped", f"{size}; what they were when they were saved is not recorded.")
+    recorded = record["weights"]
+    problems = [f"{name} is missing" for name in recorded if name not in found]
+    problems += [f"{name} is not among the recorded files" for name in found if name not in recorded]
+    for name in sorted(found.keys() & recorded.keys()):
+        if found[name]["bytes"] != recorded[name]["bytes"]:
+            problems.append(
+                f"{name} has {found[name]['bytes']:,} bytes, and {recorded[name]['bytes']:,} when it was saved"
+            )
+        elif found[name] != recorded[name]:
+            problems.append(f"{name} has the recorded size, but not the recorded content")
+    if problems:
+        problems.append("if you changed them yourself, delete verification.json")
+    return outcome("weights", problems, f"{size}, exactly as they were saved.")

@@ -1,0 +1,61 @@
+"""The code in a folder: is it ours, and so safe to run?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..version import __version__
+from .checks import Check, outcome
+from .files import folder_files
+
+RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
+_OURS = re.compile(r"(configuration|modeling)_compressed\.Compressed\w+")
+
+
+def code_check(folder: Path) -> Check:
+    """Return whether a folder holds the code of this version of the package, whole, unchanged, and no other.
+
+    Files are compared byte by byte with the package's own. What config files tell the auto classes to run must be in
+    them, too.
+    """
+    ours = {file.name: file.read_bytes() for file in RUNTIME.glob("*_compressed.py")}
+    # Hidden files are not published, but they could be imported.
+    there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.py"))]
+    changed = [name for name in there if name in ours and (folder / name).read_bytes() != ours[name]]
+    foreign = [name for name in there if name not in ours]
+    missing = sorted(ours.keys() - set(there))
+    problems = [f"{name} is not the code of hf-offline-compress {__version__}" for name in changed]
+    problems += [f"{name} is no code of hf-offline-compress" for name in foreign]
+    problems += [f"{name} is missing" for name in missing]
+    problems += _foreign_references(folder)
+    return outcome("code", problems, f"The code is that of hf-offline-compress {__version__}, byte by byte.")
+
+
+def _foreign_references(folder: Path) -> list[str]:
+    """Return a phrase for each `auto_map` that is missing or leads to other code than ours."""
+    problems = []
+    for name in folder_files(folder):
+        if not name.endswith(".json") or name.endswith(("tokenizer.json", "vocab.json")):
+            continue
+        try:
+            content = json.loads((folder / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        targets = list(_targets(content.get("auto_map"))) if isinstance(content, dict) else []
+        if name == "config.json" and not targets:
+            problems.append("config.json has no auto_map, so that nobody can load it without the package")
+        foreign = [target for target in targets if not _OURS.fullmatch(target)]
+        if foreign:
+            problems.append(f"{name} names other code to run, '{foreign[0][:60]}'")
+    return problems
+
+
+def _targets(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    if isinstance(content, dict):
+        content = list(content.values())
+    return [target for item in content for target in _targets(item)] if isinstance(content, list) else []

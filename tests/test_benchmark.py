@@ -1,0 +1,216 @@
+"""The benchmark: every model in a process of its own, all in turn; bytes, memory and times that belong together."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from common import make_model, outputs_of, run_cli, save_base
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_offline_compress import CompressionError, Recipe, Rule, compress
+from hf_offline_compress.evaluate import benchmarking
+from hf_offline_compress.evaluate.alternatives import int8, tensor_bytes, with_linear_layers
+from hf_offline_compress.evaluate.benchmark_worker import Held
+from hf_offline_compress.evaluate.benchmarking import Cell, benchmark_folder
+from hf_offline_compress.evaluate.records import read_evaluations, write_evaluations
+from hf_offline_compress.structures import Kronecker
+
+MODELS = [
+    ("bert", "BertForMaskedLM"),
+    ("roberta", "RobertaForSequenceClassification"),
+    ("gpt2", "GPT2LMHeadModel"),
+]
+DECODED = Recipe("decoded", (Rule(Kronecker(polish=0), ratio=2.0),), modules=("linears",))
+
+
+def compressed(tmp_path, model_type="bert", head="BertForMaskedLM", recipe="svd"):
+    base = save_base(tmp_path / "base", model_type, head)
+    options = {} if isinstance(recipe, Recipe) else {"ratio": 2, "modules": "linears"}
+    compress(base, recipe, calibration=None, progress=False, **options).save(tmp_path / "small")
+    return tmp_path / "small", base
+
+
+@pytest.mark.parametrize("model_type,head", MODELS)
+def test_int8_keeps_the_outputs_close_and_needs_a_quarter_of_the_linear_layers(model_type, head):
+    model = make_model(model_type, head)
+    expected, before = outputs_of(model, head), tensor_bytes(model)
+    linear = with_linear_layers(model)
+    torch.testing.assert_close(outputs_of(linear, head), expected, atol=1e-5, rtol=1e-5)
+    inside = [module for module in linear.modules() if isinstance(module, nn.Linear)]
+    assert not any("Conv1D" in type(module).__name__ for module in linear.modules()) and len(inside) >= 12
+    embeddings = linear.get_input_embeddings().weight
+    tied = [module for module in inside if module.weight.data_ptr() == embeddings.data_ptr()]
+    saved = sum(module.weight.nbytes * 3 // 4 for module in inside if module not in tied)
+    added = sum(module.weight.numel() for module in tied)  # the int8 copy of a tied head
+    quantized = int8(linear)
+    found = outputs_of(quantized, head)
+    assert not torch.equal(found, expected)
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95
+    # GPT-2's tied output matrix has no bias; BERT's has one, which was counted before too.
+    assert tensor_bytes(quantized) == pytest.approx(before - saved + added, rel=0.02)
+
+
+def test_bytes_of_tensors_are_those_of_a_file(tmp_path):
+    model = make_model("bert", "BertForMaskedLM").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert tensor_bytes(model) == sum(tensor.nbytes for tensor in stored.values())
+
+
+@pytest.mark.parametrize("kind", ["base", "bfloat16", "int8", "compressed", "on_the_fly"])
+def test_what_a_process_holds(tmp_path, kind):
+    folder, base = compressed(tmp_path, recipe=DECODED)
+    ours = kind in ("compressed", "on_the_fly")
+    held = Held(kind, str(folder if ours else base), "BertForMaskedLM", "cpu", None, 0)
+    assert held.prepare()["threads"] == torch.get_num_threads()
+    loaded = held.load()
+    assert loaded["seconds"] > 0 and loaded["decodes"] is ours
+    assert held.forward(2, 9)["ms"] > 0
+    assert held.model.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    (inputs,) = held.batches.values()
+    assert inputs["input_ids"].shape == (2, 9)
+    memory = held.memory()
+    assert memory["peak"] >= memory["now"] >= 0
+    cached = [getattr(module, "_cache", None) is not None for module in held.model.modules()]
+    assert any(cached) is (kind == "compressed")
+
+
+def test_latencies_are_medians_with_quartiles():
+    times = [5.0, 1.0, 4.0, 2.0, 30.0]
+    found = benchmarking._latency(Cell(4, 8), times)
+    assert (found["batch"], found["length"]) == (4, 8)
+    assert (found["median_ms"], found["low_ms"], found["high_ms"]) == (4.0, 2.0, 5.0)
+    assert found["tokens_per_second"] == 4 * 8 / 0.004
+    assert benchmarking._latency(Cell(1, 1), [3.0])["high_ms"] == 3.0
+
+
+class Scripted:
+    """Stands for a process; tells in which order it was asked."""
+
+    asked: ClassVar[list] = []
+
+    def __init__(self, name):
+        self.name, self.threads = name, 1
+
+    def ask(self, do, **options):
+        if do == "forward":
+            self.asked.append((self.name, options["batch"]))
+            return {"ms": len(self.asked)}
+        return {"seconds": len(self.asked), "tensor_bytes": 7, "peak": 3, "now": 2, "decodes": True}
+
+
+def test_models_take_turns():
+    Scripted.asked = []
+    workers = {name: Scripted(name) for name in ("base", "bfloat16", "compressed")}
+    found = benchmarking._measure(workers, [Cell(1, 4), Cell(2, 4)], 3, False, {"base": 100})
+    warm, rounds = Scripted.asked[:3], Scripted.asked[3:]
+    assert [name for name, _ in warm] == list(workers)
+    turns = [rounds[i : i + 3] for i in range(0, len(rounds), 3)]
+    assert len(turns) == 2 * (benchmarking.WARM_UP + 3)
+    assert all({name for name, _ in turn} == set(workers) and len({b for _, b in turn}) == 1 for turn in turns)
+    assert {turn[0][0] for turn in turns} == set(workers)
+    base, bfloat16, _ = found
+    assert base["disk_bytes"] == 100 and bfloat16["disk_bytes"] == 7  # the one file that is there, the other's tensors
+    assert base["memory_bytes"] == 3 and base["loaded_bytes"] == 2
+    # The scripted process answers with the number of the question: base is asked 1st, 2nd and 3rd in rounds 0 to 2.
+    numbers = [3 + benchmarking.WARM_UP * 3 + place for place in (1, 6, 8)]
+    assert base["latency"][0]["median_ms"] == statistics.median(numbers)
+
+
+def test_a_benchmark_as_a_user_types_it(tmp_path):
+    folder, base = compressed(tmp_path, "gpt2", "GPT2LMHeadModel", DECODED)
+    write_evaluations(folder, benchmark={"models": []})
+    run = run_cli(
+        "benchmark",
+        folder,
+        "--base",
+        base,
+        "--batch",
+        "1,3",
+        "--length",
+        "16",
+        "--models",
+        "base,compressed",
+        "--repeats",
+        2,
+        "--json",
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)["benchmark"]
+    assert result == read_evaluations(folder)["benchmark"]
+    assert [model["name"] for model in result["models"]] == ["base", "compressed"]
+    models = {model["name"]: model for model in result["models"]}
+    assert models["base"]["disk_bytes"] == (base / "model.safetensors").stat().st_size
+    assert models["compressed"]["disk_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert models["compressed"]["disk_bytes"] < models["base"]["disk_bytes"]
+    for model in models.values():
+        assert [(cell["batch"], cell["length"]) for cell in model["latency"]] == [(1, 16), (3, 16)]
+        assert model["load_seconds"] > 0 and model["memory_bytes"] > 0
+        for cell in model["latency"]:
+            assert 0 < cell["low_ms"] <= cell["median_ms"] <= cell["high_ms"]
+    assert result["device"] == "cpu" and result["threads"] == 1 and result["repeats"] == 2
+    assert "starting" in run.stderr and str(tmp_path) not in (folder / "evaluation.json").read_text()
+
+
+def test_models_that_cannot_be_measured(monkeypatch):
+    class Worker(Scripted):
+        def wait_until_ready(self):
+            pass
+
+        def close(self):
+            closed.append(self.name)
+
+        def ask(self, do, **options):
+            if do == "load" and self.name.startswith("int8"):
+                raise CompressionError("no kernels")
+            return {**super().ask(do, **options), "decodes": False}
+
+    closed = []
+    monkeypatch.setattr(benchmarking, "Worker", lambda name, settings: Worker(name))
+    monkeypatch.setattr(benchmarking, "_warm", lambda pair: None)
+    pair = SimpleNamespace(folder=Path(), base=SimpleNamespace(folder=Path()), architecture="BertModel")
+    workers, unavailable = benchmarking._start(pair, list(benchmarking.MODELS), "cpu", None, 0, False)
+    assert list(workers) == ["base", "bfloat16", "compressed"]
+    assert unavailable[0]["name"] == "int8 (torch dynamic)"
+    assert [item["reason"][:17] for item in unavailable] == ["no kernels", "nothing is decode"]
+    assert closed == ["int8 (torch dynamic)", "compressed, on the fly"]
+    workers, unavailable = benchmarking._start(pair, ["int8", "base"], "cuda", None, 0, False)
+    assert "CPU only" in unavailable[0]["reason"]
+
+
+def test_a_process_that_dies_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    worker = benchmarking.Worker("base", {})
+    with pytest.raises(CompressionError, match="measures 'base' ended with code 1"):
+        worker.wait_until_ready()
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"batches": [0]}, "The batch must be at least 1, not 0"),
+        ({"lengths": []}, "The length must be at least 1, not nothing"),
+        ({"repeats": 0}, "The repeats must be at least 1"),
+        ({"lengths": [16, 64]}, "A length of 64 tokens was asked for, and 'small' takes 40"),
+        ({"models": ["base", "smaller"]}, "The model 'smaller' cannot be measured; known: base, bfloat16, int8"),
+        ({"device": "nowhere"}, "There is no device 'nowhere'"),
+        ({"base": None}, "was made from 'base', which is no Hub id; pass its folder with --base"),
+    ],
+)
+def test_wrong_requests(tmp_path, options, message):
+    folder, base = compressed(tmp_path)
+    with pytest.raises(CompressionError, match=message):
+        benchmark_folder(folder, **{"base": base, "lengths": [16], "progress": False, **options})
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_numbers_on_the_command_line(tmp_path):
+    run = run_cli("benchmark", tmp_path, "--batch", "1,two")
+    assert run.returncode == 1 and "--batch takes whole numbers with commas between" in run.stderr

@@ -1,0 +1,191 @@
+"""Trellis codes on matrices: their paths, their metric, their outliers; and the sizes they promise."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_offline_compress import CompressionError, Objective
+from hf_offline_compress.runtime.layers_compressed import LINEARS
+from hf_offline_compress.runtime.packing_compressed import pack, unpack
+from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
+from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all
+from hf_offline_compress.solvers.trellis import _rounded_scales, _shortest_path
+from hf_offline_compress.structures import GroupShape, Trellis
+from hf_offline_compress.structures.trellis import DISTORTIONS, RATES, bits_a_weight
+
+L2, CALIBRATED = Objective(l2=1.0), Objective(l2=1.0, calibrated=True)
+SMALL = Trellis(state_bits=8, outliers=0.0)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(columns, seed=1):
+    x = normal(400, columns, seed=seed) @ normal(columns, columns, seed=seed + 1)
+    return x.T @ x / 400
+
+
+def decoded(problem, factors):
+    shape = problem.shape
+    entry = {**problem.structure.runtime(problem.size, shape), "storage": "float32"}
+    layer = LINEARS["trellis"](shape.rows, shape.columns, entry)
+    layer.load_state_dict(factors.members[0])
+    with torch.no_grad():
+        return layer.dense_weight()
+
+
+def error(problem, factors, metric=None):
+    left = (problem.weights[0] - decoded(problem, factors)).double()
+    return float(left.square().sum() if metric is None else ((left @ metric.double()) * left).sum())
+
+
+@pytest.mark.parametrize("size", RATES)
+def test_distortion_is_what_the_allocation_counts_on(size):
+    problem = Problem(Trellis(outliers=0.0), L2, size, (normal(64, 64),))
+    reached = error(problem, solve(problem)) / float(problem.weights[0].square().sum())
+    assert 4 ** -bits_a_weight(size) < reached < DISTORTIONS[size] * 1.35
+    expected = expected_errors(problem)
+    assert float(expected[size] / expected[0]) == pytest.approx(DISTORTIONS[size])
+
+
+def test_expected_errors_compare_between_matrices_of_other_sizes_and_inputs():
+    for rows, columns, metric in ((48, 64, None), (96, 32, moments(32)), (32, 96, moments(96) * 7)):
+        options = {} if metric is None else {"input_moments": metric}
+        problem = Problem(
+            Trellis(outliers=0.0), CALIBRATED if options else L2, 5, (normal(rows, columns) * 3,), **options
+        )
+        assert 0.7 < error(problem, solve(problem), metric) / float(expected_errors(problem)[5]) < 1.5
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_no_path_is_cheaper_than_the_one_found(bits):
+    steps, states = 5, 8
+    costs = torch.rand(2, steps, 3, states, generator=torch.Generator().manual_seed(bits))
+    start = torch.tensor([[0, 3, 5], [1, 0, 7]])
+    found = _shortest_path(costs.clone(), start, bits)
+    for member, stream in itertools.product(range(2), range(3)):
+        best, best_path = float("inf"), None
+        for codes in itertools.product(range(2**bits), repeat=steps):
+            state, total, path = int(start[member, stream]), 0.0, []
+            for step, code in enumerate(codes):
+                state = (state * 2**bits + code) % states
+                total += float(costs[member, step, stream, state])
+                path.append(state)
+            if total < best:
+                best, best_path = total, path
+        assert found[member, :, stream].tolist() == best_path
+
+
+def test_columns_behind_make_good_the_errors_before_them():
+    weight, metric = normal(64, 160), moments(160)
+    plain = Problem(SMALL, L2, 4, (weight,))
+    informed = Problem(SMALL, CALIBRATED, 4, (weight,), input_moments=metric)
+    assert error(informed, solve(informed), metric) < 0.75 * error(plain, solve(plain), metric)
+
+
+def test_rows_that_matter_more_are_nearer():
+    weight = normal(64, 64)
+    importance = torch.ones(64)
+    importance[::2] = 100.0
+    even = Problem(SMALL, L2, 3, (weight,))
+    uneven = Problem(SMALL, Objective(l2=1.0, calibrated=True), 3, (weight,), row_weights=importance)
+    before, after = ((weight - decoded(p, solve(p))).square().sum(dim=1) for p in (even, uneven))
+    assert float(after[::2].sum()) < 0.9 * float(before[::2].sum())
+
+
+def test_outliers_are_kept_as_they_are():
+    weight, metric = normal(40, 50) * 0.1, torch.eye(50)
+    places = ((3, 7), (3, 8), (17, 0), (39, 49))
+    for row, column in places:
+        weight[row, column] = 5.0 + row
+    problem = Problem(Trellis(state_bits=8, outliers=4 / 2000), L2, 4, (weight,), input_moments=metric)
+    result = decoded(problem, solve(problem))
+    for row, column in places:
+        assert result[row, column] == pytest.approx(float(weight[row, column]), abs=0.5)
+    without = Problem(SMALL, L2, 4, (weight,), input_moments=metric)
+    assert float((weight - result).norm()) < 0.2 * float((weight - decoded(without, solve(without))).norm())
+
+
+def test_outliers_are_where_inputs_are_large():
+    weight = normal(32, 32)
+    weight[5, 5], weight[6, 6] = 6.0, 7.0
+    metric = torch.eye(32)
+    metric[5, 5] = 1000.0
+    problem = Problem(Trellis(state_bits=8, outliers=1 / 1024), CALIBRATED, 4, (weight,), input_moments=metric)
+    factors = solve(problem).members[0]
+    assert unpack(factors["outlier_rows"], 5, 1).item() == unpack(factors["outlier_columns"], 5, 1).item() == 5
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (2, 384), (70, 3), (65, 33)])
+@pytest.mark.parametrize("size", [1, 4, 6, 8])
+def test_odd_shapes_have_the_bytes_planned(shape, size):
+    structure = Trellis(state_bits=8, run=64, outliers=0.01)
+    problem = Problem(structure, L2, size, (normal(*shape),))
+    factors = solve(problem).members[0]
+    planned = structure.member_tensors(size, GroupShape(1, *shape))
+    assert {name: tuple(t.shape) for name, t in factors.items()} == {name: t.shape for name, t in planned.items()}
+    assert error(problem, solve(problem)) < float(problem.weights[0].square().sum())
+
+
+@pytest.mark.parametrize("special", ["zeros", "a zero row", "a huge row", "constant"])
+def test_matrices_without_a_normal_distribution(special):
+    weight = normal(16, 24)
+    if special == "zeros":
+        weight.zero_()
+    elif special == "a zero row":
+        weight[3] = 0
+    elif special == "a huge row":
+        weight[3] *= 1e4
+    else:
+        weight.fill_(0.5)
+    problem = Problem(SMALL, L2, 6, (weight,))
+    result = decoded(problem, solve(problem))
+    assert torch.isfinite(result).all()
+    assert float((weight - result).norm()) <= 0.3 * float(weight.norm()) + 1e-6
+
+
+def test_batched_is_one_by_one():
+    metrics = (moments(40, 1), moments(40, 5))
+    problems = [
+        Problem(Trellis(state_bits=8), CALIBRATED, 3, (normal(30, 40, seed=i),), input_moments=metric)
+        for i, metric in enumerate(metrics)
+    ]
+    for problem, together in zip(problems, solve_all(problems), strict=True):
+        alone = solve(problem)
+        torch.testing.assert_close(decoded(problem, alone), decoded(problem, together), atol=1e-4, rtol=0.02)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("count", [1, 7, 8, 29])
+def test_windows_are_the_codes_behind(bits, count):
+    codes = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(0))
+    window = bits + 9
+    padded = torch.cat([codes, torch.zeros(3, 20, dtype=torch.long)], dim=1)
+    expected = sum(padded[:, i : i + count] << (bits * i) for i in range(20) if bits * i < window) & (2**window - 1)
+    assert unpack(pack(codes, bits), bits, count, window=window).long().equal(expected)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_table_is_normal(width):
+    table = trellis_table(10, width)
+    assert table.shape == (1024, width)
+    assert table.mean(dim=0).abs().max() < 0.02 and (table.std(dim=0) - 1).abs().max() < 0.03
+    # What can follow a state is spread over the whole range, not crowded together.
+    assert table.view(-1, 16, width).std(dim=1).min() > 0.4
+
+
+def test_scales_are_stored_to_two_percent():
+    scales = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) * 3 + 1e-3
+    rounded, codes, bounds = _rounded_scales(scales)
+    assert ((rounded / scales) - 1).abs().max() < 0.03
+    assert rounded[1].equal(decode_scales(codes[1], bounds[1].half()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_bits": 7}, {"state_bits": 15}, {"run": 0}, {"outliers": -0.1}, {"outliers": 0.3}]
+)
+def test_options_that_are_none(options):
+    with pytest.raises(CompressionError, match=next(iter(options))):
+        Trellis(**options)
