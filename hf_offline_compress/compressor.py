@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from .allocation import Choices, allocate
 from .base import (
     BaseCheckpoint,
     clamp_length,
@@ -30,22 +28,18 @@ from .errors import CompressionError, listing
 from .families import family_of
 from .folder import save_folder
 from .measuring import measure
-from .plan import FLOAT32, Plan, make_plan
-from .recipe import STORAGES, Recipe, load_recipe
+from .plan import Plan, make_plan
+from .recipe import DEFAULT_RECIPE, STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, totals, versions
-from .searching import Trial, hold_out, largest_ratio, loss_judge
+from .searching import loss_judge, search_ratio, searched_on
 from .selection import check_judged, perplexity_judge
-from .solvers import expected_errors
+from .sizing import allocated
 from .solving import solve_groups
-from .weighting import problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .hub import Pushed
-
-
-_Solved = tuple["Plan", "PreTrainedModel", list["GroupReport"]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ class CompressionResult:
 
 def compress(
     base: str | Path | PreTrainedModel,
-    recipe: str | Path | Recipe = "calibrated-svd",
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
     ratio: float | None = None,
     modules: str | Sequence[str] | None = None,
@@ -194,7 +188,7 @@ def compress(
             rule.structure.require()
     judging = load_texts(validation, "validation")
     if max_loss is not None:
-        texts, judging = _searched_on(max_loss, recipe, texts, judging, (ratio, total_ratio, max_bytes))
+        texts, judging = searched_on(max_loss, recipe, texts, judging, (ratio, total_ratio, max_bytes))
     clock = _Clock()
     options: dict[str, Any] = {
         "validation": judging,
@@ -228,68 +222,6 @@ def compress(
         options={"auto_class": auto_class, "dtype": wanted, "batch_size": batch_size},
         **options,
     )
-
-
-def _searched_on(
-    max_loss: float,
-    recipe: Recipe,
-    texts: CalibrationText | None,
-    validation: CalibrationText | None,
-    sizes: tuple[object, ...],
-) -> tuple[CalibrationText | None, CalibrationText]:
-    """Return the texts to calibrate on and those to judge a search by.
-
-    Raises:
-        CompressionError: there can be no search.
-    """
-    if not 0 < max_loss < 1:
-        raise CompressionError(f"max_loss is {max_loss}; it must be above 0 and below 1, e.g. 0.01 for 1 %.")
-    if any(size is not None for size in sizes):
-        raise CompressionError("max_loss and a size exclude each other: the one is searched for, given the other.")
-    if recipe.budget is None:
-        raise CompressionError(
-            f"max_loss searches over budgets for all weights, and the recipe '{recipe.name}' has none; take balanced, "
-            "small, tiny or nano, or give the recipe a budget."
-        )
-    if validation is not None:
-        return texts, validation
-    if texts is None:
-        raise CompressionError("max_loss needs text to judge by: pass validation, or leave calibration on.")
-    return hold_out(texts)
-
-
-def _search(
-    solved: Callable[[Recipe], _Solved],
-    recipe: Recipe,
-    plan: Plan,
-    judge: Callable[[Any], float],
-    max_loss: float,
-    progress: bool,
-) -> tuple[_Solved, Recipe, list[Trial]]:
-    """Return what has the largest total ratio within the loss, its recipe, and all trials."""
-    total = plan.skeleton.total * FLOAT32
-    largest = plan.resized({group.name: group.structure.limit(group.shape) for group in plan.groups})
-    smallest = plan.resized({group.name: group.structure.minimum for group in plan.groups})
-    kept: dict[float, _Solved] = {}
-
-    def with_ratio(ratio: float) -> Recipe:
-        return recipe.override(total_ratio=round(ratio, 3))
-
-    def attempt(ratio: float) -> Trial:
-        found = solved(with_ratio(ratio))
-        trial = Trial(round(ratio, 3), found[0].file_bytes, judge(found[1]))
-        if trial.loss <= max_loss:
-            kept.clear()  # the search only goes up from here
-            kept[ratio] = found
-        if progress:
-            tqdm.write(f"total ratio {trial.total_ratio:g}: {trial.bytes:,} bytes, loss {trial.loss:.2%}")
-        return trial
-
-    assert recipe.budget is not None
-    start = total / recipe.budget.allowed(plan.skeleton.total)
-    bounds = (total / largest.file_bytes * 1.001, total / smallest.file_bytes * 0.999)
-    best, trials = largest_ratio(attempt, bounds, max_loss, start)
-    return kept[best], with_ratio(best), trials
 
 
 def compress_model(
@@ -362,7 +294,7 @@ def compress_model(
             )
             if recipe.allocation == "by_gain":
                 with clock("allocate"):
-                    sized = _allocated(compute, sized, known, progress)
+                    sized = allocated(compute, sized, known, progress)
             with clock("solve"):
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
@@ -379,7 +311,7 @@ def compress_model(
             assert validation is not None and tokenizer is not None
             with clock("search"):
                 judge = loss_judge(compute, tokenizer, validation)
-                (plan, built, reports), recipe, trials = _search(solved, recipe, plan, judge, max_loss, progress)
+                (plan, built, reports), recipe, trials = search_ratio(solved, recipe, plan, judge, max_loss, progress)
             search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
     finally:
         if source is None:
@@ -408,34 +340,6 @@ def compress_model(
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
     return CompressionResult(built, tokenizer, report, source.folder if source else None)
-
-
-def _allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Plan:
-    """Return the plan with the bytes that its groups have in all given to those that gain most from them."""
-    state = model.state_dict()
-    choices = []
-    groups = [group for group in plan.groups if group.structure.known_gains]
-    for group in tqdm(groups, desc="allocating", unit="group", disable=not progress):
-        problem = problem_of(group, state, plan.skeleton.prefix, statistics)
-        candidates = range(group.structure.minimum, group.structure.limit(group.shape) + 1)
-        costs = [float(replace(group, size=size).stored_bytes) for size in candidates]
-        dense = group.parameters * STORAGES[plan.rest]
-        costs = [cost for cost in costs if cost < dense]  # they grow with size: what is left is a beginning
-        first = group.structure.minimum
-        errors = expected_errors(problem).cpu()[first : first + len(costs)]
-        choices.append(Choices(errors, torch.tensor(costs, dtype=torch.float64)))
-    allowed = plan.recipe.budget.allowed(plan.skeleton.total) if plan.recipe.budget else None
-    if allowed is None:
-        budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in groups)
-    else:
-        budget = allowed - (plan.file_bytes - sum(group.stored_bytes for group in groups))
-    while True:
-        chosen = allocate(choices, budget)
-        sizes = {group.name: i + group.structure.minimum for group, i in zip(groups, chosen, strict=True)}
-        sized = plan.resized(sizes)
-        if allowed is None or sized.file_bytes <= allowed:
-            return sized
-        budget -= sized.file_bytes - allowed  # other sizes, other numbers in the file's header
 
 
 def _check_finite(model: nn.Module, title: str) -> None:

@@ -17,7 +17,7 @@ from .recipe import STORAGES, Recipe, Rule, matches
 from .structures import GroupShape, Shape, Stored, Structure
 from .structures.base import ITEM_BYTES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DECODERS = "compression_decoders"
 FLOAT32 = 4
 # Heads that predict only from several inputs at once.

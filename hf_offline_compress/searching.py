@@ -6,12 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from .calibration_text import CalibrationText
 from .errors import CompressionError
 from .families import CAUSAL_HEADS, MASKED_HEADS
+from .plan import FLOAT32, Plan
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .report import GroupReport
+
+Solved = tuple[Plan, "PreTrainedModel", list["GroupReport"]]
 
 # Of the calibration texts, each such one is held out where no validation text is given.
 HELD_OUT = 8
@@ -114,3 +122,84 @@ def largest_ratio(
             "Allow more, or take a recipe that keeps more bits."
         )
     return best, trials
+
+
+def searched_on(
+    max_loss: float,
+    recipe: Recipe,
+    texts: CalibrationText | None,
+    validation: CalibrationText | None,
+    sizes: tuple[object, ...],
+) -> tuple[CalibrationText | None, CalibrationText]:
+    """Return the texts to calibrate on and those to judge a search by.
+
+    Args:
+        max_loss: that is allowed.
+        recipe: what is asked for.
+        texts: to calibrate on, if there are any.
+        validation: to judge by, if there is any.
+        sizes: that were asked for; there must be none.
+
+    Raises:
+        CompressionError: there can be no search.
+    """
+    if not 0 < max_loss < 1:
+        raise CompressionError(f"max_loss is {max_loss}; it must be above 0 and below 1, e.g. 0.01 for 1 %.")
+    if any(size is not None for size in sizes):
+        raise CompressionError("max_loss and a size exclude each other: the one is searched for, given the other.")
+    if recipe.budget is None:
+        raise CompressionError(
+            f"max_loss searches over budgets for all weights, and the recipe '{recipe.name}' has none; take balanced, "
+            "small, tiny or nano, or give the recipe a budget."
+        )
+    if validation is not None:
+        return texts, validation
+    if texts is None:
+        raise CompressionError("max_loss needs text to judge by: pass validation, or leave calibration on.")
+    return hold_out(texts)
+
+
+def search_ratio(
+    solved: Callable[[Recipe], Solved],
+    recipe: Recipe,
+    plan: Plan,
+    judge: Callable[[Any], float],
+    max_loss: float,
+    progress: bool,
+) -> tuple[Solved, Recipe, list[Trial]]:
+    """Return what has the largest total ratio within the loss, its recipe, and all trials.
+
+    Args:
+        solved: makes a model by a recipe; returns its plan, itself, and the reports of its groups.
+        recipe: with a budget, where the search begins.
+        plan: of that recipe.
+        judge: a model → its loss.
+        max_loss: that is allowed.
+        progress: print every trial.
+
+    Raises:
+        CompressionError: see `largest_ratio`.
+    """
+    total = plan.skeleton.total * FLOAT32
+    largest = plan.resized({group.name: group.structure.limit(group.shape) for group in plan.groups})
+    smallest = plan.resized({group.name: group.structure.minimum for group in plan.groups})
+    kept: dict[float, Solved] = {}
+
+    def with_ratio(ratio: float) -> Recipe:
+        return recipe.override(total_ratio=round(ratio, 3))
+
+    def attempt(ratio: float) -> Trial:
+        found = solved(with_ratio(ratio))
+        trial = Trial(round(ratio, 3), found[0].file_bytes, judge(found[1]))
+        if trial.loss <= max_loss:
+            kept.clear()  # the search only goes up from here
+            kept[ratio] = found
+        if progress:
+            tqdm.write(f"total ratio {trial.total_ratio:g}: {trial.bytes:,} bytes, loss {trial.loss:.2%}")
+        return trial
+
+    assert recipe.budget is not None
+    start = total / recipe.budget.allowed(plan.skeleton.total)
+    bounds = (total / largest.file_bytes * 1.001, total / smallest.file_bytes * 0.999)
+    best, trials = largest_ratio(attempt, bounds, max_loss, start)
+    return kept[best], with_ratio(best), trials

@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 def compressed(base, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "small"
     return out, run_cli(
-        "compress", base, out, "--ratio", 3, "--calibration", text, "--seed", 4, "--modules", "linears,word_embeddings"
+        "compress", base, out, "--recipe", "calibrated-svd", "--ratio", 3, "--calibration", text, "--seed", 4, "--modules", "linears,word_embeddings"
     )
 
 
@@ -64,7 +64,7 @@ def test_inspect(compressed):
 def test_plan_needs_no_weights_and_no_torch(base, tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only/config.json").write_bytes((base / "config.json").read_bytes())
-    run = run_cli("plan", tmp_path / "only", "--ratio", 3)
+    run = run_cli("plan", tmp_path / "only", "--recipe", "calibrated-svd", "--ratio", 3)
     assert run.returncode == 0, run.stderr
     assert (
         "query_0" in run.stdout
@@ -72,7 +72,7 @@ def test_plan_needs_no_weights_and_no_torch(base, tmp_path):
         and "total ratio" in run.stdout
     )
     code = (
-        "import sys; sys.argv = ['x', 'plan', sys.argv[1]]\n"
+        "import sys; sys.argv = ['x', 'plan', sys.argv[1], '--recipe', 'svd']\n"
         "from hf_offline_compress.cli import main\n"
         "try: main()\n"
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
@@ -84,7 +84,7 @@ def test_plan_needs_no_weights_and_no_torch(base, tmp_path):
 
 
 def test_plan_as_json_is_what_compress_does(base, compressed):
-    planned = json.loads(run_cli("plan", base, "--ratio", 3, "--json").stdout)
+    planned = json.loads(run_cli("plan", base, "--recipe", "calibrated-svd", "--ratio", 3, "--json").stdout)
     report = json.loads((compressed[0] / "compression_report.json").read_text())
     assert {g["name"]: (g["size"], g["bytes_after"]) for g in planned["groups"]} == {
         g["name"]: (g["size"], g["stored_bytes"]) for g in report["groups"]
@@ -93,7 +93,7 @@ def test_plan_as_json_is_what_compress_does(base, compressed):
 
 
 def test_quiet_and_json(base, tmp_path):
-    run = run_cli("compress", base, tmp_path / "a", "--calibration", "none", "--quiet")
+    run = run_cli("compress", base, tmp_path / "a", "--total-ratio", 4, "--calibration", "none", "--quiet")
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     run = run_cli("compress", base, tmp_path / "b", "--recipe", "svd", "--storage", "float16", "--ratio", 5, "--json")
     report = json.loads(run.stdout)
@@ -153,7 +153,7 @@ def test_errors_are_one_line(base, tmp_path, arguments, code, message):
 
 
 def test_a_reader_that_has_seen_enough(base):
-    command = f'"{sys.executable}" -m hf_offline_compress plan "{base}" | head -1'
+    command = f'"{sys.executable}" -m hf_offline_compress plan "{base}" --recipe svd | head -1'
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert run.stdout.startswith("tiny-gpt2") and run.stderr == ""
 

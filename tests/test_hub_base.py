@@ -34,7 +34,8 @@ def test_compress_from_the_hub(hub, tmp_path):
     run = online(hub, tmp_path / "home", "compress", "me/tiny", tmp_path / "out", "--recipe", "svd", "--quiet")
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "out/compression_report.json").read_text())
-    assert report["base"] == {"name": "me/tiny", "revision": COMMIT}
+    size = (hub[0] / "model.safetensors").stat().st_size
+    assert report["base"] == {"name": "me/tiny", "revision": COMMIT, "weight_bytes": size}
     fetched = {request.rpartition("/")[2] for request in hub[2] if request.startswith("GET") and "/resolve/" in request}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
     assert not fetched & {"pytorch_model.bin", "flax_model.msgpack", "secret.txt"}
@@ -46,7 +47,7 @@ def test_compress_from_the_hub(hub, tmp_path):
 
 def test_plan_from_the_hub_fetches_the_config_alone(hub, tmp_path):
     hub[2].clear()
-    run = online(hub, tmp_path / "home", "plan", "me/tiny", "--json")
+    run = online(hub, tmp_path / "home", "plan", "me/tiny", "--recipe", "svd", "--json")
     assert json.loads(run.stdout)["base"] == "me/tiny"
     assert {request.rpartition("/")[2] for request in hub[2] if "/resolve/" in request} == {"config.json"}
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..recipe import load_recipe, split_selectors
+from ..recipe import DEFAULT_RECIPE, load_recipe, split_selectors
 from .options import (
     Allocation,
     AsJson,
@@ -33,7 +33,7 @@ from .output import calm, megabytes, print_json, run
 def compress(
     base: Base,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write", show_default=False)],
-    recipe: RecipeOption = "calibrated-svd",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     ratio: Ratio = None,
     modules: Modules = None,
     grouping: GroupingOption = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import load_recipe, split_selectors
+from ..recipe import DEFAULT_RECIPE, load_recipe, split_selectors
 from .options import (
     Allocation,
     AsJson,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     base: Base,
-    recipe: RecipeOption = "calibrated-svd",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     ratio: Ratio = None,
     modules: Modules = None,
     grouping: GroupingOption = None,

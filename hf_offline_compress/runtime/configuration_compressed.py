@@ -6,7 +6,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config, RobertaConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DECODINGS = ("cached", "on_the_fly")
 MINIMUM_TRANSFORMERS = (5, 20)
 
@@ -17,11 +17,24 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMU
     )
 
 
+def check_decoding(decoding: Any, max_bytes: Any) -> None:
+    """Raise ValueError where there is no such decoding, or its bound is no number of bytes."""
+    if decoding not in DECODINGS:
+        raise ValueError(f"`decoding` is {decoding!r}; it must be one of {', '.join(DECODINGS)}.")
+    if max_bytes is None:
+        return
+    if decoding != "cached":
+        raise ValueError(f"`max_bytes` bounds what is kept decoded, and with {decoding!r} nothing is; use 'cached'.")
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
+        raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be a whole number of bytes, 0 or more.")
+
+
 class CompressionConfigMixin:
     """Checks the field `compression`, which every configuration below has.
 
     `compression` is None (a dense model) or plain JSON: `format_version`, `decoding` ("cached": weights are decoded
-    once; "on_the_fly": on every use) and `groups`, each with its structure, sizes, storage and member modules.
+    once; "on_the_fly": on every use), `max_decoded_bytes` (optional: so many bytes of decoded weights are kept at most,
+    others are decoded on every use) and `groups`, each with its structure, sizes, storage and member modules.
     """
 
     compression: Any
@@ -39,10 +52,7 @@ class CompressionConfigMixin:
             )
         if not isinstance(compression.get("groups"), dict):
             raise ValueError("`compression` needs `groups`, a mapping of names to groups.")
-        if compression.get("decoding") not in DECODINGS:
-            raise ValueError(
-                f"`decoding` is {compression.get('decoding')!r}; it must be one of {', '.join(DECODINGS)}."
-            )
+        check_decoding(compression.get("decoding"), compression.get("max_decoded_bytes"))
 
 
 @strict

@@ -13,15 +13,15 @@ from transformers import initialization as init
 from transformers.models.auto import modeling_auto
 
 from .configuration_compressed import (
-    DECODINGS,
     CompressedBertConfig,
     CompressedGPT2Config,
     CompressedRobertaConfig,
+    check_decoding,
 )
 from .layers_compressed import TiedHead
 from .structures_compressed import LinearDecoder
 from .substitution_compressed import compressed_modules, substitute
-from .weights_compressed import CompressedWeight, WeightDecoder
+from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
 
 _STOCK_NAMES: dict[type[PreTrainedConfig], str] = {
     CompressedBertConfig: """BertModel BertForPreTraining BertForMaskedLM BertLMHeadModel BertForNextSentencePrediction
@@ -65,23 +65,25 @@ class CompressedModelMixin:
         """Return the compressed modules by name."""
         return compressed_modules(self)
 
-    def set_decoding(self: Any, decoding: str) -> None:
+    def set_decoding(self: Any, decoding: str, max_bytes: int | None = None) -> None:
         """Choose when weights are decoded, where a structure has to decode them at all.
 
         Args:
             decoding: "cached", once, at the first forward pass (fast; memory as of the dense model); or "on_the_fly", at
                 every use (slower; memory as on disk). Saved with the config.
+            max_bytes: with "cached", keep decoded weights of so many bytes in all, first come, first kept, and decode the
+                others at every use; by default all are kept. Saved with the config.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: there is no such decoding, or `max_bytes` is no number of bytes, or does not go with it.
         """
-        if decoding not in DECODINGS:
-            raise ValueError(f"`decoding` is {decoding!r}; it must be one of {', '.join(DECODINGS)}.")
+        check_decoding(decoding, max_bytes)
         if self.config.compression:
             self.config.compression["decoding"] = decoding
-        for module in self.compressed_modules().values():
-            module.decoding = decoding
-            module._cache = None
+            self.config.compression.pop("max_decoded_bytes", None)
+            if max_bytes is not None:
+                self.config.compression["max_decoded_bytes"] = max_bytes
+        set_decoding(self.compressed_modules().values(), decoding, max_bytes)
 
     def resize_token_embeddings(
         self: Any,

@@ -150,8 +150,9 @@ class AutoencoderWeight(DecodedWeight):
         rows = self.decode(latents)
         if norms is None:
             return rows
-        lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).clamp_min(1e-12)
-        return rows * (norms.float() / lengths).to(rows.dtype)[..., None]
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=wide).clamp_min(1e-12)
+        return rows * (norms.to(wide) / lengths).to(rows.dtype)[..., None]
 
 
 class ResidualDecoder(WeightDecoder):

@@ -14,7 +14,7 @@ from .layers_compressed import (
     FusedLinear,
     TiedHead,
 )
-from .weights_compressed import CompressedWeight
+from .weights_compressed import CompressedWeight, set_decoding
 
 DECODERS = "compression_decoders"
 PARTS = ("query", "key", "value")
@@ -50,8 +50,7 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             _swap(root, member, module, group, decoders.get(name))
     if decoders:
         setattr(base, DECODERS, nn.ModuleDict(decoders))
-    for module in compressed_modules(model).values():
-        module.decoding = compression["decoding"]
+    set_decoding(compressed_modules(model).values(), compression["decoding"], compression.get("max_decoded_bytes"))
     _tie(model)
 
 

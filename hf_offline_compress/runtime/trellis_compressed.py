@@ -14,18 +14,24 @@ from .weights_compressed import DecodedWeight
 # Odd numbers that mix the bits of an index.
 MIXERS = (0x9E3779B1, 0x85EBCA6B)
 GOLDEN = 0.6180339887498949
-# Codes that are decoded at once: few enough for the numbers on the way to stay in a processor's cache.
-CODES_AT_ONCE = 2**17
+# Codes that are decoded at once on a CPU. What is on the way stays in its cache, and each operation on one thread: for
+# so little work, waiting for other threads takes longer, by far where other processes use the cores too.
+CODES_AT_ONCE = 2**15
 # Bytes of an entry of the table → the numbers that it is moved as: one lookup moves all weights of a code.
 ENTRIES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def trellis_table(state_bits: int, width: int) -> Tensor:
     """Return the values that states stand for, [2^state_bits, width], float32: normally distributed, in mixed order.
 
     For one weight a code they are quantiles; for two, a spiral of points of equal mass.
     """
+    return _trellis_table(state_bits, width)
+
+
+@lru_cache
+def _trellis_table(state_bits: int, width: int) -> Tensor:
     count = 2**state_bits
     mixed = torch.arange(count, device="cpu")  # kept, so on the device of no context
     for mixer in MIXERS:
@@ -79,16 +85,25 @@ class TrellisWeight(DecodedWeight):
             # Codes of a column block that do not begin with a byte, or are too few to look at the next block only.
             return self.some_rows(torch.arange(start, stop, device=self.codes.device))
         first, last = start // self.run, -(-stop // self.run)  # streams
-        shape = (last - first, self.run, self.steps // self.run)
-        values = self._looked_up(lambda part: self._states(self.codes[first:last][part]), shape)
-        weight = values[start - first * self.run : stop - first * self.run, : self.columns]
-        weight = weight.mul_(self._scales(self.scales[start:stop])[:, None])
+        at_once = self._at_once(self.codes.shape[1], last - first)
+        row = torch.arange(at_once * self.run, device=self.codes.device)
+        bit = (self.run - 1 - row % self.run) * self.bits  # a stream is stored from its end to its beginning
+        at = row // self.run * (self.run * self.bits // 8) + (bit >> 3)
+        shift = (bit & 7).to(torch.int32)[:, None]
+        values = self._empty((last - first) * self.run)
+        for stream in range(first, last, at_once):
+            windows = self._windows(self.codes[stream : min(stream + at_once, last)])
+
+            def states(part: slice, windows: Tensor = windows) -> Tensor:
+                return (windows.index_select(0, at[part]) >> shift[part]).bitwise_and_(2**self.state_bits - 1)
+
+            self._look_up(states, values[(stream - first) * self.run :][: at_once * self.run])
+        weight = self._numbers(values)[start - first * self.run : stop - first * self.run]
+        weight.mul_(self._scales(self.scales[start:stop])[:, None])
         if not self.outliers:
             return weight
         rows, columns = self._outlier_places()
-        if (start, stop) == (0, self.rows):
-            return weight.index_put_((rows, columns), self.outlier_values, accumulate=True)
-        # Sizes must not depend on what is stored (graphs): outliers of other rows add nothing, somewhere.
+        # Sizes must not depend on what is stored, for graphs: outliers of other rows add nothing, somewhere.
         here = (rows >= start) & (rows < stop)
         places = ((rows - start).clamp(0, stop - start - 1), columns)
         return weight.index_put_(places, self.outlier_values * here, accumulate=True)
@@ -98,8 +113,10 @@ class TrellisWeight(DecodedWeight):
         flat = ids.flatten()
         if self.outliers:
             flat = torch.cat([flat, flat.new_zeros(1)])  # a row for outliers of rows that are not asked for
-        values = self._looked_up(lambda part: self._states_of(flat[part]), (len(flat), self.steps // self.run))
-        rows = values[:, : self.columns].mul_(self._scales(self.scales[flat])[:, None])
+        values = self._empty(len(flat))
+        self._look_up(lambda part: self._states_of(flat[part]), values)
+        rows = self._numbers(values)
+        rows.mul_(self._scales(self.scales[flat])[:, None])
         return (self._with_outliers(rows, flat) if self.outliers else rows).unflatten(0, ids.shape)
 
     def reset_parameters(self, std: float) -> None:
@@ -110,37 +127,49 @@ class TrellisWeight(DecodedWeight):
         if self.outliers:
             nn.init.zeros_(self.outlier_values)
 
-    def _looked_up(self, states: Callable[[slice], Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Return the table's values for states [n, ..., blocks], some of the n at a time: [n · ..., blocks · width]."""
+    def _at_once(self, codes: int, count: int) -> int:
+        """Return how many of `count` rows or streams are decoded at once, of so many codes or bytes each."""
+        # A compiler fuses the operations itself, and a GPU is better off with a few large ones.
+        whole = torch.compiler.is_compiling() or self.codes.device.type != "cpu"
+        return count if whole else max(1, CODES_AT_ONCE // codes)
+
+    def _table(self) -> Tensor:
+        """Return the table with each entry, of all weights of a code, as one number, [entries]."""
         table = trellis_table(self.state_bits, self.width).to(self.scale_range)
-        entries = table.view(ENTRIES[self.width * table.element_size()]).flatten()
-        found = torch.empty(shape, dtype=entries.dtype, device=entries.device)
-        # A compiler fuses the steps itself.
-        at_once = shape[0] if torch.compiler.is_compiling() else max(1, CODES_AT_ONCE // math.prod(shape[1:]))
-        for first in range(0, shape[0], at_once):
-            part = slice(first, first + at_once)
-            torch.index_select(entries, 0, states(part).flatten(), out=found[part].view(-1))
-        return found.view(table.dtype).flatten(0, -2)
+        return table.view(ENTRIES[self.width * table.element_size()]).flatten()
 
-    def _states(self, codes: Tensor) -> Tensor:
-        """Return the states of whole streams, [streams, bytes] → [streams, run, blocks], where blocks begin with bytes.
+    def _empty(self, rows: int) -> Tensor:
+        """Return where entries of the table go, [rows, blocks]."""
+        table = self._table()
+        return torch.empty(rows, self.steps // self.run, dtype=table.dtype, device=table.device)
 
-        A stream is stored from its end to its beginning, so that a state is the bits from its newest code on. Its bytes
-        are few beside its weights, so it is they that are brought into the order of the weights.
+    def _look_up(self, states: Callable[[slice], Tensor], values: Tensor) -> None:
+        """Fill `values` [rows, blocks] with the table's entries for states of some of the rows, [some, blocks]."""
+        table = self._table()
+        at_once = self._at_once(values.shape[1], len(values))
+        for first in range(0, len(values), at_once):
+            some = slice(first, min(first + at_once, len(values)))
+            torch.index_select(table, 0, states(some).flatten(), out=values[some].view(-1))
+
+    def _numbers(self, values: Tensor) -> Tensor:
+        """Return entries of the table [rows, blocks] as numbers [rows, columns]."""
+        return values.view(self.scale_range.dtype)[:, : self.columns]
+
+    def _windows(self, codes: Tensor) -> Tensor:
+        """Return what begins with each byte of streams, as numbers [streams · bytes of a block, blocks].
+
+        Blocks, of so many columns as a code has weights, must begin with bytes. The bytes are few beside the weights, so
+        it is they that are brought into the order of the weights: blocks are stored from the last to the first.
         """
         size = self.run * self.bits // 8
-        # [streams, blocks + 1, bytes of a block]: behind the first block of columns, which is stored last, there are zeros.
+        # [streams, blocks + 1, size]: behind the first block, which is stored last, there are zeros.
         stored = torch.nn.functional.pad(codes, (0, size)).unflatten(1, (-1, size)).flip(1)
         following = stored[:, :-1, : self.spanned - 1]
         ordered = torch.cat([stored[:, 1:], following], dim=2).transpose(1, 2).to(torch.int32)
         windows = ordered[:, :size].contiguous()
         for i in range(1, self.spanned):
             windows |= ordered[:, i : i + size] << (8 * i)
-        first = torch.arange(self.run - 1, -1, -1, device=codes.device, dtype=torch.int32) * self.bits
-        states = windows.index_select(1, first >> 3)
-        states >>= (first & 7)[:, None]
-        states &= 2**self.state_bits - 1
-        return states
+        return windows.flatten(0, 1)
 
     def _states_of(self, ids: Tensor) -> Tensor:
         """Return the states of rows, [ids] → [ids, blocks], wherever their codes begin."""

@@ -152,19 +152,18 @@ class DecodedBudget:
         """Leave what is kept out of copies, as decoded weights are."""
         return {"max_bytes": self.max_bytes, "_kept": []}
 
-    def used(self) -> int:
-        """Return the bytes of all weights that are kept; those that were dropped do not count any more."""
+    def left(self) -> int:
+        """Return the bytes that may still be taken; weights that were dropped do not count any more."""
         kept = [weight for ref in self._kept if (weight := ref()) is not None]
         self._kept = [weakref.ref(weight) for weight in kept]
-        return sum(weight.untyped_storage().nbytes() for weight in kept)
+        return self.max_bytes - sum(weight.untyped_storage().nbytes() for weight in kept)
 
-    def has_room(self, size: int) -> bool:
-        """Whether another weight of so many bytes may be kept."""
-        return self.used() + size <= self.max_bytes
-
-    def keep(self, weight: Tensor) -> None:
-        """Count a decoded weight as long as it is there."""
-        self._kept.append(weakref.ref(weight))
+    def admit(self, weight: Tensor) -> bool:
+        """Whether a decoded weight may be kept; if so, it counts as long as it is there."""
+        fits = weight.untyped_storage().nbytes() <= self.left()
+        if fits:
+            self._kept.append(weakref.ref(weight))
+        return fits
 
 
 def set_decoding(modules: Iterable[CompressedWeight], decoding: str, max_bytes: int | None = None) -> None:
@@ -241,27 +240,28 @@ class DecodedWeight(CompressedWeight):
     def _cached(self, fill: bool = True) -> Tensor | None:
         """Return the decoded weight, or None where it must not be kept; without `fill`, only if it is there already."""
         # Under offloading hooks, parameters come and go between calls.
-        if self.decoding != "cached" or torch.is_grad_enabled() or hasattr(self, "_hf_hook"):
+        if self.decoding != "cached" or torch.is_grad_enabled() or "_hf_hook" in self.__dict__:
             self._cache = None  # a step of training may follow, which a compiled graph would not notice
             return None
         if torch.compiler.is_compiling():
             return self._cache[1] if self._cache else None
+        # This runs before every use, so it must be quick: no walk over submodules.
         tensors = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         decoder = self.__dict__.get("_shared_decoder") or self.decoder
         if decoder is not None:
             tensors += decoder.parameters()
-        if any(tensor.is_meta for tensor in tensors):
+        if any(t.is_meta for t in tensors):
             return None
         # In-place changes raise a tensor's version; replaced tensors have another address.
-        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         key = (versions, torch.is_autocast_enabled(tensors[0].device.type))
         if self._cache is not None and self._cache[0] == key:
             return self._cache[1]
         self._cache = None
         size = self.rows * self.columns * tensors[0].element_size()
-        if not fill or (self.budget is not None and not self.budget.has_room(size)):
+        if not fill or (self.budget is not None and size > self.budget.left()):
             return None
-        self._cache = (key, self.dense_weight())
-        if self.budget is not None:
-            self.budget.keep(self._cache[1])
-        return self._cache[1]
+        weight = self.dense_weight()
+        if self.budget is None or self.budget.admit(weight):
+            self._cache = (key, weight)
+        return weight

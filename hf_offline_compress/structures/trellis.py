@@ -20,14 +20,14 @@ DISTORTIONS = {
     3: 0.159,
     4: 0.0850,
     5: 0.0457,
-    6: 0.0236,
-    7: 0.0119,
+    6: 0.0256,
+    7: 0.0131,
     8: 0.0077,
     9: 0.0024,
-    10: 0.00067,
+    10: 0.00076,
 }
 # So many bits of a state must be older than the newest code, or there is nothing to choose a path by.
-LEAST_MEMORY = 5
+LEAST_MEMORY = 4
 
 
 @dataclass(frozen=True)

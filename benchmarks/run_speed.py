@@ -1,0 +1,240 @@
+"""Latency and memory of a compressed model beside the dense one: decoded once, kept within a bound, decoded on every use.
+
+usage: python benchmarks/run_speed.py [--folder FOLDER | --preset tiny --architecture BertModel] [--rounds 5] [--threads 2]
+
+Without a folder it is a BERT-base (or another architecture of that size) with random codes, made from its config alone:
+bytes and speed do not depend on what the codes say. All variants are timed in one process, in turns, in another order each
+time; a ratio is the median of the ratios to dense in each turn, so that a load on the machine that comes and goes falls on
+all alike. Where it is heavy, `--threads 1 --cpu-time` measures processor time in place of time on the clock.
+
+Memory is counted, not sampled: every tensor that comes to be while weights are decoded, as long as it is there. A second
+table has the resident memory of a fresh process for each variant, and what importing torch and transformers takes of it.
+"""
+
+import argparse
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
+
+from hf_offline_compress.plan import make_plan
+from hf_offline_compress.recipe import load_recipe
+from hf_offline_compress.registration import register
+from hf_offline_compress.runtime.modeling_compressed import compressed_class
+from hf_offline_compress.runtime.weights_compressed import DecodedWeight
+
+VARIANTS = ("dense", "cached", "bounded", "on_the_fly")
+SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128))
+DECODERS = ("dense_weight", "row_block", "some_rows")
+CONFIGS = {"Bert": BertConfig, "Roberta": RobertaConfig, "GPT2": GPT2Config}
+
+
+def made(architecture: str, preset: str, folder: Path) -> None:
+    """Write a compressed model of random codes, of the size of the architecture's base model."""
+    config = next(made for name, made in CONFIGS.items() if architecture.startswith(name))()
+    plan = make_plan(config.to_dict(), load_recipe(preset), architecture=architecture, dtype="float32")
+    model_class = compressed_class(getattr(transformers, architecture))
+    content = {name: value for name, value in config.to_dict().items() if name in vars(config)}
+    for name in ("model_type", "transformers_version", "architectures", "_name_or_path"):
+        content.pop(name, None)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**content, compression=plan.runtime()))
+    for buffer in model.buffers():
+        if buffer.dtype == torch.uint8:
+            buffer.random_(256)
+    model.save_pretrained(folder)
+
+
+def loaded(variant: str, folder: Path, bound: int) -> PreTrainedModel:
+    """Return the model in a folder, in float32, or a stock one of its shapes with random weights."""
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    stock = getattr(transformers, architecture.removeprefix("Compressed"))
+    if variant == "dense":
+        config = stock.config_class(**{k: v for k, v in config.items() if k not in ("model_type", "compression")})
+        return stock(config).eval()
+    model = compressed_class(stock).from_pretrained(folder, dtype=torch.float32).eval()
+    model.set_decoding("on_the_fly" if variant == "on_the_fly" else "cached", bound if variant == "bounded" else None)
+    return model
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def inputs_for(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Return random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def seconds(model: PreTrainedModel, ids: Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds of a forward pass."""
+    start = clock()
+    with torch.no_grad():
+        model(ids)
+    return clock() - start
+
+
+class Decoded(TorchDispatchMode):
+    """Bytes of all tensors that were made while weights were decoded and are still there; `peak` is the most there were."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        before = {id(tensor) for tensor in args if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and id(result) not in before and not func.is_view:
+            storage = result.untyped_storage()
+            self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count in all decoding of whatever model is run meanwhile."""
+        owners = [cls for cls in _subclasses(DecodedWeight) if any(name in vars(cls) for name in DECODERS)]
+        kept = {(cls, name): vars(cls)[name] for cls in owners for name in DECODERS if name in vars(cls)}
+        for (cls, name), method in kept.items():
+            setattr(cls, name, self._counted(method))
+        try:
+            yield
+        finally:
+            for (cls, name), method in kept.items():
+                setattr(cls, name, method)
+
+    def _counted(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            with self:
+                return method(*args, **kwargs)
+
+        return counted
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [cls, *(found for child in cls.__subclasses__() for found in _subclasses(child))]
+
+
+def resident() -> dict[str, float]:
+    """Return the resident memory of this process in MB: now, and at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
+
+
+def measure(variant: str, folder: Path, bound: int) -> None:
+    """Load a variant in this process, run it, and print its memory as JSON."""
+    found = {"imports": resident()["VmRSS"]}
+    model = loaded(variant, folder, bound)
+    ids = inputs_for(model, 1, 128)
+    for _ in range(2):
+        seconds(model, ids)
+    print(json.dumps({**found, **resident()}))
+
+
+def speed_table(models: dict[str, PreTrainedModel], rounds: int, clock: Callable[[], float]) -> None:
+    """Print milliseconds of the dense model, and the others' ratios to it."""
+    order = random.Random(0)
+    names = [name for name in models if name != "dense"]
+    print("| batch | dense, ms | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
+    for batch, length in SHAPES:
+        ids = inputs_for(models["dense"], batch, length)
+        for model in models.values():
+            seconds(model, ids)
+        turns = []
+        for _ in range(rounds * (5 if batch * length <= 128 else 1)):
+            turn = order.sample(list(models), len(models))
+            turns.append({name: seconds(models[name], ids, clock) for name in turn})
+        cells = [f"{statistics.median(turn['dense'] for turn in turns) * 1000:.1f}"]
+        for name in names:
+            ratios = sorted(turn[name] / turn["dense"] for turn in turns)
+            cells.append(f"{statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        print(f"| {batch} x {length} | {' | '.join(cells)} |", flush=True)
+
+
+def memory_table(models: dict[str, PreTrainedModel], folder: Path, bound: int, threads: int) -> None:
+    """Print bytes of each variant, counted and resident."""
+    dense = tensor_bytes(models["dense"])
+    print(
+        "\n| variant | parameters and buffers, MB | decoded at the peak, MB | together, of dense | resident, MB | peak |"
+    )
+    print("|---|---|---|---|---|---|")
+    imports = []
+    for name, model in models.items():
+        decoded = Decoded()
+        if name != "dense":
+            for module in model.compressed_modules().values():
+                module._cache = None
+            with decoded.watching():
+                for _ in range(2):
+                    seconds(model, inputs_for(model, 1, 128))
+        command = [sys.executable, str(Path(__file__)), "--measure", name, "--folder", str(folder)]
+        command += ["--bound", str(bound), "--threads", str(threads)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        facts = json.loads(run.stdout.splitlines()[-1])
+        imports.append(facts["imports"])
+        stored = tensor_bytes(model)
+        print(
+            f"| {name} | {stored / 1e6:.1f} | {decoded.peak / 1e6:.1f} | {(stored + decoded.peak) / dense:.1%} "
+            f"| {facts['VmRSS']:.0f} | {facts['VmHWM']:.0f} |",
+            flush=True,
+        )
+    print(f"\nof the resident memory, {statistics.median(imports):.0f} MB are there before a model is loaded")
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="a compressed model; by default one is made of random codes")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--architecture", default="BertModel", help="a stock class of BERT, RoBERTa or GPT-2")
+    parser.add_argument("--bound", type=int, default=100_000_000, help="bytes of decoded weights that `bounded` keeps")
+    parser.add_argument("--rounds", type=int, default=5, help="turns; small batches take five times as many")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread only")
+    parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time also counts the time that threads wait for each other; add --threads 1")
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    register()
+    if options.measure:
+        measure(options.measure, options.folder, options.bound)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch) / "made"
+        if not options.folder:
+            made(options.architecture, options.preset, folder)
+        models = {name: loaded(name, folder, options.bound) for name in VARIANTS}
+        what = f"of random codes, preset {options.preset}" if not options.folder else folder.name
+        print(
+            f"{type(models['dense']).__name__} {what}; {options.threads} threads, bound {options.bound / 1e6:.0f} MB\n"
+        )
+        speed_table(models, options.rounds, time.process_time if options.cpu_time else time.perf_counter)
+        memory_table(models, folder, options.bound, options.threads)
+
+
+if __name__ == "__main__":
+    main()
