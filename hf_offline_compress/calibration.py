@@ -66,7 +66,7 @@ def collect(
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             # [sequences, length, columns] → [tokens, columns]; poolers and classifiers see [sequences, columns]
-            x = x[mask] if mask is not None and x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
+            x = x[mask] if mask is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
             x = x.float()
             if name not in sums:
                 sums[name] = x.new_zeros(x.shape[1], x.shape[1])

@@ -70,7 +70,7 @@ def measure_sensitivity(
     mask: Tensor | None = None
 
     def accumulate(name: str, gradient: Tensor) -> None:
-        flat = gradient[mask] if gradient.shape[:2] == mask.shape else gradient.reshape(-1, gradient.shape[-1])  # type: ignore[union-attr]
+        flat = gradient[mask] if gradient.dim() == 3 else gradient.reshape(-1, gradient.shape[-1])
         if name not in sums:
             sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32)
         add_gram_(sums[name], flat.float())

@@ -8,6 +8,7 @@ from hf_offline_compress import CompressionError
 from hf_offline_compress.calibration import collect
 from hf_offline_compress.calibration_text import TOKENS, Batch, load_texts, make_batches
 from hf_offline_compress.families import family_of
+from hf_offline_compress.sensitivity import measure_sensitivity
 
 
 def matrices_of(model, *kinds):
@@ -136,3 +137,17 @@ def test_no_hook_stays():
     model = make_model("bert", "BertModel")
     collect(model, matrices_of(model), [Batch(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_texts_as_long_as_the_model_is_wide():
+    """A pooler sees [sequences, width], which then looks like [sequences, length]."""
+    model = make_model("bert", "BertModel")
+    ids = torch.randint(5, 60, (4, model.config.hidden_size))
+    batch = Batch(ids, torch.ones_like(ids))
+    (pooler,) = (matrix for matrix in matrices_of(model) if matrix.kind == "pooler")
+    moments = collect(model, [pooler], [batch]).input_moments[pooler.inputs]
+    with torch.no_grad():
+        first = model(input_ids=ids).last_hidden_state[:, 0]
+    torch.testing.assert_close(moments, first.T @ first / len(first), atol=1e-4, rtol=1e-4)
+    sensitivity = measure_sensitivity(model, [pooler], [batch], mask_token=None, seed=0)
+    assert sensitivity.output_moments[pooler.name].shape == moments.shape

@@ -29,7 +29,19 @@ def text(tmp_path_factory):
 def compressed(base, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "small"
     return out, run_cli(
-        "compress", base, out, "--recipe", "calibrated-svd", "--ratio", 3, "--calibration", text, "--seed", 4, "--modules", "linears,word_embeddings"
+        "compress",
+        base,
+        out,
+        "--recipe",
+        "calibrated-svd",
+        "--ratio",
+        3,
+        "--calibration",
+        text,
+        "--seed",
+        4,
+        "--modules",
+        "linears,word_embeddings",
     )
 
 
@@ -101,6 +113,20 @@ def test_quiet_and_json(base, tmp_path):
     assert {group["storage"] for group in report["groups"]} == {"float16"}
 
 
+def test_budgets(base, text, tmp_path):
+    """Of all weights: planned and kept, in bytes; or searched for, for a loss, with every trial told."""
+    planned = json.loads(run_cli("plan", base, "--recipe", "balanced", "--max-bytes", "60kB", "--json").stdout)
+    assert planned["recipe"]["budget"] == {"max_bytes": 60_000} and planned["total_stored_bytes"] < 60_000
+    common = ("--recipe", "balanced", "--calibration", text)
+    run = run_cli("compress", base, tmp_path / "a", *common, "--max-bytes", "60kB", "--quiet")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert 0.9 * 60_000 < (tmp_path / "a/model.safetensors").stat().st_size <= 60_000
+    run = run_cli("compress", base, tmp_path / "b", *common, "--max-loss", "0.2")
+    assert run.returncode == 0 and run.stderr.count("total ratio") + run.stdout.count("total ratio") > 1, run.stderr
+    search = json.loads((tmp_path / "b/compression_report.json").read_text())["search"]
+    assert search["max_loss"] == 0.2 and min(trial["loss"] for trial in search["trials"]) <= 0.2
+
+
 def test_a_recipe_file(base, tmp_path):
     import yaml
 
@@ -138,6 +164,10 @@ def test_overwrite(base, tmp_path):
         ),
         (("compress", "{base}", "{out}", "--ratio", "1e9"), 1, "error: Nothing would shrink"),
         (("compress", "{base}", "{out}", "--dtype", "int9"), 1, "error: The dtype 'int9' is not supported"),
+        (("plan", "{base}", "--max-bytes", "6 apples"), 1, "error: The size '6 apples' is unknown"),
+        (("plan", "{base}", "--total-ratio", "500"), 1, "error: The budget of total ratio 500"),
+        (("plan", "{base}", "--ratio", "3", "--max-bytes", "1MB"), 1, "exclude each other"),
+        (("compress", "{base}", "{out}", "--recipe", "svd", "--max-loss", "0.1"), 1, "the recipe 'svd' has none"),
         (("compress", "{base}"), 2, "Missing argument 'OUT'"),
         (("compress", "{base}", "{out}", "--ratio", "big"), 2, "Invalid value for '--ratio'"),
         (("shrink", "{base}"), 2, "No such command 'shrink'"),

@@ -25,7 +25,7 @@ TRELLISES = {
     "seven_bits": (40, 11, 8, 7),
     "single_weights": (40, 11, 20, 9),
     "blocks_begin_within_a_byte": (61, 17, 61, 3),
-    "a_byte_a_block": (6, 9, 2, 4),
+    "a_byte_a_block": (24, 9, 8, 1),
     "one_row": (1, 9, 64, 5),
 }
 every_trellis = pytest.mark.parametrize("case", list(TRELLISES))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base import clamp_length
 from .processes import ALONE, Processes
 
 
@@ -37,10 +38,11 @@ def sentence_embeddings(
         processes: that share the work.
     """
     base = model.base_model.eval()
+    limit = min(max_length, clamp_length(tokenizer, model.config).model_max_length)
 
     def embed(chosen: list[int]) -> Tensor:
         encoded = tokenizer(
-            [texts[i] for i in chosen], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(base.device)
         hidden = base(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0].float()
         mask = encoded["attention_mask"][..., None]

@@ -90,16 +90,17 @@ class TrellisWeight(DecodedWeight):
         bit = (self.run - 1 - row % self.run) * self.bits  # a stream is stored from its end to its beginning
         at = row // self.run * (self.run * self.bits // 8) + (bit >> 3)
         shift = (bit & 7).to(torch.int32)[:, None]
-        values = self._empty((last - first) * self.run)
+        scales = self._scales(self.scales[first * self.run : last * self.run])
+        values = self._empty(len(scales))
         for stream in range(first, last, at_once):
             windows = self._windows(self.codes[stream : min(stream + at_once, last)])
 
             def states(part: slice, windows: Tensor = windows) -> Tensor:
                 return (windows.index_select(0, at[part]) >> shift[part]).bitwise_and_(2**self.state_bits - 1)
 
-            self._look_up(states, values[(stream - first) * self.run :][: at_once * self.run])
-        weight = self._numbers(values)[start - first * self.run : stop - first * self.run]
-        weight.mul_(self._scales(self.scales[start:stop])[:, None])
+            part = slice((stream - first) * self.run, (stream - first + at_once) * self.run)
+            self._look_up(states, values[part], scales[part])
+        weight = self._scaled(values, scales)[start - first * self.run : stop - first * self.run]
         if not self.outliers:
             return weight
         rows, columns = self._outlier_places()
@@ -113,10 +114,10 @@ class TrellisWeight(DecodedWeight):
         flat = ids.flatten()
         if self.outliers:
             flat = torch.cat([flat, flat.new_zeros(1)])  # a row for outliers of rows that are not asked for
+        scales = self._scales(self.scales[flat])
         values = self._empty(len(flat))
-        self._look_up(lambda part: self._states_of(flat[part]), values)
-        rows = self._numbers(values)
-        rows.mul_(self._scales(self.scales[flat])[:, None])
+        self._look_up(lambda part: self._states_of(flat[part]), values, scales)
+        rows = self._scaled(values, scales)
         return (self._with_outliers(rows, flat) if self.outliers else rows).unflatten(0, ids.shape)
 
     def reset_parameters(self, std: float) -> None:
@@ -131,7 +132,8 @@ class TrellisWeight(DecodedWeight):
         """Return how many of `count` rows or streams are decoded at once, of so many codes or bytes each."""
         # A compiler fuses the operations itself, and a GPU is better off with a few large ones.
         whole = torch.compiler.is_compiling() or self.codes.device.type != "cpu"
-        return count if whole else max(1, CODES_AT_ONCE // codes)
+        # What is too much for one thread even singly is left to all of them, in few operations.
+        return count if whole or codes > CODES_AT_ONCE else max(1, CODES_AT_ONCE // codes)
 
     def _table(self) -> Tensor:
         """Return the table with each entry, of all weights of a code, as one number, [entries]."""
@@ -143,17 +145,24 @@ class TrellisWeight(DecodedWeight):
         table = self._table()
         return torch.empty(rows, self.steps // self.run, dtype=table.dtype, device=table.device)
 
-    def _look_up(self, states: Callable[[slice], Tensor], values: Tensor) -> None:
-        """Fill `values` [rows, blocks] with the table's entries for states of some of the rows, [some, blocks]."""
+    def _look_up(self, states: Callable[[slice], Tensor], values: Tensor, scales: Tensor) -> None:
+        """Fill `values` [rows, blocks] with the table's entries for states of some of the rows, [some, blocks].
+
+        Without gradients they are scaled here, while they are in the cache; see `_scaled`.
+        """
         table = self._table()
         at_once = self._at_once(values.shape[1], len(values))
         for first in range(0, len(values), at_once):
             some = slice(first, min(first + at_once, len(values)))
             torch.index_select(table, 0, states(some).flatten(), out=values[some].view(-1))
+            if not torch.is_grad_enabled():
+                values[some].view(scales.dtype).mul_(scales[some, None])
 
-    def _numbers(self, values: Tensor) -> Tensor:
-        """Return entries of the table [rows, blocks] as numbers [rows, columns]."""
-        return values.view(self.scale_range.dtype)[:, : self.columns]
+    def _scaled(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Return entries of the table [rows, blocks] as numbers [rows, columns], scaled."""
+        rows = values.view(scales.dtype)[:, : self.columns]
+        # Gradients take one operation on all rows.
+        return rows.mul_(scales[:, None]) if torch.is_grad_enabled() else rows
 
     def _windows(self, codes: Tensor) -> Tensor:
         """Return what begins with each byte of streams, as numbers [streams · bytes of a block, blocks].
