@@ -75,7 +75,7 @@ def by_the_book(layer):
 @pytest.fixture
 def few_at_once(monkeypatch):
     """Cut the work into parts that are smaller than these tiny matrices."""
-    monkeypatch.setattr(trellis_compressed, "CODES_AT_ONCE", 100)
+    monkeypatch.setattr(trellis_compressed, "WEIGHTS_AT_ONCE", 100)
     monkeypatch.setattr(weights_compressed, "DECODED_AT_ONCE", 230)
 
 

@@ -106,6 +106,7 @@ def test_weights_and_code_of_an_earlier_push_go_away(hub, folder, result, tmp_pa
     assert len(shards) > 2
     hub.model("me/x").files().update({"figure.png": b"\x89PNG", "old_compressed.py": b"", "other.safetensors": b"x"})
     whole = result.save(tmp_path / "whole")
+    (whole / "README.md").unlink()
     pushed = push_folder(whole, "me/x")
     assert set(pushed.removed) == {*shards, "old_compressed.py"}
     assert set(published(hub)) == {*contents(whole), "figure.png", "other.safetensors", "README.md"}

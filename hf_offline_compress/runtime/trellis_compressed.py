@@ -14,9 +14,9 @@ from .weights_compressed import DecodedWeight
 # Odd numbers that mix the bits of an index.
 MIXERS = (0x9E3779B1, 0x85EBCA6B)
 GOLDEN = 0.6180339887498949
-# Codes that are decoded at once on a CPU. What is on the way stays in its cache, and each operation on one thread: for
+# Weights that are decoded at once on a CPU. What is on the way stays in its cache, and each operation on one thread: for
 # so little work, waiting for other threads takes longer, by far where other processes use the cores too.
-CODES_AT_ONCE = 2**15
+WEIGHTS_AT_ONCE = 2**15
 # Bytes of an entry of the table → the numbers that it is moved as: one lookup moves all weights of a code.
 ENTRIES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -129,11 +129,11 @@ class TrellisWeight(DecodedWeight):
             nn.init.zeros_(self.outlier_values)
 
     def _at_once(self, codes: int, count: int) -> int:
-        """Return how many of `count` rows or streams are decoded at once, of so many codes or bytes each."""
+        """Return how many of `count` rows or streams are decoded at once, of so many weights or bytes each."""
         # A compiler fuses the operations itself, and a GPU is better off with a few large ones.
         whole = torch.compiler.is_compiling() or self.codes.device.type != "cpu"
         # What is too much for one thread even singly is left to all of them, in few operations.
-        return count if whole or codes > CODES_AT_ONCE else max(1, CODES_AT_ONCE // codes)
+        return count if whole or codes > WEIGHTS_AT_ONCE else max(1, WEIGHTS_AT_ONCE // codes)
 
     def _table(self) -> Tensor:
         """Return the table with each entry, of all weights of a code, as one number, [entries]."""
@@ -151,7 +151,7 @@ class TrellisWeight(DecodedWeight):
         Without gradients they are scaled here, while they are in the cache; see `_scaled`.
         """
         table = self._table()
-        at_once = self._at_once(values.shape[1], len(values))
+        at_once = self._at_once(self.columns, len(values))
         for first in range(0, len(values), at_once):
             some = slice(first, min(first + at_once, len(values)))
             torch.index_select(table, 0, states(some).flatten(), out=values[some].view(-1))
