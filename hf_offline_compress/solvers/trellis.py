@@ -22,8 +22,8 @@ from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
 from .feedback import BLOCK, DAMPING, damped_moments, inverse_roots, metric_of, row_importance, undetermined
 
-# Numbers that path costs of one block of columns may be, so that they stay small beside the model.
-COSTS_AT_ONCE = 2**25
+# Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
+COSTS_AT_ONCE = 2**23
 # In standard deviations of a row; values beyond are what outliers are looked for among.
 OUTLYING = 3.0
 TINY = 1e-12
