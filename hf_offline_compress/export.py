@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .base import copy_companions, quiet_transformers
 from .errors import CompressionError, listing
 from .families import FAMILIES, PARTS, Matrix, Skeleton
-from .folder import REPORT_FILE, _replace, _settle
+from .files import check_free, read_json, whole_folder
+from .folder import REPORT_FILE
 from .recipe import STORAGES
 from .registration import MODEL_TYPES
 
@@ -55,18 +55,12 @@ def export_folder(folder: str | Path, out: str | Path, *, dtype: str | None = No
     source, target = Path(folder), Path(out)
     config = check_export(source, target, dtype=dtype, overwrite=overwrite)
     dense = dense_model(source, dtype=dtype or str(config.get("dtype") or "float32"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
+    with whole_folder(target) as partial:
         dense.save_pretrained(partial)
         copy_companions(source, partial)
         if (source / REPORT_FILE).is_file():
             shutil.copyfile(source / REPORT_FILE, partial / REPORT_FILE)
         (partial / EXPORT_FILE).write_text(_record(source, config, dense), "utf-8")
-        _settle(partial)
-        _replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -179,7 +173,7 @@ def _as_stored(weight: Tensor, matrix: Matrix) -> Tensor:
 
 
 def _compressed_config(folder: Path) -> dict[str, Any]:
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None or config.get("model_type") not in MODEL_TYPES or not config.get("compression"):
         raise CompressionError(
             f"'{folder}' is no compressed model: export needs a folder that `hf-offline-compress compress` has written."
@@ -191,18 +185,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Raise CompressionError unless an export can be written there."""
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CompressionError(f"The output folder '{target}' is, or lies in, the compressed one; pass another.")
-    if target.is_file():
-        raise CompressionError(f"'{target}' is a file; pass a folder that is not there yet.")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise CompressionError(
-            f"The output folder '{target}' is not empty; pass another, or --overwrite (overwrite=True) to replace it."
-        )
-    if not (target / EXPORT_FILE).is_file():
-        raise CompressionError(
-            f"The output folder '{target}' was not written by an export, and so is not overwritten; pass another."
-        )
+    check_free(target, overwrite, (target / EXPORT_FILE).is_file(), "an export")
 
 
 def _record(source: Path, config: Mapping[str, Any], dense: PreTrainedModel) -> str:
@@ -217,11 +200,3 @@ def _record(source: Path, config: Mapping[str, Any], dense: PreTrainedModel) -> 
         "hf-offline-compress": __version__,
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import clamp_length, copy_companions
 from .errors import CompressionError
+from .files import check_free, read_json, whole_folder
 from .registration import MODEL_TYPES
 from .verifying.record import write_record
 
@@ -52,8 +50,8 @@ def inspect_folder(folder: str | Path) -> FolderContents:
         CompressionError: it is no folder that this package has written.
     """
     path = Path(folder)
-    config = _read(path / "config.json")
-    report = _read(path / REPORT_FILE)
+    config = read_json(path / "config.json")
+    report = read_json(path / REPORT_FILE)
     if not is_compressed(path) or config is None or report is None:
         raise CompressionError(
             f"'{folder}' is no compressed folder: it needs a config.json of a compressed model and a {REPORT_FILE}. "
@@ -65,18 +63,7 @@ def inspect_folder(folder: str | Path) -> FolderContents:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Raise CompressionError unless a folder can be written there."""
-    if folder.is_file():
-        raise CompressionError(f"'{folder}' is a file; pass a folder that is not there yet.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise CompressionError(
-            f"The output folder '{folder}' is not empty; pass another, or --overwrite (overwrite=True) to replace it."
-        )
-    if not is_compressed(folder):
-        raise CompressionError(
-            f"The output folder '{folder}' was not written by this package, and so is not overwritten; pass another."
-        )
+    check_free(folder, overwrite, is_compressed(folder), "this package")
 
 
 def save_folder(
@@ -96,9 +83,7 @@ def save_folder(
     from .card import write_card_if_possible  # which reads folders by this module
 
     check_target(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             clamp_length(tokenizer, model.config).save_pretrained(partial)
@@ -109,52 +94,17 @@ def save_folder(
         (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
         write_record(partial, model)
         write_card_if_possible(partial, name=folder.name, base=source)
-        _settle(partial)
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Put the finished folder into its place; a folder that was there is gone only once the new one stands."""
-    old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    """Give the temporary folder and its files the permissions that ordinary ones have."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.rglob("*"):
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
 def _forget_paths(file: Path) -> None:
     """Drop the place on disk that a tokenizer was loaded from."""
-    values = _read(file)
+    values = read_json(file)
     if values and any(values.pop(key, None) for key in ("name_or_path", "_name_or_path")):
         file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def is_compressed(folder: Path) -> bool:
     """Return whether a folder is that of a compressed model, as its config.json says."""
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     return config is not None and config.get("model_type") in MODEL_TYPES
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -23,8 +23,8 @@ FLOAT32 = 4
 # Heads that predict only from several inputs at once.
 SEVERAL_INPUTS = ("MultipleChoice", "DoubleHeadsModel")
 _TOO_SMALL = "would not shrink"
-# In safetensors files tensors lie by their dtypes, the last of these first, and then by their names.
-DTYPES = ("uint8", "int16", "float16", "bfloat16", "float32")
+# What safetensors files call dtypes. Tensors lie there by their dtypes, the last of these first, and then by their names.
+DTYPES = {"uint8": "U8", "int16": "I16", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # Between these the ratio is looked for at which everything together fits into a budget.
 RATIOS = (1.0, 4096.0)
 
@@ -180,10 +180,11 @@ class Plan:
         tensors = self.tensors() | {name: (shape, self.rest) for name, shape in self._rest_shapes().items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-DTYPES.index(item[1][1]), item[0])):
-            start, end = end, end + prod(shape) * ITEM_BYTES.get(dtype, STORAGES.get(dtype, 0))
-            code = dtype.replace("float", "F").replace("uint", "U").replace("int", "I").replace("bF", "BF")
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+        itemsizes = STORAGES | ITEM_BYTES
+        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-ranks[item[1][1]], item[0])):
+            start, end = end, end + prod(shape) * itemsizes[dtype]
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         length = len(json.dumps(header, separators=(",", ":")))
         return 8 + length + -length % 8 + end
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CompressionError
+from ..files import write_whole
 from . import tables
 from .citations import citations
 from .command import TEXTS, reproduction
@@ -87,12 +87,7 @@ def write_card(
         overwrite=overwrite,
     )
     path = Path(folder) / CARD_FILE
-    partial = path.with_name(f".{CARD_FILE}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, text)
     return path
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluate import BaseOption, Device, Folder
-from .options import AsJson, Debug, Quiet, Revision, app
+from .evaluate import BaseOption
+from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, megabytes, print_json, print_table, run
 
 

@@ -7,15 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, Debug, app
+from .options import AsJson, Debug, Folder, app
 from .output import print_json, run
 
 
 @app.command()
 def card(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
-    ],
+    folder: Folder,
     license_: Annotated[
         str | None,
         typer.Option(

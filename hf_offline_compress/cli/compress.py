@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,10 +13,13 @@ from .options import (
     AutoClass,
     Base,
     Debug,
+    Device,
     Dtype,
     GroupingOption,
     MaxBytes,
     Modules,
+    Out,
+    Overwrite,
     Quiet,
     Ratio,
     RecipeOption,
@@ -32,7 +34,7 @@ from .output import calm, megabytes, print_json, run
 @app.command()
 def compress(
     base: Base,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write", show_default=False)],
+    out: Out,
     recipe: RecipeOption = DEFAULT_RECIPE,
     ratio: Ratio = None,
     modules: Modules = None,
@@ -60,7 +62,7 @@ def compress(
     ] = None,
     auto_class: AutoClass = None,
     dtype: Dtype = None,
-    device: Annotated[str | None, typer.Option(help="where to compute, e.g. cuda", show_default=False)] = None,
+    device: Device = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="calibration texts in one forward pass", show_default=False)
     ] = None,
@@ -70,9 +72,7 @@ def compress(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that comes with the base's tokenizer")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a folder that this command has written")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,

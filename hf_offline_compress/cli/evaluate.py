@@ -8,19 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, Debug, Quiet, Revision, app
+from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, print_json, print_table, run
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
-]
 BaseOption = Annotated[
     str | None,
     typer.Option(
         help="its base, a Hub id or a folder; what its report names, if that is on the Hub", show_default=False
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="where to compute, e.g. cuda", show_default=False)]
 TUNING = "of fine-tuning"
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import AsJson, Debug, Quiet, app
+from .options import AsJson, Debug, Folder, Out, Overwrite, Quiet, app
 from .output import calm, megabytes, print_json, run
 
 
 @app.command()
 def export(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write", show_default=False)],
+    folder: Folder,
+    out: Out,
     dtype: Annotated[
         str | None, typer.Option(help="dtype of the weights; the compressed model's if not given", show_default=False)
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a folder that this command has written")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,

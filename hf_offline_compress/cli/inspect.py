@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from .options import AsJson, Debug, app
+from .options import AsJson, Debug, Folder, app
 from .output import megabytes, print_dense, print_json, print_table, run
 
 
 @app.command()
 def inspect(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
-    ],
+    folder: Folder,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,6 +47,12 @@ AutoClass = Annotated[
     str | None,
     typer.Option(help="class to load the base with; the one it was saved from if not given", show_default=False),
 ]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that this command has written")]
+Device = Annotated[str | None, typer.Option(help="where to compute, e.g. cuda", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a base on the Hub", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]

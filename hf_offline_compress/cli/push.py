@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import AsJson, Debug, Quiet, app
+from .options import AsJson, Debug, Folder, Quiet, app
 from .output import print_json, run
 from .verify import TrustFolder
 
 
 @app.command()
 def push(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
-    ],
+    folder: Folder,
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="name or owner/name on the Hub", show_default=False)
     ],

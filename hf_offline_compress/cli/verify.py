@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import AsJson, Debug, app
+from .options import AsJson, Debug, Folder, app
 from .output import print_json, run
 
 TrustFolder = Annotated[
@@ -17,9 +16,7 @@ TrustFolder = Annotated[
 
 @app.command()
 def verify(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
-    ],
+    folder: Folder,
     trust_remote_code: TrustFolder = False,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompressionError
+from ..files import write_whole
 
 EVALUATION_FILE = "evaluation.json"
 FORMAT_VERSION = 1
@@ -148,13 +148,4 @@ def write_evaluations(
     content["evaluations"] = list(entries.values())
     content["benchmark"] = dict(benchmark) if benchmark is not None else content.get("benchmark")
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    descriptor, partial = tempfile.mkstemp(prefix=f".{EVALUATION_FILE}.", dir=folder)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(partial).chmod(0o666 & ~mask)  # temporary files are private, and others shall read this one
-        Path(partial).replace(folder / EVALUATION_FILE)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    write_whole(folder / EVALUATION_FILE, text)

@@ -43,17 +43,22 @@ def row_importance(problem: Problem) -> Tensor:
     return torch.ones(problem.shape.all_rows)
 
 
-def undetermined(problem: Problem) -> Tensor:
+def undetermined(problem: Problem, root: Tensor | None = None) -> Tensor:
     """Return how much of each column's square the columns before it leave undetermined, [columns], float64, unscaled.
 
     That is 1 / U_jj², what a squared error in it costs once the columns behind it have absorbed what they can. For a group
     of one member. Where columns count alike, all are 1.
+
+    Args:
+        problem: a group.
+        root: U, if it is known already (`inverse_roots`).
     """
     found = metric_of(problem)
     if found is None:
         return torch.ones(problem.shape.columns, dtype=torch.float64)
     mean = found[0].diagonal().double().mean()
-    root = inverse_roots(found[:1], DAMPING, problem.weights[0].device)[0]
+    if root is None:
+        root = inverse_roots(found[:1], DAMPING, problem.weights[0].device)[0]
     return root.diagonal().double().pow(-2) * mean.to(root.device)
 
 

@@ -39,15 +39,11 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
     weights = task.importance * scales.square()
     states = _encode(rest / scales[..., None], weights / weights.mean().clamp_min(TINY), task)
     decoded = _decode(states, task)
-    shaped = decoded if task.moments is None else decoded @ task.moments
-    wanted = rest if task.moments is None else rest @ task.moments
-    best = (decoded * wanted).sum(dim=2) / (decoded * shaped).sum(dim=2).clamp_min(TINY)
+    best = task.products(decoded, rest) / task.products(decoded, decoded).clamp_min(TINY)
     scales, codes, bounds = _rounded_scales(torch.where(best > 0, best, scales))
     error = task.weights - outliers - decoded * scales[..., None]
-    shaped = error if task.moments is None else error @ task.moments
-    lost = ((error * shaped).sum(dim=2) * task.importance).sum(dim=1)
-    shaped = task.weights if task.moments is None else task.weights @ task.moments
-    total = ((task.weights * shaped).sum(dim=2) * task.importance).sum(dim=1)
+    lost = (task.products(error, error) * task.importance).sum(dim=1)
+    total = (task.products(task.weights, task.weights) * task.importance).sum(dim=1)
     packed = _packed(states, task)
     found = []
     for i, problem in enumerate(problems):
@@ -72,7 +68,9 @@ def trellis_errors(problem: Problem) -> Tensor:
     outliers, _ = _outliers(task, task.structure.outlier_count(problem.shape))
     variances = (task.weights[0] - outliers[0]).square().mean(dim=1).double()
     importance = row_importance(problem).to(variances)
-    base = (variances * importance).sum().cpu() * undetermined(problem).sum().cpu()
+    base = (variances * importance).sum().cpu() * undetermined(
+        problem, None if task.roots is None else task.roots[0]
+    ).sum().cpu()
     return base * torch.tensor([DISTORTIONS[size] for size in sorted(DISTORTIONS)], dtype=torch.float64)
 
 
@@ -101,6 +99,10 @@ class _Task:
     bits: int
     run: int
     progress: Sequence[Problem]
+
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the inner products of rows [members, rows, columns] in the metric, [members, rows]."""
+        return (left * (right if self.moments is None else right @ self.moments)).sum(dim=2)
 
 
 def _task(problems: Sequence[Problem]) -> _Task:
