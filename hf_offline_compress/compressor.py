@@ -184,8 +184,8 @@ def compress(
     if texts is None:
         recipe = recipe.without_calibration()
     for rule in recipe.rules:
-        if rule.structure:
-            rule.structure.require()
+        for structure in rule.structures:
+            structure.require()
     judging = load_texts(validation, "validation")
     if max_loss is not None:
         texts, judging = searched_on(max_loss, recipe, texts, judging, (ratio, total_ratio, max_bytes))

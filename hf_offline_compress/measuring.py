@@ -64,10 +64,12 @@ def measure(
         words = [m for m in plan.skeleton.matrices if m.kind == "word_embeddings"]
         # Positions are added to words: what is said of an error in one holds for the other.
         measured = [m for m in asked if not m.embedding] + (words if any(m.embedding for m in asked) else [])
-        statistics.sensitivity = measure_sensitivity(
-            model, measured, batches, mask_token=mask_token, seed=seed, progress=bar("sensitivity")
+        mixed = {m.name for g in plan.groups if any(s.mixes_outputs for s in g.rule.structures) for m in g.matrices}
+        squares = {m.name for m in measured if not m.embedding and m.name not in mixed}
+        statistics.sensitivity = found = measure_sensitivity(
+            model, measured, batches, mask_token=mask_token, seed=seed, squares=squares, progress=bar("sensitivity")
         )
-        if silent := [m.name for m in measured if m.name not in statistics.sensitivity.output_moments]:
+        if silent := [m.name for m in measured if m.name not in found.output_moments | found.output_squares]:
             raise CompressionError(
                 f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
                 "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."

@@ -88,6 +88,16 @@ class Group:
         """Whether the decoder belongs to several members and lies in the base model."""
         return len(self.matrices) > 1
 
+    @property
+    def forms(self) -> list[Group]:
+        """The group in every structure and at every size that its rule allows."""
+        forms = []
+        for structure in (s for s in self.rule.structures if self.shape.rows >= s.least_rows):
+            variant = replace(self, rule=replace(self.rule, structure=structure, alternatives=()))
+            sizes = range(structure.minimum, structure.limit(self.shape) + 1)
+            forms += [replace(variant, size=size) for size in sizes]
+        return forms
+
     def member_tensors(self, matrix: Matrix, prefix: str) -> dict[str, Stored]:
         """Return the tensors of one member's own, by full name."""
         at = f"{prefix if matrix.in_base else ''}{matrix.name}"
@@ -216,11 +226,15 @@ class Plan:
             names |= {name: (tensor.shape, tensor.dtype or group.storage) for name, tensor in stored.items()}
         return names
 
-    def resized(self, sizes: Mapping[str, int]) -> Plan:
-        """Return the plan with other sizes of its groups, by name."""
-        return replace(
-            self, groups=tuple(replace(group, size=sizes.get(group.name, group.size)) for group in self.groups)
-        )
+    def reformed(self, forms: Mapping[str, Group | None]) -> Plan:
+        """Return the plan with other forms of its groups, by name; None leaves a group's matrices dense."""
+        groups = [forms.get(group.name, group) for group in self.groups]
+        left = [
+            m for name, form in forms.items() if form is None for g in self.groups if g.name == name for m in g.matrices
+        ]
+        dense = [Dense(matrix.name, matrix.rows * matrix.columns, "gains most by staying dense") for matrix in left]
+        kept = tuple(group for group in groups if group is not None)
+        return replace(self, groups=kept, dense=(*self.dense[:-1], *dense, self.dense[-1]))
 
     def runtime(self) -> dict[str, Any]:
         """Return the plan as the config carries it: plain JSON, all that the runtime needs to build the modules."""
@@ -269,8 +283,8 @@ def make_plan(
 
     grouped, dense = _grouped(recipe, skeleton)
     for rule, matrices in grouped:
-        if rule.structure:
-            rule.structure.check(shape_of(matrices))
+        for structure in rule.structures:
+            structure.check(shape_of(matrices))
     # Numbers that a float32 model's tensors have beyond half precision say little, where all else is kept in few bits.
     rest = recipe.rest or ("float16" if recipe.budget and dtype == "float32" else dtype)
     draft = Plan(family.model_type, architecture, dtype, recipe, skeleton, (), (), rest)

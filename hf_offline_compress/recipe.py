@@ -199,6 +199,14 @@ class Rule:
     modules: tuple[str, ...] = field(
         default=("all",), metadata={"help": "kinds, shorthands, or regular expressions that match whole module names"}
     )
+    alternatives: tuple[Structure, ...] = field(
+        default=(), metadata={"help": "structures that a group may have instead, if it gains more from the same bytes"}
+    )
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """All structures that a group may have; none where it stays dense."""
+        return (self.structure, *self.alternatives) if self.structure else ()
 
     def __post_init__(self) -> None:
         """Reject what cannot be done, whatever the model."""
@@ -207,17 +215,19 @@ class Rule:
         if self.storage is not None and self.storage not in STORAGES:
             raise CompressionError(f"The storage '{self.storage}' is unknown; known are {listing(STORAGES)}.")
         _check_selectors(self.modules)
-        if self.structure and not self.structure.shares and self.grouping.layers != 1:
-            raise CompressionError(
-                f"The grouping '{self.grouping}' does not go with the structure '{self.structure.name}', which has nothing "
-                "that several matrices could share; use separated."
-            )
-        unfit = [t for t in self.objective.terms if self.structure and t not in self.structure.solvable()]
-        if self.structure and unfit:
-            raise CompressionError(
-                f"The structure '{self.structure.name}' cannot be solved for {listing(unfit)}; "
-                f"its objectives are {listing(self.structure.solvable())}."
-            )
+        if self.alternatives and not self.structure:
+            raise CompressionError("A rule that leaves matrices dense has no alternatives; name a structure.")
+        for structure in self.structures:
+            if not structure.shares and self.grouping.layers != 1:
+                raise CompressionError(
+                    f"The grouping '{self.grouping}' does not go with the structure '{structure.name}', which has nothing "
+                    "that several matrices could share; use separated."
+                )
+            if unfit := [term for term in self.objective.terms if term not in structure.solvable()]:
+                raise CompressionError(
+                    f"The structure '{structure.name}' cannot be solved for {listing(unfit)}; "
+                    f"its objectives are {listing(structure.solvable())}."
+                )
 
 
 @dataclass(frozen=True)
@@ -256,7 +266,11 @@ class Recipe:
             raise CompressionError(f"The allocation '{self.allocation}' is unknown; known are {listing(ALLOCATIONS)}.")
         if self.rest is not None and self.rest not in STORAGES:
             raise CompressionError(f"The storage '{self.rest}' is unknown; known are {listing(STORAGES)}.")
-        if self.allocation == "by_gain" and any(r.structure and not r.structure.known_gains for r in self.rules):
+        if self.allocation != "by_gain" and any(rule.alternatives for rule in self.rules):
+            raise CompressionError(
+                "Alternatives are chosen among by what they gain, for which the allocation must be 'by_gain'."
+            )
+        if self.allocation == "by_gain" and any(not s.known_gains for rule in self.rules for s in rule.structures):
             known = listing([name for name, structure in STRUCTURES.items() if structure.known_gains])
             raise CompressionError(
                 f"The allocation 'by_gain' needs structures whose errors are known beforehand: {known}."
@@ -311,6 +325,8 @@ class Recipe:
             changes["grouping"] = grouping if isinstance(grouping, Grouping) else Grouping.parse(grouping)
         if storage is not None:
             changes["storage"] = storage
+        if allocation == "uniform":
+            changes["alternatives"] = ()
         return replace(
             self,
             rules=tuple(replace(rule, **changes) if rule.structure else rule for rule in self.rules),
@@ -324,7 +340,7 @@ class Recipe:
         return replace(
             self,
             allocation="uniform",
-            rules=tuple(replace(rule, objective=rule.objective.without_data()) for rule in self.rules),
+            rules=tuple(replace(rule, objective=rule.objective.without_data(), alternatives=()) for rule in self.rules),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -341,6 +357,7 @@ class Recipe:
                 {
                     "modules": list(rule.modules),
                     "structure": _plain(rule.structure.describe()) if rule.structure else "dense",
+                    "alternatives": [_plain(structure.describe()) for structure in rule.alternatives],
                     "objective": asdict(rule.objective),
                     "grouping": str(rule.grouping),
                     "ratio": rule.ratio,
@@ -423,6 +440,8 @@ def _rule(content: object, label: str) -> Rule:
         raise CompressionError(f"{label} names no structure; known are {listing(STRUCTURES)}, and dense.")
     values = dict(content)
     values["structure"] = _structure(values["structure"], label)
+    if "alternatives" in values:
+        values["alternatives"] = _alternatives(values["alternatives"], label)
     if "objective" in values:
         values["objective"] = _objective(values["objective"], label)
     if "grouping" in values:
@@ -453,6 +472,15 @@ def _structure(content: object, label: str) -> Structure | None:
             f"{label} asks for the structure '{name}', which is unknown; known are {listing(STRUCTURES)}, and dense."
         )
     return _build(STRUCTURES[str(name)], options, f"The structure '{name}'")
+
+
+def _alternatives(content: object, label: str) -> tuple[Structure, ...]:
+    if not isinstance(content, list | tuple):
+        raise CompressionError(f"{label} has `alternatives`: {content!r}, which is not a list of structures.")
+    found = [_structure(item, label) for item in content]
+    if None in found:
+        raise CompressionError(f"{label} names dense as an alternative; a budget for everything allows that anyway.")
+    return tuple(structure for structure in found if structure)
 
 
 def _objective(content: object, label: str) -> Objective:

@@ -181,8 +181,9 @@ def search_ratio(
         CompressionError: see `largest_ratio`.
     """
     total = plan.skeleton.total * FLOAT32
-    largest = plan.resized({group.name: group.structure.limit(group.shape) for group in plan.groups})
-    smallest = plan.resized({group.name: group.structure.minimum for group in plan.groups})
+    ordered = {group.name: sorted(group.forms, key=lambda form: form.stored_bytes) for group in plan.groups}
+    largest = plan.reformed({name: forms[-1] for name, forms in ordered.items()})
+    smallest = plan.reformed({name: forms[0] for name, forms in ordered.items()})
     kept: dict[float, Solved] = {}
 
     def with_ratio(ratio: float) -> Recipe:

@@ -8,7 +8,7 @@ of −log p(y) with y drawn from the model's own prediction: no labels are neede
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,11 +34,19 @@ class Sensitivity:
     Attributes:
         output_moments: name of a matrix → E[g gᵀ] of the gradients at its outputs, float32: [rows, rows], or for an
             embedding [columns, columns].
+        output_squares: name of a matrix of which no more was asked → E[g²] [rows], the diagonal of the same.
         head_share: how much of the loss's curvature lies at the logits: E[Σ g²] over tokens. 0 where there are none.
     """
 
     output_moments: dict[str, Tensor] = field(default_factory=dict)
+    output_squares: dict[str, Tensor] = field(default_factory=dict)
     head_share: float = 0.0
+
+    def squares(self, name: str) -> Tensor:
+        """Return E[g²] of the gradients at a matrix's outputs, [rows]."""
+        if name in self.output_squares:
+            return self.output_squares[name]
+        return self.output_moments[name].diagonal().clamp_min(0)
 
 
 def measure_sensitivity(
@@ -48,6 +56,7 @@ def measure_sensitivity(
     *,
     mask_token: int | None,
     seed: int,
+    squares: Collection[str] = (),
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Sensitivity:
     """Return the sensitivity of the model's output to errors at the outputs of the given matrices.
@@ -62,6 +71,7 @@ def measure_sensitivity(
         batches: token ids with attention masks.
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
         seed: of the drawn directions and labels.
+        squares: names of the matrices whose outputs are asked for one by one, which takes much less room.
         progress: wraps the parts of the batches, e.g. in a progress bar.
     """
     wanted = list(matrices)
@@ -71,9 +81,13 @@ def measure_sensitivity(
 
     def accumulate(name: str, gradient: Tensor) -> None:
         flat = gradient[mask] if gradient.dim() == 3 else gradient.reshape(-1, gradient.shape[-1])
+        single = name in squares
         if name not in sums:
-            sums[name] = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32)
-        add_gram_(sums[name], flat.float())
+            sums[name] = flat.new_zeros(flat.shape[1:] if single else (flat.shape[1],) * 2, dtype=torch.float32)
+        if single:
+            sums[name] += flat.float().square().sum(dim=0)
+        else:
+            add_gram_(sums[name], flat.float())
 
     def watch(parts: dict[str | None, str]) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -113,7 +127,8 @@ def measure_sensitivity(
         for handle in handles:
             handle.remove()
     moments = {name: total.div_(max(1, tokens)) for name, total in sums.items()}
-    return Sensitivity(moments, curvature / max(1, tokens))
+    single = {name: moments.pop(name) for name in squares if name in moments}
+    return Sensitivity(moments, single, curvature / max(1, tokens))
 
 
 def _probe(

@@ -17,8 +17,9 @@ from .report import GroupReport, group_report
 from .solvers import BATCHED_SOLVERS, solve_all
 from .weighting import problem_of
 
-# Weights of groups that are solved together, at most: their gradients and optimizer states take several times as much.
-WEIGHTS_AT_ONCE = 2**24
+# Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
+# take several times as much.
+WEIGHTS_AT_ONCE, METRICS_AT_ONCE = 2**24, 2**25
 
 
 def solve_groups(
@@ -81,8 +82,9 @@ def _batches(order: list[tuple[int, Group]]) -> list[list[tuple[int, Group]]]:
     for index, group in order:
         key: Any = (group.structure, group.rule.objective, group.shape, group.size)
         batch = found.get(key)
-        together = group.structure.name in BATCHED_SOLVERS
-        if not together or batch is None or (len(batch) + 1) * group.parameters > WEIGHTS_AT_ONCE:
+        metric = group.columns**2 if group.rule.objective.calibrated else 0
+        most = min(WEIGHTS_AT_ONCE // group.parameters, METRICS_AT_ONCE // max(1, metric))
+        if group.structure.name not in BATCHED_SOLVERS or batch is None or len(batch) >= most:
             batch = found[key] = []
             batches.append(batch)
         batch.append((index, group))

@@ -17,7 +17,7 @@ from .solvers import Problem
 # that the calibration text lacks may well occur in use.
 UNIFORM_SHARE = 0.5
 # Rows that the text says nothing of are not given up: they weigh this share of the mean.
-LEAST_IMPORTANCE = 0.01
+LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
 EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
 
 
@@ -34,11 +34,14 @@ def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: 
     if first.embedding:
         return _embedding_problem(group, problem, statistics)
     found = [statistics.input_moments[m.inputs] for m in group.matrices]
-    outputs = None
-    if sensitivity and objective.sensitive:
-        outputs = tuple(sensitivity.output_moments[m.name] for m in group.matrices)
     pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
-    return replace(problem, input_moments=pooled, member_moments=tuple(found), output_moments=outputs)
+    problem = replace(problem, input_moments=pooled, member_moments=tuple(found))
+    if not sensitivity or not objective.sensitive:
+        return problem
+    if group.structure.mixes_outputs:
+        return replace(problem, output_moments=tuple(sensitivity.output_moments[m.name] for m in group.matrices))
+    squares = torch.cat([sensitivity.squares(m.name) for m in group.matrices])
+    return replace(problem, row_weights=squares + LEAST_SENSITIVITY * squares.mean())
 
 
 def _important(group: Group, problem: Problem, statistics: Statistics) -> Problem:

@@ -1,5 +1,7 @@
 """Plans: the sizes of the papers to the unit, groups, and what stays dense with its reason."""
 
+import dataclasses
+
 import pytest
 from common import nonlinear
 
@@ -153,7 +155,7 @@ def test_matrices_of_unlike_shapes_cannot_be_compressed_together():
 def test_discrete_sizes_take_the_nearest_that_is_not_larger(recipe, ratio, size):
     outcome = plan(recipe, ratio=ratio, modules="key")
     assert {group.size for group in outcome.groups} == {size} and outcome.ratio >= ratio
-    larger = outcome.resized({group.name: size + 1 for group in outcome.groups})
+    larger = outcome.reformed({group.name: dataclasses.replace(group, size=size + 1) for group in outcome.groups})
     assert (recipe, size) == ("quantized", 8) or larger.ratio < ratio
 
 

@@ -42,6 +42,13 @@ RECIPES = {
         allocation="by_gain",
         budget=Budget(total_ratio=4),
     ),
+    "alternatives": Recipe(
+        "alternatives",
+        (Rule(Trellis(state_bits=8, outliers=0.01), SENSITIVE, alternatives=(Quantized(8, clip=True), LowRank())),),
+        modules=("all",),
+        allocation="by_gain",
+        budget=Budget(total_ratio=2.5),
+    ),
     "low_rank": Recipe("low_rank", (Rule(LowRank(), CALIBRATED, ratio=2.0),), modules=(".+",)),
     "low_rank_shared": Recipe(
         "low_rank_shared", (Rule(LowRank(), CALIBRATED, Grouping(None), ratio=2.5, storage="float16"),), modules=ALL
@@ -82,7 +89,7 @@ CASES = [
     (t, h, r)
     for t, h in HEADS
     for r in RECIPES
-    if r in ("low_rank", "allocated", "budget", "autoencoder_shared", "quantized") or "LM" in h
+    if r in ("low_rank", "allocated", "budget", "alternatives", "autoencoder_shared", "quantized") or "LM" in h
 ]
 LOADER = Path(__file__).with_name("load_folders.py")
 
@@ -148,14 +155,16 @@ def test_a_fresh_process_gives_the_same_outputs(folders, loaded, model_type, hea
 def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe):
     folder, result = folders[1][name_of(model_type, head, recipe)]
     plan = make_plan(make_model(model_type, head).config.to_dict(), RECIPES[recipe], architecture=head)
-    if recipe == "budget":
-        allowed = plan.skeleton.total * 4 / 4
-        plan = plan.resized({group.name: group.size for group in result.report.groups})
-        assert len({group.size for group in plan.groups}) > 1
+    chosen = {group.name: (group.structure, group.size) for group in result.report.groups}
+    forms = {(group.name, form.structure.name, form.size): form for group in plan.groups for form in group.forms}
+    if RECIPES[recipe].budget:
+        allowed = plan.skeleton.total * 4 / RECIPES[recipe].budget.total_ratio
+        plan = plan.reformed({g.name: forms.get((g.name, *chosen.get(g.name, ("dense", 0)))) for g in plan.groups})
+        assert len({(group.structure.name, group.size) for group in plan.groups}) > 1
         assert 0.98 * allowed < plan.file_bytes <= allowed
     if recipe == "allocated":
         budget = plan.parameters * 4 / 2.0
-        plan = plan.resized({group.name: group.size for group in result.report.groups})
+        plan = plan.reformed({g.name: forms[g.name, *chosen[g.name]] for g in plan.groups})
         assert 0.9 * budget < plan.stored_bytes <= budget
         assert len({group.size for group in plan.groups if group.columns == 32}) > 1
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -179,13 +188,15 @@ def test_tied_heads_stay_tied(folders, model_type, head, recipe):
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     hidden = torch.randn(2, embedding.embedding_dim)
     bias = 0 if output.bias is None else output.bias
-    torch.testing.assert_close(output(hidden), hidden @ embedding.dense_weight().T + bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output(hidden), hidden @ embedding.weight.T + bias, atol=1e-4, rtol=1e-4)
     words, width = embedding.num_embeddings, embedding.embedding_dim
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     assert any(".word_embeddings." in name or ".wte." in name for name in shapes)
     dense = ("word_embeddings.weight", "wte.weight", "decoder.weight", "lm_head.weight")
-    assert not [name for name, shape in shapes.items() if shape == [words, width] and name.endswith(dense)]
+    stored = [name for name, shape in shapes.items() if shape == [words, width] and name.endswith(dense)]
+    stays = not any(group.kind == "word_embeddings" for group in result.report.groups)  # where that gains most
+    assert len(stored) == stays
 
 
 def test_nothing_of_this_machine_is_saved(folders):

@@ -16,8 +16,6 @@ from .base import Problem
 
 # As GPTQ has it: of the mean of the diagonal.
 DAMPING = 1e-2
-# Rows that the text says nothing of are not given up: they weigh at least this share of the mean.
-LEAST_IMPORTANCE = 0.1
 # Columns coded before the rest hears of their errors, where it hears block by block.
 BLOCK = 128
 # Columns of the smallest halves.
@@ -35,12 +33,7 @@ def metric_of(problem: Problem) -> tuple[Tensor, ...] | None:
 
 def row_importance(problem: Problem) -> Tensor:
     """Return the weight of each row's squared error [all rows], in the objective's own unit."""
-    if problem.output_moments is not None:
-        weights = torch.cat([moments.diagonal().clamp_min(0) for moments in problem.output_moments])
-        return weights + LEAST_IMPORTANCE * weights.mean()
-    if problem.row_weights is not None:
-        return problem.row_weights
-    return torch.ones(problem.shape.all_rows)
+    return torch.ones(problem.shape.all_rows) if problem.row_weights is None else problem.row_weights
 
 
 def undetermined(problem: Problem, root: Tensor | None = None) -> Tensor:
@@ -64,8 +57,8 @@ def undetermined(problem: Problem, root: Tensor | None = None) -> Tensor:
 
 def damped_moments(moments: Tensor, damping: float, device: torch.device | str) -> Tensor:
     """Return moments [columns, columns] over the mean of their diagonal, plus `damping` on the diagonal, in float64."""
-    damped = moments.to(device, torch.float64)
-    damped = damped / damped.diagonal().mean().clamp_min(1e-30)
+    damped = moments.to(device, torch.float64, copy=True)
+    damped /= damped.diagonal().mean().clamp_min(1e-30)
     damped.diagonal().add_(damping)
     return damped
 

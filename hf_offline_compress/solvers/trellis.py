@@ -20,7 +20,7 @@ from ..runtime.trellis_compressed import decode_scales, trellis_table
 from ..structures import Trellis
 from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
-from .feedback import BLOCK, DAMPING, damped_moments, inverse_roots, metric_of, row_importance, undetermined
+from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
 
 # Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
 COSTS_AT_ONCE = 2**23
@@ -39,11 +39,11 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
     weights = task.importance * scales.square()
     states = _encode(rest / scales[..., None], weights / weights.mean().clamp_min(TINY), task)
     decoded = _decode(states, task)
-    best = task.products(decoded, rest) / task.products(decoded, decoded).clamp_min(TINY)
+    reached, wanted = task.shaped(decoded), task.shaped(rest)
+    best = (reached * wanted).sum(dim=2) / reached.square().sum(dim=2).clamp_min(TINY)
     scales, codes, bounds = _rounded_scales(torch.where(best > 0, best, scales))
-    error = task.weights - outliers - decoded * scales[..., None]
-    lost = (task.products(error, error) * task.importance).sum(dim=1)
-    total = (task.products(task.weights, task.weights) * task.importance).sum(dim=1)
+    lost = task.total(wanted - reached * scales[..., None])
+    total = task.total(task.shaped(task.weights))
     packed = _packed(states, task)
     found = []
     for i, problem in enumerate(problems):
@@ -82,8 +82,8 @@ class _Task:
         structure: its options.
         weights: [members, rows, columns], float32.
         importance: of each row's squared error, of mean 1, [members, rows].
-        moments: damped H of each member [members, columns, columns]; None where all columns count alike.
-        roots: upper U with H⁻¹ = UᵀU, like `moments`.
+        diagonals: of the damped metric H of each member [members, columns]; None where all columns count alike.
+        roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None.
         table: values of the states [states, width].
         bits: of a code.
         run: rows of a stream.
@@ -93,16 +93,22 @@ class _Task:
     structure: Trellis
     weights: Tensor
     importance: Tensor
-    moments: Tensor | None
+    diagonals: Tensor | None
     roots: Tensor | None
     table: Tensor
     bits: int
     run: int
     progress: Sequence[Problem]
 
-    def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the inner products of rows [members, rows, columns] in the metric, [members, rows]."""
-        return (left * (right if self.moments is None else right @ self.moments)).sum(dim=2)
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Return rows [members, rows, columns] so that their plain inner products are those in the metric: x U⁻¹."""
+        if self.roots is None:
+            return rows
+        return torch.linalg.solve_triangular(self.roots, rows, upper=True, left=False)
+
+    def total(self, shaped: Tensor) -> Tensor:
+        """Return the weighted sum of squares of shaped rows, [members]."""
+        return (shaped.square().sum(dim=2) * self.importance).sum(dim=1)
 
 
 def _task(problems: Sequence[Problem]) -> _Task:
@@ -115,12 +121,13 @@ def _task(problems: Sequence[Problem]) -> _Task:
     importance = torch.stack([row_importance(problem).to(weights) for problem in problems])
     importance = importance / importance.mean(dim=1, keepdim=True).clamp_min(1e-30)
     metrics = [metric_of(problem) for problem in problems]
-    moments = roots = None
+    diagonals = roots = None
     if metrics[0] is not None:
         flat = [tensor for found in metrics for tensor in found or ()]
         roots = inverse_roots(flat, DAMPING, weights.device)
-        moments = torch.stack([damped_moments(tensor, DAMPING, weights.device).float() for tensor in flat])
-    return _Task(structure, weights, importance, moments, roots, table, runtime["bits"], runtime["run"], problems)
+        squares = torch.stack([tensor.diagonal() for tensor in flat]).to(weights)
+        diagonals = squares / squares.mean(dim=1, keepdim=True).clamp_min(1e-30) + DAMPING
+    return _Task(structure, weights, importance, diagonals, roots, table, runtime["bits"], runtime["run"], problems)
 
 
 def _outliers(task: _Task, count: int) -> tuple[Tensor, Tensor | None]:
@@ -132,8 +139,8 @@ def _outliers(task: _Task, count: int) -> tuple[Tensor, Tensor | None]:
         return torch.zeros_like(task.weights), None
     spread = task.weights.square().mean(dim=2, keepdim=True).sqrt()
     beyond = (task.weights.abs() - OUTLYING * spread).clamp_min(0).square() * task.importance[..., None]
-    if task.moments is not None:
-        beyond = beyond * task.moments.diagonal(dim1=1, dim2=2)[:, None, :]
+    if task.diagonals is not None:
+        beyond = beyond * task.diagonals[:, None, :]
     places = beyond.flatten(1).topk(count, dim=1).indices.sort(dim=1).values
     values = task.weights.flatten(1).gather(1, places)
     kept = torch.zeros_like(task.weights).flatten(1).scatter(1, places, values)

@@ -78,6 +78,8 @@ class Structure(ABC):
         minimum: the smallest size.
         shares: whether several members have anything in common to store.
         least_rows: matrices of fewer rows are better left as they are.
+        mixes_outputs: whether rows' errors are weighed together, which takes E[g gᵀ] of the gradients at them and not only
+            its diagonal.
         known_gains: whether the error at every size is known without solving for it, so that bytes can go where they
             gain most.
     """
@@ -89,6 +91,7 @@ class Structure(ABC):
     unit: ClassVar[str]
     minimum: ClassVar[int] = 1
     shares: ClassVar[bool] = True
+    mixes_outputs: ClassVar[bool] = False
     known_gains: ClassVar[bool] = False
     least_rows: ClassVar[int] = 1
 

@@ -26,6 +26,7 @@ class LowRank(Structure):
     reference: ClassVar[str] = "Eckart & Young, The approximation of one matrix by another of lower rank, 1936"
     objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated", "sensitive", "importance")
     unit: ClassVar[str] = "rank"
+    mixes_outputs: ClassVar[bool] = True
     known_gains: ClassVar[bool] = True
 
     identity_block: bool = False
