@@ -30,10 +30,10 @@ _NOT_INHERITED = (
 
 
 def rounded_factors(group: Group, factors: Factors, dtype: str) -> Factors:
-    """Return the factors rounded to their storage, in the model's dtype, on the CPU."""
+    """Return the factors, numbers in the dtype that they are stored in and then the model's, on the CPU."""
 
     def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        storage, held = getattr(torch, group.storage), getattr(torch, dtype)
+        storage, held = getattr(torch, group.storage.dtype), getattr(torch, dtype)
         return {
             name: (tensor.to(storage).to(held) if tensor.is_floating_point() else tensor).cpu().contiguous()
             for name, tensor in tensors.items()
@@ -68,7 +68,7 @@ def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
     """Give what each member's factors stand for, [rows, columns], by the very layers that will be run."""
     from .runtime.layers_compressed import LINEARS
 
-    entry = {**group.structure.runtime(group.size, group.shape), "storage": group.storage}
+    entry = group.runtime()
     layer_class = LINEARS[str(entry["structure"])]
     for matrix, own in zip(group.matrices, factors.members, strict=True):
         layer = layer_class(matrix.rows, matrix.columns, entry)

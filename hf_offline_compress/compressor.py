@@ -146,7 +146,7 @@ def compress(
         ratio: 4 bytes × parameters of the chosen matrices, over the bytes stored for them.
         modules: kinds, shorthands, or regular expressions that match whole module names.
         grouping: "separated", "concatenated" or "blocks:N".
-        storage: dtype of the stored factors, "float32", "float16" or "bfloat16".
+        storage: how stored factors are kept: "float32", "float16", "bfloat16", or packed "int8", "int4", "int3", "int2".
         allocation: "uniform", every group at the ratio; or "by_gain", all together, each as large as pays most.
         total_ratio: 4 bytes × all parameters, over the bytes of all weight files: a budget for everything.
         max_bytes: the same budget in bytes, e.g. 6_000_000 or "6MB".

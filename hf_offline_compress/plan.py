@@ -14,8 +14,7 @@ from typing import Any
 from .errors import CompressionError, listing
 from .families import Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
-from .structures import GroupShape, Shape, Stored, Structure
-from .structures.base import ITEM_BYTES
+from .structures import INTEGERS, ITEM_BYTES, GroupShape, Shape, Storage, Stored, Structure
 
 FORMAT_VERSION = 2
 DECODERS = "compression_decoders"
@@ -38,14 +37,14 @@ class Group:
         rule: the recipe's rule that made it.
         matrices: the members, of one kind and one number of columns.
         size: rank, latent width, or whatever the structure counts.
-        storage: dtype of the stored numbers.
+        storage: how its numbers are kept.
     """
 
     name: str
     rule: Rule
     matrices: tuple[Matrix, ...]
     size: int
-    storage: str
+    storage: Storage
 
     @property
     def structure(self) -> Structure:
@@ -76,7 +75,7 @@ class Group:
     @property
     def stored_bytes(self) -> int:
         """Bytes that are stored for the group."""
-        return self.structure.stored_bytes(self.size, self.shape, STORAGES[self.storage])
+        return self.structure.stored_bytes(self.size, self.shape, self.storage)
 
     @property
     def ratio(self) -> float:
@@ -98,10 +97,15 @@ class Group:
             forms += [replace(variant, size=size) for size in sizes]
         return forms
 
+    def runtime(self) -> dict[str, Any]:
+        """Return what the runtime layers are built from, as plain JSON."""
+        tensors = [of(self.size, self.shape) for of in (self.structure.member_tensors, self.structure.decoder_tensors)]
+        return {**self.structure.runtime(self.size, self.shape), **self.storage.runtime(*tensors)}
+
     def member_tensors(self, matrix: Matrix, prefix: str) -> dict[str, Stored]:
         """Return the tensors of one member's own, by full name."""
         at = f"{prefix if matrix.in_base else ''}{matrix.name}"
-        own = self.structure.member_tensors(self.size, self.shape)
+        own = self.storage.kept(self.structure.member_tensors(self.size, self.shape))
         return {f"{at}.{name}": tensor for name, tensor in own.items()}
 
     def decoder_tensors(self, prefix: str) -> dict[str, Stored]:
@@ -110,7 +114,7 @@ class Group:
         at = (
             f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{prefix if only.in_base else ''}{only.name}.decoder"
         )
-        tensors = self.structure.decoder_tensors(self.size, self.shape)
+        tensors = self.storage.kept(self.structure.decoder_tensors(self.size, self.shape))
         return {f"{at}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -223,7 +227,7 @@ class Plan:
             stored = group.decoder_tensors(self.skeleton.prefix)
             for matrix in group.matrices:
                 stored |= group.member_tensors(matrix, self.skeleton.prefix)
-            names |= {name: (tensor.shape, tensor.dtype or group.storage) for name, tensor in stored.items()}
+            names |= {name: (tensor.shape, tensor.dtype or group.storage.dtype) for name, tensor in stored.items()}
         return names
 
     def reformed(self, forms: Mapping[str, Group | None]) -> Plan:
@@ -249,8 +253,7 @@ class Plan:
                     member["head"] = True
                 members.append(member)
             groups[group.name] = {
-                **group.structure.runtime(group.size, group.shape),
-                "storage": group.storage,
+                **group.runtime(),
                 "shared": group.shared,
                 "members": members,
             }
@@ -370,7 +373,7 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
                 f"Nothing would shrink at ratio {rule.ratio:g}: ratios count from float32, and the model, stored in {dtype}, "
                 f"is at {own:g} already. Ask for more, e.g. ratio {2 * own:g}."
             )
-        if rule.structure and rule.storage not in (None, dtype) and dtype != "float32":
+        if rule.structure and rule.storage not in (None, dtype, *INTEGERS) and dtype != "float32":
             raise CompressionError(
                 f"The storage '{rule.storage}' does not go with a model in {dtype}: a loaded model has one dtype. "
                 "Leave the storage out, or pass dtype='float32'."
@@ -417,11 +420,13 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float |
     """
     structure = rule.structure
     assert structure is not None
-    storage, shape = rule.storage or draft.rest, shape_of(matrices)
+    # Scales are few beside what they scale, but not so few that half precision would not pay.
+    scales = "float16" if draft.dtype == "float32" else draft.dtype
+    storage, shape = Storage.named(rule.storage or draft.rest, scales), shape_of(matrices)
     if shape.rows < structure.least_rows:
         return f"{_TOO_SMALL}: a {structure.title.lower()} needs {structure.least_rows} rows"
-    itemsize, dense = STORAGES[storage], shape.parameters * STORAGES[draft.rest]
-    size = structure.fit(shape, int(shape.parameters * FLOAT32 / (ratio or rule.ratio)), itemsize)
+    dense = shape.parameters * STORAGES[draft.rest]
+    size = structure.fit(shape, int(shape.parameters * FLOAT32 / (ratio or rule.ratio)), storage)
     if ratio is None and size == 0:
         return (
             f"{_TOO_SMALL}: even the smallest {structure.title.lower()} ({structure.unit} {structure.minimum}) is larger "
@@ -429,8 +434,8 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float |
         )
     if ratio is not None:
         size = max(size, structure.minimum)
-        if structure.stored_bytes(size, shape, itemsize) >= dense:
-            size = structure.fit(shape, dense - 1, itemsize)
+        if structure.stored_bytes(size, shape, storage) >= dense:
+            size = structure.fit(shape, dense - 1, storage)
         if size == 0:
             return f"{_TOO_SMALL}: even the smallest {structure.title.lower()} is larger than the matrix itself"
     return Group(_name(matrices), rule, matrices, size, storage)

@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 
 from .errors import CompressionError, listing
 from .families import KINDS, SHORTHANDS, Matrix
-from .structures import STRUCTURES, Structure
+from .structures import FLOATS, INTEGERS, STRUCTURES, Structure
 
-STORAGES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORAGES = FLOATS
+FACTOR_STORAGES = (*FLOATS, *INTEGERS)
 IMPORTANCES = ("none", "fisher", "l1_sensitivity")
 NORMALIZATIONS = ("sum", "power", "log")
 DEFAULT_MODULES = ("linears", "word_embeddings")
@@ -194,7 +195,8 @@ class Rule:
         default=2.0, metadata={"help": "4 bytes x parameters of the chosen matrices, over the bytes stored for them"}
     )
     storage: str | None = field(
-        default=None, metadata={"help": f"dtype of the stored factors: {listing(STORAGES)}; the model's if not given"}
+        default=None,
+        metadata={"help": f"how factors are stored: {listing(FACTOR_STORAGES)}; the model's dtype if not given"},
     )
     modules: tuple[str, ...] = field(
         default=("all",), metadata={"help": "kinds, shorthands, or regular expressions that match whole module names"}
@@ -212,8 +214,8 @@ class Rule:
         """Reject what cannot be done, whatever the model."""
         if not self.ratio > 1:
             raise CompressionError(f"The ratio {self.ratio} would not make anything smaller; it must be above 1.")
-        if self.storage is not None and self.storage not in STORAGES:
-            raise CompressionError(f"The storage '{self.storage}' is unknown; known are {listing(STORAGES)}.")
+        if self.storage is not None and self.storage not in FACTOR_STORAGES:
+            raise CompressionError(f"The storage '{self.storage}' is unknown; known are {listing(FACTOR_STORAGES)}.")
         _check_selectors(self.modules)
         if self.alternatives and not self.structure:
             raise CompressionError("A rule that leaves matrices dense has no alternatives; name a structure.")

@@ -33,7 +33,7 @@ class GroupReport:
         parameters: dense weights.
         stored_bytes: bytes of the factors.
         ratio: 4 bytes × parameters over stored bytes.
-        storage: dtype of the factors.
+        storage: how the factors are kept.
         objective: what was minimised, with the weights of its terms.
         relative_error: ‖W − Ŵ‖ / ‖W‖.
         cosine_distance: mean over rows of 1 − cos(ŵ, w); zero rows left out.
@@ -153,7 +153,7 @@ def group_report(
         parameters=group.parameters,
         stored_bytes=group.stored_bytes,
         ratio=group.ratio,
-        storage=group.storage,
+        storage=str(group.storage),
         objective=asdict(problem.objective),
         relative_error=_root_ratio(squared),
         cosine_distance=float(torch.cat(cosines).mean()) if cosines else 0.0,

@@ -14,7 +14,7 @@ from .building import named_tensors, reconstructed, rounded_factors
 from .calibration import Statistics
 from .plan import Group, Plan
 from .report import GroupReport, group_report
-from .solvers import BATCHED_SOLVERS, solve_all
+from .solvers import BATCHED_SOLVERS, rounded_to_integers, solve_all
 from .weighting import problem_of
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
@@ -63,6 +63,8 @@ def solve_groups(
             solved = solve_all(problems)
             seconds = (time.perf_counter() - started) / len(batch)
             for (_, group), problem, factors in zip(batch, problems, solved, strict=True):
+                if group.storage.bits:
+                    factors = rounded_to_integers(problem, factors, group.storage)
                 stored = rounded_factors(group, factors, plan.dtype)
                 tensors |= named_tensors(group, stored, prefix)
                 reports[group.name] = group_report(

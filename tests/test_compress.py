@@ -211,7 +211,7 @@ def test_tokenizers_learn_how_many_positions_there_are(tmp_path):
         ("", {"ratio": 1.0}, "must be above 1"),
         ("", {"ratio": 1e6}, "Nothing would shrink"),
         ("", {"dtype": "int8"}, "dtype 'int8' is not supported"),
-        ("", {"storage": "int8"}, "storage 'int8' is unknown"),
+        ("", {"storage": "int5"}, "storage 'int5' is unknown"),
         ("", {"recipe": "calibrated-svd", "calibration": "absent.txt"}, "no calibration file 'absent.txt'"),
         ("", {"recipe": "calibrated-svd", "calibration": ["", "  "]}, "no usable line"),
         (

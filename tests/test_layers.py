@@ -8,7 +8,9 @@ from common import nonlinear
 from torch.nn import functional as F
 
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
+from hf_offline_compress.runtime.numbers_compressed import in_order, pack_numbers, unpack_numbers
 from hf_offline_compress.runtime.packing_compressed import pack, unpack
+from hf_offline_compress.runtime.weights_compressed import set_decoding
 from hf_offline_compress.structures import (
     Autoencoder,
     Codebook,
@@ -45,19 +47,36 @@ STRUCTURES = {
     "quantized_in_groups": (Quantized(group_size=4), 5),
 }
 ENTRIES = {name: structure.runtime(size, SHAPE) for name, (structure, size) in STRUCTURES.items()}
+
+
+def integers(structure, size, bits=3, sharing=8):
+    """Return what an entry says where all numbers are packed."""
+
+    def packed(tensors):
+        return {name: bits for name, tensor in tensors.items() if tensor.dtype is None and tensor.count >= sharing}
+
+    own, decoder = structure.member_tensors(size, SHAPE), structure.decoder_tensors(size, SHAPE)
+    return {"sharing": sharing, "own": packed(own), "decoder": packed(decoder)}
+
+
+PACKED = {f"{name}_packed": ENTRIES[name] | {"integers": integers(*chosen)} for name, chosen in STRUCTURES.items()}
+PACKED = {name: entry for name, entry in PACKED.items() if entry["integers"]["own"] or entry["integers"]["decoder"]}
+ENTRIES |= PACKED
 every_entry = pytest.mark.parametrize("entry", list(ENTRIES))
 
 
 def make(kind, entry, shared=False, **options):
     group = {**ENTRIES[entry], "storage": "float32"}
     layer_class = (LINEARS if kind == "linear" else EMBEDDINGS)[group["structure"]]
-    decoder = layer_class.decoder_class(group, COLUMNS) if shared and layer_class.decoder_class else None
+    decoder = layer_class.decoder_class.make(group, COLUMNS) if shared and layer_class.decoder_class else None
     layer = layer_class(ROWS, COLUMNS, group, decoder, **options)
     both = torch.nn.ModuleList([layer] if decoder is None else [layer, decoder])
     for name, parameter in both.named_parameters():
         torch.nn.init.normal_(parameter)
         if name.endswith("scale_range"):  # logarithms, in 255 steps
             parameter.data.mul_(0.01)
+        elif name.endswith("_scales"):  # of whole numbers up to 7
+            parameter.data.mul_(0.2)
     for name, buffer in both.named_buffers():
         if name.endswith("order"):
             buffer.copy_(torch.randperm(COLUMNS))
@@ -99,6 +118,58 @@ def test_every_factor_gets_a_gradient(entry):
         layer(call).square().sum().backward()
         for name, parameter in torch.nn.ModuleList([layer, decoder]).named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_packed_factors_are_unpacked_once_and_never_stale():
+    layer, _ = make("linear", "low_rank_packed")
+    set_decoding([layer], "cached")
+    x = torch.randn(2, COLUMNS)
+    with torch.no_grad():
+        before = layer(x)
+        kept = layer.latents
+        assert layer.latents is kept and copy.deepcopy(layer).latents is not kept
+        layer.latents_scales.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+        layer.decoder.weight_scales.mul_(2)
+        torch.testing.assert_close(layer(x), 4 * before)
+        layer.double()
+        assert layer.latents.dtype == torch.float64
+        set_decoding([layer], "on_the_fly")
+        assert layer.latents is not layer.latents
+    assert layer.latents.requires_grad and set(layer.state_dict()) == {
+        *(f"latents_{part}" for part in ("codes", "scales", "zeros")),
+        *(f"decoder.weight_{part}" for part in ("codes", "scales", "zeros")),
+    }
+
+
+@pytest.mark.parametrize("decoding", ["cached", "on_the_fly"])
+def test_packed_factors_compile_in_one_graph(decoding):
+    torch.compiler.reset()
+    layer, _ = make("linear", "low_rank_packed")
+    set_decoding([layer], decoding)
+    x = torch.randn(2, COLUMNS)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_packed_vocabularies_cannot_be_resized():
+    layer, _ = make("embedding", "residual_packed")
+    with pytest.raises(NotImplementedError, match="packed integers cannot be resized"):
+        layer.resize(ROWS + 1)
+
+
+@pytest.mark.parametrize("shape", [(64,), (7, 5), (3, 50, 4), (130, 1)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_numbers_are_within_half_a_step(shape, bits):
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    packed = pack_numbers(numbers, bits, 16)
+    again = unpack_numbers(**packed, bits=bits, sharing=16, shape=shape)
+    steps = packed["scales"].repeat_interleave(16)[: numbers.numel()]
+    error = in_order(numbers) - in_order(again)
+    assert again.shape == shape and bool((error.abs() <= 0.76 * steps).all())  # zeros are whole half steps
+    assert torch.equal(pack_numbers(again, bits, 16)["codes"], packed["codes"]) or bits == 8
 
 
 def test_padding_gets_no_gradient():
@@ -184,7 +255,7 @@ def test_compiles_in_one_graph(entry):
         torch.testing.assert_close(compiled(x), expected)
 
 
-@every_entry
+@pytest.mark.parametrize("entry", [name for name in ENTRIES if name not in PACKED])
 def test_resizing_keeps_rows_and_adds_the_mean(entry):
     layer, _ = make("embedding", entry)
     before = layer.dense_weight().detach()

@@ -8,7 +8,7 @@ from common import nonlinear
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, load_recipe, make_plan
 from hf_offline_compress.families import Matrix
 from hf_offline_compress.plan import shape_of
-from hf_offline_compress.structures import Autoencoder, GroupShape, LowRank
+from hf_offline_compress.structures import Autoencoder, GroupShape, LowRank, Storage
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 
@@ -26,12 +26,12 @@ def test_sizes_of_the_papers(members, autoencoder, svd):
     for ratio, latent, rank in zip((3, 10, 25), autoencoder, svd, strict=True):
         shape = GroupShape(*members, 768)
         budget = int(shape.parameters / ratio)
-        assert nonlinear().fit(shape, 4 * budget, 4) == latent
-        assert LowRank().fit(shape, 4 * budget, 4) == rank
+        assert nonlinear().fit(shape, 4 * budget, Storage("float32")) == latent
+        assert LowRank().fit(shape, 4 * budget, Storage("float32")) == rank
         # k = int((nm/CR − m − n·[norm]) / (n + m)), the linear autoencoder's
         for norms in (False, True):
             expected = int((budget - 768 - shape.all_rows * norms) / (shape.all_rows + 768))
-            assert Autoencoder(decoder="linear", norms=norms).fit(shape, 4 * budget, 4) == expected
+            assert Autoencoder(decoder="linear", norms=norms).fit(shape, 4 * budget, Storage("float32")) == expected
 
 
 def test_a_nonlinear_autoencoder_counts_every_number():
@@ -93,7 +93,7 @@ def test_rules_apply_in_order():
 
 def test_factors_have_the_models_dtype():
     outcome = plan(config={**BERT, "dtype": "float16"}, ratio=4)
-    assert {group.storage for group in outcome.groups} == {"float16"}
+    assert {str(group.storage) for group in outcome.groups} == {"float16"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hf_offline_compress.recipe import OBJECTIVES
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.solvers import Problem, codebook, feedback, solve, solve_all
 from hf_offline_compress.solvers import quantized as solver
-from hf_offline_compress.structures import Quantized
+from hf_offline_compress.structures import Quantized, Storage
 
 
 def problem(weight, bits, moments=None, *, group_size=16, clip=False):
@@ -165,7 +165,7 @@ def test_stored_as_planned(bits, group_size, columns):
     assert {name for name, tensor in stored.items() if tensor.dtype == torch.uint8} == {"codes", "zeros"}
     groups = -(-columns // (group_size or columns))
     row = -(-columns * bits // 8) + 2 * groups + -(-groups * (bits + 1) // 8)
-    assert asked.structure.stored_bytes(bits, asked.shape, 2) == 6 * row
+    assert asked.structure.stored_bytes(bits, asked.shape, Storage("float16")) == 6 * row
 
 
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])

@@ -79,6 +79,39 @@ RECIPES = {
     ),
     "quantized": Recipe("quantized", (Rule(Quantized(group_size=8), ratio=2.0, storage="float16"),), modules=(".+",)),
     "gptq": Recipe("gptq", (Rule(Quantized(8, clip=True), CALIBRATED, ratio=4.0, storage="float16"),), modules=ALL),
+    "low_rank_int8": Recipe("low_rank_int8", (Rule(LowRank(), CALIBRATED, ratio=6.0, storage="int8"),), modules=ALL),
+    "low_rank_shared_int4": Recipe(
+        "low_rank_shared_int4", (Rule(LowRank(), CALIBRATED, Grouping(None), ratio=8.0, storage="int4"),), modules=ALL
+    ),
+    "identity_int3": Recipe(
+        "identity_int3", (Rule(LowRank(identity_block=True), CALIBRATED, ratio=8.0, storage="int3"),), modules=ALL
+    ),
+    "autoencoder_int8": Recipe(
+        "autoencoder_int8", (Rule(nonlinear(), COSINE, Grouping(2), ratio=4.0, storage="int8"),), modules=ALL
+    ),
+    "residual_int8": Recipe(
+        "residual_int8", (Rule(FEW, COSINE, Grouping(None), ratio=4.0, storage="int8"),), modules=ALL
+    ),
+    "kronecker_int4": Recipe(
+        "kronecker_int4", (Rule(Kronecker(polish=2), COSINE, Grouping(None), ratio=8.0, storage="int4"),), modules=ALL
+    ),
+    "tucker_int8": Recipe(
+        "tucker_int8",
+        (Rule(Tucker(polish=2), Objective(l2=1.0), Grouping(None), ratio=6.0, storage="int8"),),
+        modules=ALL,
+    ),
+    "sparse_int4": Recipe("sparse_int4", (Rule(Sparse(), CALIBRATED, ratio=6.0, storage="int4"),), modules=ALL),
+    "codebook_int8": Recipe(
+        "codebook_int8", (Rule(Codebook(rounds=1), CALIBRATED, Grouping(None), ratio=8.0, storage="int8"),), modules=ALL
+    ),
+    "quantized_int8": Recipe(
+        "quantized_int8", (Rule(Quantized(8), CALIBRATED, ratio=5.0, storage="int8"),), modules=ALL
+    ),
+    "trellis_int8": Recipe(
+        "trellis_int8",
+        (Rule(Trellis(state_bits=8, outliers=0.05), CALIBRATED, ratio=5.0, storage="int8"),),
+        modules=ALL,
+    ),
     "linear_autoencoder": Recipe(
         "linear_autoencoder",
         (Rule(Autoencoder(decoder="linear", norms=False, training=QUICK), COSINE, ratio=2.0),),

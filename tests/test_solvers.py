@@ -10,7 +10,8 @@ from common import nonlinear
 from hf_offline_compress.calibration import add_gram_
 from hf_offline_compress.recipe import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
-from hf_offline_compress.solvers import Problem, codebook, solve, solve_all
+from hf_offline_compress.runtime.numbers_compressed import unpack_numbers
+from hf_offline_compress.solvers import Problem, codebook, rounded_to_integers, solve, solve_all
 from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
 from hf_offline_compress.solvers.polishing import importances, loss_terms
 from hf_offline_compress.structures import (
@@ -21,6 +22,7 @@ from hf_offline_compress.structures import (
     LowRank,
     Quantized,
     Sparse,
+    Storage,
     Training,
     Tucker,
 )
@@ -408,8 +410,8 @@ def test_pruning_keeps_what_scores_highest(share, how):
 
 def test_zeros_can_be_stored_and_are_not_smaller():
     structure, shape = Sparse(compact=False), GroupShape(1, 40, 30)
-    size = structure.fit(shape, 1200, 4)
-    assert size == 300 and structure.stored_bytes(size, shape, 4) == 4800
+    size = structure.fit(shape, 1200, Storage("float32"))
+    assert size == 300 and structure.stored_bytes(size, shape, Storage("float32")) == 4800
     result = reconstruct(*(lambda p: (p, solve(p)))(Problem(structure, L2, size, (matrix(40, 30),))))
     assert int((result != 0).sum()) == 300
 
@@ -498,3 +500,40 @@ def test_later_columns_make_good_the_errors_of_earlier_ones(columns):
         for m in (metric, dataclasses.replace(metric, root=alone))
     ]
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("members,shape", [(1, (48, 40)), (2, (30, 52)), (1, (70, 24))])
+def test_each_factor_is_rounded_in_the_metric_of_the_other(members, shape, bits):
+    weights = tuple(matrix(*shape, seed=i) for i in range(members))
+    h = moments(shape[1])
+    problem = Problem(LowRank(), dataclasses.replace(L2, calibrated=True), 12, weights, input_moments=h)
+    factors, storage = solve(problem), Storage("float32", bits)
+    exact = calibrated_error(problem, factors.members, factors.decoder)
+    fed_back = unpacked(rounded_to_integers(problem, factors, storage), problem, storage)
+    identity = dataclasses.replace(problem, structure=Kronecker())  # a structure that is rounded to the nearest
+    nearest = unpacked(rounded_to_integers(identity, factors, storage), problem, storage)
+    assert exact <= calibrated_error(problem, *fed_back) * (1 + 1e-6)
+    assert calibrated_error(problem, *fed_back) < calibrated_error(problem, *nearest)
+    if bits == 8:
+        assert calibrated_error(problem, *fed_back) < 1.05 * exact + 1e-4
+
+
+def unpacked(factors, problem, storage):
+    """Return members and decoder of low rank as numbers."""
+    rows, columns = problem.weights[0].shape
+    shapes = {"latents": (rows, problem.size), "weight": (columns, problem.size)}
+
+    def numbers(tensors, name):
+        parts = {part: tensors[f"{name}_{part}"] for part in ("codes", "scales", "zeros")}
+        return {name: unpack_numbers(**parts, bits=storage.bits, sharing=64, shape=shapes[name])}
+
+    return tuple(numbers(own, "latents") for own in factors.members), numbers(factors.decoder, "weight")
+
+
+def calibrated_error(problem, members, decoder):
+    """Return the relative error in the metric of the inputs."""
+    weight = torch.cat(problem.weights).double()
+    error = weight - torch.cat([own["latents"] for own in members]).double() @ decoder["weight"].double().T
+    h = problem.input_moments.double()
+    return float(((error @ h * error).sum() / (weight @ h * weight).sum()).sqrt())

@@ -114,7 +114,7 @@ def _decoding(inputs: CardInputs) -> list[str]:
 def _resizing(inputs: CardInputs) -> list[str]:
     for group in inputs.config["compression"]["groups"].values():
         words = any(member["module"] in EMBEDDINGS for member in group["members"])
-        if words and group["structure"] in NOT_RESIZED:
+        if words and (group["structure"] in NOT_RESIZED or "integers" in group):
             return ["Its vocabulary cannot be resized: resize the base, then compress that."]
     return []
 

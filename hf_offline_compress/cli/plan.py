@@ -92,7 +92,7 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
                 "bytes_before": group.parameters * 4,
                 "bytes_after": group.stored_bytes,
                 "ratio": group.ratio,
-                "storage": group.storage,
+                "storage": str(group.storage),
             }
             for group in outcome.groups
         ],

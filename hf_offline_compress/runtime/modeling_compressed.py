@@ -52,6 +52,7 @@ class CompressedModelMixin:
         if isinstance(module, CompressedWeight | WeightDecoder):
             with init.guard_torch_init_functions():
                 module.reset_parameters(self.config.initializer_range)
+                module.fill_packed(self.config.initializer_range)
             if isinstance(module, LinearDecoder) and module.order is not None:
                 init.copy_(module.order, torch.arange(len(module.order), dtype=module.order.dtype))
         elif isinstance(module, TiedHead):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .numbers_compressed import PackableLinear
 from .packing_compressed import packed_length, round_min_max, unpack
 from .trellis_compressed import TrellisWeight
 from .weights_compressed import CompressedWeight, DecodedWeight, WeightDecoder
@@ -34,7 +35,7 @@ class LinearDecoder(WeightDecoder):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group)
+        super().__init__(group, columns)
         self.latent = group["latent"]
         stored = columns - self.latent if group["identity_block"] else columns
         self.weight = nn.Parameter(torch.empty(stored, self.latent))
@@ -104,9 +105,9 @@ class NonLinearDecoder(WeightDecoder):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group)
+        super().__init__(group, columns)
         widths = [group["latent"], *group["hidden"], columns]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.layers = nn.ModuleList(PackableLinear(i, o) for i, o in pairwise(widths))
         self.activation = ACTIVATIONS[group["activation"]]
         self.output_activation = ACTIVATIONS[group["output_activation"]]
 
@@ -160,11 +161,11 @@ class ResidualDecoder(WeightDecoder):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group)
+        super().__init__(group, columns)
         (units,) = group["hidden"]
-        self.linear = nn.Linear(group["latent"], columns, bias=False)
-        self.hidden = nn.Linear(group["latent"], units)
-        self.output = nn.Linear(units, columns, bias=False)
+        self.linear = PackableLinear(group["latent"], columns, bias=False)
+        self.hidden = PackableLinear(group["latent"], units)
+        self.output = PackableLinear(units, columns, bias=False)
         self.activation = ACTIVATIONS[group["activation"]]
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class KroneckerDecoder(WeightDecoder):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group)
+        super().__init__(group, columns)
         self.columns = columns
         self.right = nn.Parameter(torch.empty(group["terms"], *group["right"]))
 
@@ -253,7 +254,7 @@ class TuckerDecoder(WeightDecoder):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group)
+        super().__init__(group, columns)
         self.core = nn.Parameter(torch.empty(group["ranks"]))
         self.row_factor = nn.Parameter(torch.empty(group["height"], group["ranks"][1]))
         self.column_factor = nn.Parameter(torch.empty(columns, group["ranks"][2]))
@@ -314,10 +315,10 @@ class SparseWeight(DecodedWeight):
         """Return Ŵ [rows, columns]; see the base class."""
         if not self.gap_bits:
             return self.values
-        total = self.rows * self.columns
-        gaps = unpack(self.gaps, self.gap_bits, len(self.values))
+        total, values = self.rows * self.columns, self.values
+        gaps = unpack(self.gaps, self.gap_bits, len(values))
         places = ((gaps + 1).cumsum(0) - 1).clamp_max(total - 1)  # zeros that fill up may lie beyond the end
-        return self.values.new_zeros(total).index_add(0, places, self.values).view(self.rows, self.columns)
+        return values.new_zeros(total).index_add(0, places, values).view(self.rows, self.columns)
 
 
 class QuantizedWeight(DecodedWeight):
@@ -365,7 +366,7 @@ class CodebookDecoder(WeightDecoder):
 
     def __init__(self, group: dict[str, Any], columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group)
+        super().__init__(group, columns)
         self.columns = columns
         self.tables = nn.Parameter(torch.empty(group["books"], 2 ** group["bits"], group["width"]))
 

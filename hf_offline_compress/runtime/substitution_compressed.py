@@ -46,7 +46,7 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
                 continue
             if group["shared"] and name not in decoders:
                 decoder_class = LINEARS[group["structure"]].decoder_class
-                decoders[name] = decoder_class(group, _shape(module)[1])
+                decoders[name] = decoder_class.make(group, _shape(module)[1])
             _swap(root, member, module, group, decoders.get(name))
     if decoders:
         setattr(base, DECODERS, nn.ModuleDict(decoders))

@@ -13,17 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .numbers_compressed import PackedNumbers
+
 # Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
 DECODED_AT_ONCE = 2**22
 
 
-class WeightDecoder(nn.Module):
+class WeightDecoder(PackedNumbers):
     """What turns latents into rows of a weight; one for a weight, or one that several share."""
 
-    def __init__(self, group: dict[str, Any]) -> None:
-        """Remember the dtype that the group is stored in."""
+    def __init__(self, group: dict[str, Any], columns: int) -> None:
+        """Remember the dtype that the group is stored in; make empty tensors, for rows of `columns` entries."""
         super().__init__()
         self.storage = group["storage"]
+
+    @classmethod
+    def make(cls, group: dict[str, Any], columns: int) -> "WeightDecoder":
+        """Return an empty decoder of a group, for rows of `columns` entries, its numbers packed if the group's are."""
+        decoder = cls(group, columns)
+        if "integers" in group:
+            decoder.pack(group["integers"]["decoder"], group["integers"]["sharing"])
+        return decoder
 
     def factors(self) -> dict[str, Tensor]:
         """Return the tensors that are kept in the group's storage."""
@@ -33,14 +43,14 @@ class WeightDecoder(nn.Module):
         """Fill with random values, for a model that is made from a config alone."""
 
 
-class CompressedWeight(nn.Module):
+class CompressedWeight(PackedNumbers):
     """A weight [rows, columns] that is kept as something smaller. What a structure must provide.
 
     Attributes:
         decoding: "cached" or "on_the_fly"; of no effect where a structure is applied without decoding.
     """
 
-    # Made as decoder_class(group, columns); None where a structure has nothing to share.
+    # Made as decoder_class.make(group, columns); None where a structure has nothing to share.
     decoder_class: Any = None
 
     def __init__(
@@ -66,12 +76,14 @@ class CompressedWeight(nn.Module):
         self.rows, self.columns, self.padding_idx = rows, columns, padding_idx
         self.storage, self.decoding = group["storage"], "cached"
         self.make_tensors(group)
+        if "integers" in group:
+            self.pack(group["integers"]["own"], group["integers"]["sharing"])
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
         self.decoder: nn.Module | None = None
         if decoder is not None:
             self.__dict__["_shared_decoder"] = decoder  # unregistered: the base model owns it
         elif self.decoder_class is not None:
-            self.decoder = self.decoder_class(group, columns)
+            self.decoder = self.decoder_class.make(group, columns)
 
     def make_tensors(self, group: dict[str, Any]) -> None:
         """Make the tensors of its own, still empty: numbers as parameters, packed integers as buffers."""
@@ -126,6 +138,11 @@ class CompressedWeight(nn.Module):
 
     def _resize_tensors(self, rows: int) -> None:
         """Change the number of rows of all tensors, which have one for each of the weight's; new ones are the old's mean."""
+        if self.packed:
+            raise NotImplementedError(
+                "The vocabulary of a model whose embedding's factors are packed integers cannot be resized; resize the base "
+                "model, then compress it."
+            )
         for name, old in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
             new = old.data.new_empty((rows, *old.shape[1:]))
             kept = min(rows, old.shape[0])
@@ -171,6 +188,12 @@ def set_decoding(modules: Iterable[CompressedWeight], decoding: str, max_bytes: 
     budget = None if max_bytes is None else DecodedBudget(max_bytes)
     for module in modules:
         module.decoding = decoding
+        # Of a weight that is decoded and kept, its factors need not be.
+        decoded = isinstance(module, DecodedWeight)
+        for part in (module, module.__dict__.get("_shared_decoder") or module.decoder):
+            if isinstance(part, PackedNumbers):
+                part.keep = decoding == "cached" and budget is None and not decoded
+                part.forget()
         if isinstance(module, DecodedWeight):
             module.budget, module._cache = budget, None
 
@@ -195,7 +218,7 @@ class DecodedWeight(CompressedWeight):
         """Leave the cache out of copies and pickles."""
         return {**super().__getstate__(), "_cache": None}
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "DecodedWeight":
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Forget the cache when the module changes dtype or device."""
         self._cache = None
         return super()._apply(*args, **kwargs)

@@ -12,6 +12,7 @@ from .codebook import solve_codebook
 from .kronecker import solve_kronecker
 from .low_rank import low_rank_errors, solve_low_rank
 from .quantized import quantized_errors, solve_quantized
+from .rounding import rounded_to_integers
 from .sparse import solve_sparse
 from .trellis import solve_trellises, trellis_errors
 from .tucker import solve_tucker
@@ -57,4 +58,14 @@ def expected_errors(problem: Problem) -> Tensor:
     return ERRORS[problem.structure.name](problem)
 
 
-__all__ = ["BATCHED_SOLVERS", "ERRORS", "SOLVERS", "Factors", "Problem", "expected_errors", "solve", "solve_all"]
+__all__ = [
+    "BATCHED_SOLVERS",
+    "ERRORS",
+    "SOLVERS",
+    "Factors",
+    "Problem",
+    "expected_errors",
+    "rounded_to_integers",
+    "solve",
+    "solve_all",
+]

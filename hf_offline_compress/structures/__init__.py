@@ -1,12 +1,13 @@
 """The structures: how a weight may be represented, and what that costs. Nothing here imports torch."""
 
 from .autoencoder import Autoencoder, Training
-from .base import GroupShape, Shape, Stored, Structure
+from .base import GroupShape, Structure
 from .codebook import Codebook
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .quantized import Quantized
 from .sparse import Sparse
+from .storage import FLOATS, INTEGERS, ITEM_BYTES, Shape, Storage, Stored
 from .trellis import Trellis
 from .tucker import Tucker
 
@@ -15,6 +16,9 @@ STRUCTURES: dict[str, type[Structure]] = {
 }
 
 __all__ = [
+    "FLOATS",
+    "INTEGERS",
+    "ITEM_BYTES",
     "STRUCTURES",
     "Autoencoder",
     "Codebook",
@@ -24,6 +28,7 @@ __all__ = [
     "Quantized",
     "Shape",
     "Sparse",
+    "Storage",
     "Stored",
     "Structure",
     "Training",

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..errors import CompressionError, listing
-from .base import GroupShape, Stored, Structure
+from .base import GroupShape, Structure
+from .storage import Stored
 
 ACTIVATIONS = ("leaky_relu", "relu", "gelu", "elu", "tanh", "sin", "none")
 DECODERS = ("linear", "nonlinear", "residual")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-
-Shape = tuple[int, ...]
-# What is stored in a dtype of its own, whatever the group's storage: positions and packed integers.
-ITEM_BYTES = {"int16": 2, "uint8": 1}
+from .storage import Storage, Stored
 
 
 @dataclass(frozen=True)
@@ -41,24 +37,6 @@ class GroupShape:
     def parameters(self) -> int:
         """Weights of all members together."""
         return self.all_rows * self.columns
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One stored tensor.
-
-    Attributes:
-        shape: its shape.
-        dtype: one of `ITEM_BYTES`; None for numbers, which are kept in the group's storage.
-    """
-
-    shape: Shape
-    dtype: str | None = None
-
-    @property
-    def count(self) -> int:
-        """Number of entries."""
-        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -127,21 +105,21 @@ class Structure(ABC):
 
     def parameters(self, size: int, shape: GroupShape) -> int:
         """Return how many numbers a group stores; positions and packed integers are none."""
-        return sum(count * tensor.count for count, tensor in self._stored(size, shape) if tensor.dtype is None)
+        own = sum(tensor.count for tensor in self.member_tensors(size, shape).values() if tensor.dtype is None)
+        shared = sum(tensor.count for tensor in self.decoder_tensors(size, shape).values() if tensor.dtype is None)
+        return shape.members * own + shared
 
-    def stored_bytes(self, size: int, shape: GroupShape, itemsize: int) -> int:
-        """Return how many bytes a group stores, at `itemsize` bytes a number."""
-        return sum(
-            count * tensor.count * (ITEM_BYTES[tensor.dtype] if tensor.dtype else itemsize)
-            for count, tensor in self._stored(size, shape)
-        )
+    def stored_bytes(self, size: int, shape: GroupShape, storage: Storage) -> int:
+        """Return how many bytes a group stores."""
+        own = storage.bytes(self.member_tensors(size, shape))
+        return shape.members * own + storage.bytes(self.decoder_tensors(size, shape))
 
-    def fit(self, shape: GroupShape, budget: int, itemsize: int) -> int:
+    def fit(self, shape: GroupShape, budget: int, storage: Storage) -> int:
         """Return the largest size that stores at most `budget` bytes; 0 where even the smallest stores more."""
         low, high = self.minimum - 1, self.limit(shape)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.stored_bytes(middle, shape, itemsize) <= budget:
+            if self.stored_bytes(middle, shape, storage) <= budget:
                 low = middle
             else:
                 high = middle - 1
@@ -150,8 +128,3 @@ class Structure(ABC):
     def describe(self) -> dict[str, Any]:
         """Return name and options as plain JSON, as a recipe file has them."""
         return {"name": self.name, **asdict(self)}
-
-    def _stored(self, size: int, shape: GroupShape) -> list[tuple[int, Stored]]:
-        """Return every stored tensor and how often there is one like it."""
-        own = [(shape.members, tensor) for tensor in self.member_tensors(size, shape).values()]
-        return own + [(1, tensor) for tensor in self.decoder_tensors(size, shape).values()]

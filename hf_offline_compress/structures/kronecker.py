@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import ceil, isqrt, sqrt
 from typing import Any, ClassVar
 
-from .base import GroupShape, Stored, Structure
+from .base import GroupShape, Structure
+from .storage import Stored
 
 Sides = tuple[int, int]
 # A divisor this far from the root, as a factor, is still preferred to cropping.

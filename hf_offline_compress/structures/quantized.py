@@ -7,7 +7,8 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Stored, Structure
+from .base import GroupShape, Structure
+from .storage import Stored
 
 MIN_BITS, MAX_BITS = 2, 8
 

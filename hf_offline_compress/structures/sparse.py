@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar
 
-from .base import GroupShape, Stored, Structure
+from .base import GroupShape, Structure
+from .storage import FLOATS, Storage, Stored
 
 MAX_GAP_BITS = 16
 NUMBER_BITS = 16  # of a stored value, where the best width of gaps is looked for
@@ -53,9 +54,9 @@ class Sparse(Structure):
         """Return the number of weights; see the base class."""
         return shape.rows * shape.columns
 
-    def fit(self, shape: GroupShape, budget: int, itemsize: int) -> int:
+    def fit(self, shape: GroupShape, budget: int, storage: Storage) -> int:
         """Return how many values are stored; with zeros stored, how many would fit if zeros were free."""
-        return super().fit(shape, budget, itemsize) if self.compact else budget // itemsize
+        return super().fit(shape, budget, storage) if self.compact else budget // FLOATS[storage.dtype]
 
     def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""

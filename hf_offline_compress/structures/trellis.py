@@ -7,7 +7,8 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Stored, Structure
+from .base import GroupShape, Structure
+from .storage import Stored
 
 # Step of the rate → weights a code stands for, and bits of a code: half a bit a weight, 1, 1.5, … 4, 5, 6.
 RATES = {1: (2, 1), 2: (2, 2), 3: (2, 3), 4: (2, 4), 5: (2, 5), 6: (2, 6), 7: (2, 7), 8: (1, 4), 9: (1, 5), 10: (1, 6)}

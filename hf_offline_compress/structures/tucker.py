@@ -8,7 +8,8 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Stored, Structure
+from .base import GroupShape, Structure
+from .storage import Stored
 
 
 @dataclass(frozen=True)

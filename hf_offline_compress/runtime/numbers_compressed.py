@@ -1,0 +1,120 @@
+"""Parameters that are kept as whole numbers of few bits, with a scale and a zero for so many of them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .packing_compressed import packed_length, round_min_max, unpack
+
+
+def pack_numbers(tensor: Tensor, bits: int, sharing: int) -> dict[str, Tensor]:
+    """Return codes, scales and zeros of a tensor, rounded to 2ᵇ evenly spaced values for every `sharing` numbers.
+
+    Those that share a scale are neighbours along the first dimensions: rows of one latent dimension, say, which are of
+    one size.
+    """
+    codes, scales, zeros = round_min_max(in_order(tensor)[None], bits, sharing)
+    return {"codes": codes[0], "scales": scales[0], "zeros": zeros[0]}
+
+
+def unpack_numbers(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, sharing: int, shape: tuple[int, ...]
+) -> Tensor:
+    """Return the tensor that `pack_numbers` was given, rounded, in the dtype of the scales."""
+    count = math.prod(shape)
+    parts = F.pad(unpack(codes, bits, count), (0, -count % sharing)).unflatten(0, (-1, sharing))
+    halves = 2 * parts - unpack(zeros, bits + 1, len(scales))[:, None]
+    numbers = (halves.to(scales.dtype) * (scales / 2)[:, None]).flatten()[:count]
+    return numbers.view(shape[-1], *shape[:-1]).movedim(0, -1)
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """Return a tensor's numbers in the order in which they are packed, [count]."""
+    return tensor.movedim(-1, 0).flatten()
+
+
+class PackedNumbers(nn.Module):
+    """A module some of whose parameters may be packed: they are read by their names as ever, and cannot be trained.
+
+    Attributes:
+        keep: keep unpacked parameters for the next use. Like decoded weights they are a cache: not copied, not saved,
+            not used while gradients are on, and made anew when what they are made from has changed.
+    """
+
+    keep = False
+
+    def pack(self, bits: dict[str, int], sharing: int) -> None:
+        """Make packed tensors, still empty, in the place of parameters, of submodules too, by their names."""
+        for name, width in bits.items():
+            path, _, leaf = name.rpartition(".")
+            part: Any = self.get_submodule(path)
+            part._pack_one(leaf, width, sharing)
+
+    def _pack_one(self, name: str, bits: int, sharing: int) -> None:
+        parameter = self._parameters.pop(name)
+        assert parameter is not None
+        groups = -(-parameter.numel() // sharing)
+        codes, zeros = packed_length(parameter.numel(), bits), packed_length(groups, bits + 1)
+        self.register_buffer(f"{name}_codes", torch.empty(codes, dtype=torch.uint8))
+        self.register_parameter(f"{name}_scales", nn.Parameter(torch.empty(groups)))
+        self.register_buffer(f"{name}_zeros", torch.empty(zeros, dtype=torch.uint8))
+        self.__dict__.setdefault("_packed", {})[name] = (bits, sharing, tuple(parameter.shape))
+        self.__dict__["_unpacked"] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a packed parameter as it would be."""
+        if name in self.__dict__.get("_packed", ()):
+            return self._numbers(name)
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of copies and pickles."""
+        return {**self.__dict__, "_unpacked": {}} if self.packed else super().__getstate__()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Forget the cache when the module changes dtype or device."""
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """The names of the parameters that are packed."""
+        return tuple(self.__dict__.get("_packed", ()))
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        if self.packed:
+            self.__dict__["_unpacked"] = {}
+
+    def fill_packed(self, std: float) -> None:
+        """Fill packed tensors with something, for a model that is made from a config alone."""
+        for part in self.modules():
+            for name in part.packed if isinstance(part, PackedNumbers) else ():
+                bits, _, _ = part.__dict__["_packed"][name]
+                nn.init.constant_(part.get_buffer(f"{name}_codes"), 0b11100100)
+                nn.init.constant_(part.get_parameter(f"{name}_scales"), std / 2**bits)
+                nn.init.constant_(part.get_buffer(f"{name}_zeros"), 0)
+
+    def _numbers(self, name: str) -> Tensor:
+        bits, sharing, shape = self.__dict__["_packed"][name]
+        codes, zeros = self._buffers[f"{name}_codes"], self._buffers[f"{name}_zeros"]
+        scales = self._parameters[f"{name}_scales"]
+        assert codes is not None and zeros is not None and scales is not None
+        kept = self.__dict__["_unpacked"]
+        if not self.keep or torch.is_grad_enabled() or "_hf_hook" in self.__dict__ or codes.is_meta:
+            kept.pop(name, None)
+            return unpack_numbers(codes, scales, zeros, bits, sharing, shape)
+        if torch.compiler.is_compiling():
+            return kept[name][1] if name in kept else unpack_numbers(codes, scales, zeros, bits, sharing, shape)
+        # In-place changes raise a tensor's version; replaced tensors have another address.
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (codes, scales, zeros)]
+        if name not in kept or kept[name][0] != key:
+            kept[name] = (key, unpack_numbers(codes, scales, zeros, bits, sharing, shape))
+        return kept[name][1]
+
+
+class PackableLinear(PackedNumbers, nn.Linear):
+    """A linear layer whose weight and bias may be packed."""
