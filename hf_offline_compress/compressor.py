@@ -28,6 +28,7 @@ from .errors import CompressionError, listing
 from .families import family_of
 from .folder import save_folder
 from .measuring import measure
+from .memory import release_memory
 from .plan import Plan, make_plan
 from .recipe import DEFAULT_RECIPE, STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, totals, versions
@@ -381,5 +382,6 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
+        release_memory()
         spent = self.seconds.get(stage, 0.0) + time.perf_counter() - started
         self.seconds[stage] = round(spent, 3)

@@ -13,6 +13,7 @@ from .calibration_text import CalibrationRecord, CalibrationText, make_batches
 from .errors import CompressionError, listing
 from .families import MASKED_HEADS, Matrix
 from .importance import measure_importance
+from .memory import release_memory
 from .plan import Plan
 from .sensitivity import measure_sensitivity
 
@@ -59,6 +60,7 @@ def measure(
         statistics = collect(
             model, wanted, batches, tied=plan.skeleton.tied and plan.recipe.sensitive, progress=bar("calibrating")
         )
+    release_memory()
     if plan.recipe.sensitive:
         asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]
         words = [m for m in plan.skeleton.matrices if m.kind == "word_embeddings"]

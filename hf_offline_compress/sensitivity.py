@@ -23,7 +23,7 @@ from .families import PARTS, Matrix
 from .plan import SEVERAL_INPUTS
 
 # A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
-TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 256
 TOKENS = 8_192
 
 

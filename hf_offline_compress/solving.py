@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .building import named_tensors, reconstructed, rounded_factors
 from .calibration import Statistics
+from .memory import release_memory
 from .plan import Group, Plan
 from .report import GroupReport, group_report
 from .solvers import BATCHED_SOLVERS, rounded_to_integers, solve_all
@@ -19,7 +20,7 @@ from .weighting import problem_of
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
 # take several times as much.
-WEIGHTS_AT_ONCE, METRICS_AT_ONCE = 2**24, 2**25
+WEIGHTS_AT_ONCE, METRICS_AT_ONCE = 2**23, 2**25
 
 
 def solve_groups(
@@ -48,31 +49,36 @@ def solve_groups(
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
     last_use = {m.inputs: group.name for batch in batches for _, group in batch for m in group.matrices}
+
+    def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> None:
+        started = time.perf_counter()
+        problems = []
+        for index, group in batch:
+            problem = problem_of(group, state, prefix, statistics)
+            own = judge(group) if judge else None
+            problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
+        solved = solve_all(problems)
+        seconds = (time.perf_counter() - started) / len(batch)
+        for (_, group), problem, factors in zip(batch, problems, solved, strict=True):
+            if group.storage.bits:
+                factors = rounded_to_integers(problem, factors, group.storage)
+            stored = rounded_factors(group, factors, plan.dtype)
+            tensors.update(named_tensors(group, stored, prefix))
+            reports[group.name] = group_report(
+                group, problem, list(reconstructed(group, stored)), seconds=seconds, notes=factors.notes
+            )
+            for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
+                if last_use[matrix.inputs] == group.name:
+                    statistics.input_moments.pop(matrix.inputs, None)
+
     with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
         for batch in batches:
-            started, before = time.perf_counter(), bar.n
 
-            def step(share: float, before: float = before, count: int = len(batch)) -> None:
+            def step(share: float, before: float = bar.n, count: int = len(batch)) -> None:
                 bar.update(before + share * count - bar.n)
 
-            problems = []
-            for index, group in batch:
-                problem = problem_of(group, state, prefix, statistics)
-                own = judge(group) if judge else None
-                problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
-            solved = solve_all(problems)
-            seconds = (time.perf_counter() - started) / len(batch)
-            for (_, group), problem, factors in zip(batch, problems, solved, strict=True):
-                if group.storage.bits:
-                    factors = rounded_to_integers(problem, factors, group.storage)
-                stored = rounded_factors(group, factors, plan.dtype)
-                tensors |= named_tensors(group, stored, prefix)
-                reports[group.name] = group_report(
-                    group, problem, list(reconstructed(group, stored)), seconds=seconds, notes=factors.notes
-                )
-                for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
-                    if last_use[matrix.inputs] == group.name:
-                        statistics.input_moments.pop(matrix.inputs, None)
+            solve_batch(batch, step)
+            release_memory()  # what this batch took is gone; the next one is of another shape
             step(1.0)
     return tensors, [reports[group.name] for group in plan.groups]
 
