@@ -231,8 +231,11 @@ class Ours:
                         for rule in recipe.rules
                     ),
                 )
-            # Beyond what its largest form takes, a recipe has no use for bytes.
-            most = subject.plan(recipe.override(max_bytes=2 * subject.dense_bytes)).file_bytes
+            # Beyond what its largest form takes, a recipe has no use for bytes; by gain, that is staying dense.
+            plan = subject.plan(recipe.override(max_bytes=2 * subject.dense_bytes))
+            if recipe.allocation == "by_gain":
+                plan = plan.reformed(dict.fromkeys(group.name for group in plan.groups))
+            most = plan.file_bytes - 1
             self._recipes.append((float(least or 0), Path(name).stem, recipe, most))
 
     def _chosen(self, allowed: int) -> tuple[str, Recipe, int]:
