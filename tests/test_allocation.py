@@ -7,9 +7,14 @@ import torch
 from common import make_model
 from test_calibration import matrices_of
 
+from hf_offline_compress import Recipe, Rule, make_plan
 from hf_offline_compress.allocation import Choices, allocate
+from hf_offline_compress.calibration import collect
 from hf_offline_compress.calibration_text import Batch
+from hf_offline_compress.recipe import OBJECTIVES
 from hf_offline_compress.sensitivity import measure_sensitivity
+from hf_offline_compress.structures import Trellis
+from hf_offline_compress.weighting import problem_of
 
 
 def choices(seed, sizes=8, unit=10):
@@ -114,3 +119,24 @@ def test_measuring_leaves_the_model_alone():
             parameter.equal(before[name][0]) and parameter.requires_grad == before[name][1] and parameter.grad is None
         )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_outputs_one_by_one_are_the_diagonal_of_all_together():
+    """What is asked for alone takes less room, says the same, and weighs the rows of a problem."""
+    model, part = make_model("bert", "BertForMaskedLM"), batch()
+    part.input_ids[:, 2] = 4  # a mask token, where the loss lies
+    wanted = matrices_of(model, "query", "output", "word_embeddings")
+    chosen = {m.name for m in wanted if not m.embedding}
+    whole = measure_sensitivity(model, wanted, [part], mask_token=4, seed=0)
+    single = measure_sensitivity(model, wanted, [part], mask_token=4, seed=0, squares=chosen)
+    assert set(single.output_squares) == chosen and not chosen & set(single.output_moments)
+    for name in chosen:
+        torch.testing.assert_close(single.squares(name), whole.squares(name))
+        assert single.squares(name).dim() == 1 and single.squares(name).any()
+    recipe = Recipe("some", (Rule(Trellis(), OBJECTIVES["sensitive"], ratio=8.0),), modules=("query",))
+    group = make_plan(model.config.to_dict(), recipe, architecture="BertForMaskedLM", dtype="float32").groups[0]
+    statistics = collect(model, group.matrices, [part])
+    statistics.sensitivity = single
+    weights = problem_of(group, model.state_dict(), "bert.", statistics).row_weights
+    squares = whole.squares(group.matrices[0].name)
+    torch.testing.assert_close(weights, squares + 0.1 * squares.mean())
