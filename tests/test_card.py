@@ -286,6 +286,27 @@ def test_costs_are_stated(inputs):
     )
 
 
+@pytest.mark.parametrize(
+    "integers,decoding,said",
+    [
+        (None, "cached", "it saves memory as well as disk"),
+        ({"sharing": 64, "own": {"latents": 8}, "decoder": {"weight": 8}}, "cached", "more memory than disk"),
+        (
+            {"sharing": 64, "own": {"latents": 8}, "decoder": {"weight": 8}},
+            "on_the_fly",
+            "it saves memory as well as disk",
+        ),
+    ],
+)
+def test_what_factors_cost_in_memory(inputs, integers, decoding, said):
+    changed = copy.deepcopy(inputs)
+    for group in changed.config["compression"]["groups"].values():
+        group |= {"structure": "low_rank"} | ({"integers": integers} if integers else {})
+    changed.config["compression"]["decoding"] = decoding
+    costs = section(render_card(changed), "Limits and costs")
+    assert said in costs and ("cannot be resized" in costs) == bool(integers)
+
+
 def test_limits_name_the_structures_as_the_runtime_has_them():
     from hf_offline_compress.runtime.structures_compressed import WEIGHTS
     from hf_offline_compress.runtime.weights_compressed import CompressedWeight, DecodedWeight

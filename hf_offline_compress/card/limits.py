@@ -98,6 +98,12 @@ def _pairs(base: dict[str, Any], own: dict[str, Any]) -> list[tuple[dict[str, An
 def _decoding(inputs: CardInputs) -> list[str]:
     compression = inputs.config["compression"]
     structures = {group["structure"] for group in compression["groups"].values()}
+    packed = any("integers" in group for group in compression["groups"].values())
+    if structures <= set(FACTORED) and packed and compression["decoding"] == "cached":
+        return [
+            "Its matrices are applied as factors, never as dense ones. The factors are packed integers on disk; they are "
+            "unpacked once and kept as numbers, which takes more memory than disk."
+        ]
     if structures <= set(FACTORED):
         return ["Its matrices are applied as factors, never as dense ones: it saves memory as well as disk."]
     if compression["decoding"] == "cached":
