@@ -206,6 +206,12 @@ class _Push:
         Raises:
             CompressionError: the Hub does not take it.
         """
+        try:
+            return self._upload(folder, message, description)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._state()) from None
+
+    def _upload(self, folder: Path, message: str, description: str) -> Pushed:
         from huggingface_hub import CommitOperationDelete
 
         if not self.exists:
@@ -367,6 +373,7 @@ class _Push:
         """Commit once, however often it has to be tried: only if the branch is what it was, or has our files already."""
 
         def attempt() -> CommitInfo:
+            self.unsure = True  # until there is an answer
             try:
                 return self.api.create_commit(
                     self.repo_id,
@@ -416,17 +423,20 @@ class _Push:
                 raise
             self._fail(error)
 
+    def _state(self) -> str:
+        """Return what is there after a failure."""
+        if not self.unsure:
+            return f"nothing was published{self.made}"
+        where = "among its pull requests" if self.create_pr else f"on '{self.branch}'"
+        return (
+            f"whether '{self.repo_id}' has got the commit is not known, but it has all of it or nothing; look {where}, or run "
+            "this again"
+        )
+
     def _fail(self, error: Exception) -> NoReturn:
-        if self.unsure:
-            where = "among its pull requests" if self.create_pr else f"on '{self.branch}'"
-            state = (
-                f"whether '{self.repo_id}' has got the commit is not known, but it has all of it or nothing; look {where}, "
-                "or run this again"
-            )
-        else:
-            state = f"nothing was published{self.made}"
-            if is_passing(error) or status_of(error) in (409, 412):
-                state += "; run this again, and it goes on where it stopped"
+        state = self._state()
+        if not self.unsure and (is_passing(error) or status_of(error) in (409, 412)):
+            state += "; run this again, and it goes on where it stopped"
         raise CompressionError(f"{explain(error, self.repo_id)}; {state}.") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import typer
 from common import outputs_of, run_cli, save_base
 from huggingface_hub import constants
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
@@ -18,6 +19,7 @@ import hf_offline_compress
 from hf_offline_compress import CompressionError, hub_errors, push_folder
 from hf_offline_compress import hub as publishing
 from hf_offline_compress.card.writing import BEGIN, END
+from hf_offline_compress.cli.output import run
 from hf_offline_compress.verifying import Check, Verification, check_files, folder_files
 
 CARD = f"---\nlicense: mit\ntags:\n- compressed\n---\n# Ours\n{BEGIN}\n{{}}{END}\nNumbers.\n"
@@ -387,3 +389,23 @@ def test_the_command_refuses_in_one_sentence(hub, folder, tmp_path):
     for name, token, words in (("me/a/b", TOKEN, "no name of a repository"), ("me/x", "", "no token for the Hub")):
         run = run_cli("push", folder, name, **online, HF_TOKEN=token)
         assert run.returncode == 1 and words in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+
+@pytest.mark.parametrize(
+    "step,said",
+    [
+        ("create_repo", "nothing was published"),
+        ("preupload_lfs_files", "is there now, and empty"),
+        ("create_commit", "not known"),
+    ],
+)
+def test_an_interrupted_push_says_what_is_there(hub, folder, monkeypatch, capsys, step, said):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub.HfApi, step, interrupted)
+    with pytest.raises(typer.Exit) as left:
+        run(lambda: push_folder(folder, "me/x"), debug=False)
+    errors = capsys.readouterr().err.strip().splitlines()[-1]
+    assert left.value.exit_code == 130 and errors.startswith("interrupted; ") and said in errors
+    assert not published(hub)
