@@ -232,13 +232,15 @@ class Plan:
 
     def reformed(self, forms: Mapping[str, Group | None]) -> Plan:
         """Return the plan with other forms of its groups, by name; None leaves a group's matrices dense."""
-        groups = [forms.get(group.name, group) for group in self.groups]
-        left = [
-            m for name, form in forms.items() if form is None for g in self.groups if g.name == name for m in g.matrices
+        kept = tuple(form for group in self.groups if (form := forms.get(group.name, group)) is not None)
+        dense = [
+            Dense(matrix.name, matrix.rows * matrix.columns, "gains most by staying dense")
+            for group in self.groups
+            if forms.get(group.name, group) is None
+            for matrix in group.matrices
         ]
-        dense = [Dense(matrix.name, matrix.rows * matrix.columns, "gains most by staying dense") for matrix in left]
-        kept = tuple(group for group in groups if group is not None)
-        return replace(self, groups=kept, dense=(*self.dense[:-1], *dense, self.dense[-1]))
+        *others, everything_else = self.dense
+        return replace(self, groups=kept, dense=(*others, *dense, everything_else))
 
     def runtime(self) -> dict[str, Any]:
         """Return the plan as the config carries it: plain JSON, all that the runtime needs to build the modules."""
