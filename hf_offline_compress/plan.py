@@ -16,7 +16,7 @@ from .families import Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
 from .structures import INTEGERS, ITEM_BYTES, GroupShape, Shape, Storage, Stored, Structure
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DECODERS = "compression_decoders"
 FLOAT32 = 4
 # Heads that predict only from several inputs at once.

@@ -55,7 +55,7 @@ def layer_of(structure, size, rows, columns, kind=EMBEDDINGS):
 
 def by_the_book(layer):
     """Decode a trellis bit by bit: a state is the last bits of the stream, which is stored from its end."""
-    table = trellis_compressed.trellis_table(layer.state_bits, layer.width).tolist()
+    table = trellis_compressed.trellis_table(layer.state_bits, layer.width, layer.bits).tolist()
     low, step = layer.scale_range.tolist()
     weight = torch.zeros(layer.rows, layer.columns)
     for stream, row in enumerate(layer.codes.tolist()):
@@ -201,6 +201,8 @@ def model_of(*rules, **options):
         filled(module)
         for parameter in module.parameters():
             parameter.data.mul_(0.3)
+        if hasattr(module, "scale_range"):  # a logarithm: weights of the size that models have
+            module.scale_range.data[0] -= 4
     return model
 
 

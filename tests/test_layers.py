@@ -42,7 +42,7 @@ STRUCTURES = {
     "quantized": (Quantized(), 3),
     "codebook": (Codebook(), 5),
     "trellis": (Trellis(run=5, outliers=0.02), 4),
-    "trellis_of_single_weights": (Trellis(run=64, outliers=0.0), 8),
+    "trellis_of_single_weights": (Trellis(run=64, outliers=0.0), 9),
     "codebook_of_sums": (Codebook(width=2, books=2), 4),
     "quantized_in_groups": (Quantized(group_size=4), 5),
 }

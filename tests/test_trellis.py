@@ -157,13 +157,17 @@ def test_batched_is_one_by_one():
         torch.testing.assert_close(decoded(problem, alone), decoded(problem, together), atol=1e-4, rtol=0.02)
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_the_table_is_normal(width):
-    table = trellis_table(10, width)
-    assert table.shape == (1024, width)
-    assert table.mean(dim=0).abs().max() < 0.02 and (table.std(dim=0) - 1).abs().max() < 0.03
-    # What can follow a state is spread over the whole range, not crowded together.
-    assert table.view(-1, 16, width).std(dim=1).min() > 0.4
+@pytest.mark.parametrize("width,bits", sorted(set(RATES.values())))
+def test_what_follows_a_state_covers_the_normal_distribution(width, bits):
+    """Whatever the older bits: so the values are normal all together, and none of the choices is crowded."""
+    table = trellis_table(12, width, bits)
+    spread = float(table.square().mean().sqrt())
+    assert table.shape == (4096, width) and 0.9 < spread < 1.45
+    assert table.mean(dim=0).abs().max() < 0.02 and (table.std(dim=0) / spread - 1).abs().max() < 0.03
+    choices = table.view(-1, 2**bits, width)
+    if bits > 3:
+        assert (choices.square().mean(dim=(1, 2)).sqrt() / spread - 1).abs().max() < 0.3
+    assert len(torch.unique(table, dim=0)) == len(table)
 
 
 def test_scales_are_stored_to_two_percent():

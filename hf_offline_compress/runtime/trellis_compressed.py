@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from .packing_compressed import packed_length, spanned_bytes, unpack
 from .weights_compressed import DecodedWeight
 
-# Odd numbers that mix the bits of an index.
-MIXERS = (0x9E3779B1, 0x85EBCA6B)
 GOLDEN = 0.6180339887498949
+# What the spiral turns by from one value of the older bits to the next, of a full turn: with codes of up to 4 bits, and
+# with longer ones. Neither comes near to a fraction of small numbers; which is better was measured.
+TURNS = (0.5698402909980532, 0.4142135623730951)
+# Bits of a code → standard deviation of the values. Where the nearest of many is taken, values lie more widely than what
+# they stand for; where most of the choice is in the path, less so. Single weights have codes of 5 and 6 bits.
+SPREAD = {1: 0.95, 2: 0.97, 3: 1.0, 4: 1.04, 5: 1.1, 6: 1.12, 7: 1.15, 8: 1.17}
+SPREAD_OF_SINGLES = {5: 1.38, 6: 1.4}
 # Weights that are decoded at once on a CPU. What is on the way stays in its cache, and each operation on one thread: for
 # so little work, waiting for other threads takes longer, by far where other processes use the cores too.
 WEIGHTS_AT_ONCE = 2**15
@@ -22,26 +27,31 @@ ENTRIES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def trellis_table(state_bits: int, width: int) -> Tensor:
-    """Return the values that states stand for, [2^state_bits, width], float32: normally distributed, in mixed order.
+def trellis_table(state_bits: int, width: int, bits: int) -> Tensor:
+    """Return the values that states stand for, [2^state_bits, width], float32.
 
-    For one weight a code they are quantiles; for two, a spiral of points of equal mass.
+    Whatever the older bits of a state, its newest code chooses among 2^bits values that cover the normal distribution
+    evenly by themselves: quantiles, or for two weights a code the points of a spiral. The older bits shift them, within a
+    quantile and around the spiral, so that all states together lie as densely as that many values can.
+
+    Args:
+        state_bits: of a state, of which the newest code is the lowest bits.
+        width: weights that a code stands for, 1 or 2.
+        bits: of a code.
     """
-    return _trellis_table(state_bits, width)
+    return _trellis_table(state_bits, width, bits)
 
 
 @lru_cache
-def _trellis_table(state_bits: int, width: int) -> Tensor:
-    count = 2**state_bits
-    mixed = torch.arange(count, device="cpu")  # kept, so on the device of no context
-    for mixer in MIXERS:
-        mixed = (mixed * (mixer % count)) % count
-        mixed = mixed ^ (mixed >> (state_bits // 2))
-    share = (mixed.double() + 0.5) / count
+def _trellis_table(state_bits: int, width: int, bits: int) -> Tensor:
+    states = torch.arange(2**state_bits, device="cpu")  # kept, so on the device of no context
+    code, older = (states % 2**bits).double(), (states >> bits).double()
+    share = (code + (older * GOLDEN + 0.5) % 1) / 2**bits
     if width == 1:
-        return torch.special.ndtri(share).float()[:, None]
-    radius = (-2 * torch.log(1 - share)).sqrt()
-    angle = 2 * math.pi * ((mixed.double() * GOLDEN + 0.5) % 1)
+        return SPREAD_OF_SINGLES[bits] * torch.special.ndtri(share).float()[:, None]
+    turn = TURNS[bits > 4]
+    radius = SPREAD[bits] * (-2 * torch.log(1 - share)).sqrt()
+    angle = 2 * math.pi * ((code * GOLDEN + older * turn) % 1)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).float()
 
 
@@ -137,7 +147,7 @@ class TrellisWeight(DecodedWeight):
 
     def _table(self) -> Tensor:
         """Return the table with each entry, of all weights of a code, as one number, [entries]."""
-        table = trellis_table(self.state_bits, self.width).to(self.scale_range)
+        table = trellis_table(self.state_bits, self.width, self.bits).to(self.scale_range)
         return table.view(ENTRIES[self.width * table.element_size()]).flatten()
 
     def _empty(self, rows: int) -> Tensor:

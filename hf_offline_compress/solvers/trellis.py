@@ -117,7 +117,7 @@ def _task(problems: Sequence[Problem]) -> _Task:
     assert isinstance(structure, Trellis)
     runtime = structure.runtime(first.size, first.shape)
     weights = torch.stack([weight.float() for problem in problems for weight in problem.weights])
-    table = trellis_table(runtime["state_bits"], runtime["width"]).to(weights.device)
+    table = trellis_table(runtime["state_bits"], runtime["width"], runtime["bits"]).to(weights.device)
     importance = torch.stack([row_importance(problem).to(weights) for problem in problems])
     importance = importance / importance.mean(dim=1, keepdim=True).clamp_min(1e-30)
     metrics = [metric_of(problem) for problem in problems]

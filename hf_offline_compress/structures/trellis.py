@@ -11,21 +11,21 @@ from .base import GroupShape, Structure
 from .storage import Stored
 
 # Step of the rate → weights a code stands for, and bits of a code: half a bit a weight, 1, 1.5, … 4, 5, 6.
-RATES = {1: (2, 1), 2: (2, 2), 3: (2, 3), 4: (2, 4), 5: (2, 5), 6: (2, 6), 7: (2, 7), 8: (1, 4), 9: (1, 5), 10: (1, 6)}
+RATES = {1: (2, 1), 2: (2, 2), 3: (2, 3), 4: (2, 4), 5: (2, 5), 6: (2, 6), 7: (2, 7), 8: (2, 8), 9: (1, 5), 10: (1, 6)}
 # Step of the rate → mean squared error of standard normal numbers, with 10 bits of a state or the least that a rate takes;
 # benchmarks/trellis_distortion.py measures them. By the theory of rate and distortion none can be below 4^−bits.
 DISTORTIONS = {
     0: 1.0,
-    1: 0.575,
-    2: 0.303,
-    3: 0.159,
-    4: 0.0850,
-    5: 0.0457,
-    6: 0.0256,
-    7: 0.0131,
-    8: 0.0077,
-    9: 0.0024,
-    10: 0.00076,
+    1: 0.563,
+    2: 0.293,
+    3: 0.153,
+    4: 0.0789,
+    5: 0.0419,
+    6: 0.0209,
+    7: 0.0105,
+    8: 0.00524,
+    9: 0.00188,
+    10: 0.00048,
 }
 # So many bits of a state must be older than the newest code, or there is nothing to choose a path by.
 LEAST_MEMORY = 4
