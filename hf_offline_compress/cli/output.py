@@ -26,7 +26,7 @@ def run(work: Callable[[], None], debug: bool) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        print(f"interrupted; {error or 'nothing was written'}", file=sys.stderr)
+        print(f"interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
         raise typer.Exit(130) from error
 
 
