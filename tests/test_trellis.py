@@ -50,6 +50,13 @@ def test_distortion_is_what_the_allocation_counts_on(size):
     assert float(expected[size] / expected[0]) == pytest.approx(DISTORTIONS[size])
 
 
+@pytest.mark.parametrize("size", [2, 4, 6, 8])
+def test_distortion_is_that_of_even_choices(size):
+    """A table in random order leaves up to a quarter more: on so many numbers, that would be seen."""
+    problem = Problem(Trellis(outliers=0.0), L2, size, (normal(256, 128),))
+    assert solve(problem).notes["error"] ** 2 < 1.02 * DISTORTIONS[size]
+
+
 def test_expected_errors_compare_between_matrices_of_other_sizes_and_inputs():
     for rows, columns, metric in ((48, 64, None), (96, 32, moments(32)), (32, 96, moments(96) * 7)):
         options = {} if metric is None else {"input_moments": metric}

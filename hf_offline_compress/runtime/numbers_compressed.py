@@ -1,6 +1,7 @@
 """Parameters that are kept as whole numbers of few bits, with a scale and a zero for so many of them."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def unpack_numbers(
     halves = 2 * parts - unpack(zeros, bits + 1, len(scales))[:, None]
     numbers = (halves.to(scales.dtype) * (scales / 2)[:, None]).flatten()[:count]
     return numbers.view(shape[-1], *shape[:-1]).movedim(0, -1)
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return what changes whenever one of the tensors does: in place, which raises its version, or for another one."""
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def in_order(tensor: Tensor) -> Tensor:
@@ -109,8 +115,7 @@ class PackedNumbers(nn.Module):
             return unpack_numbers(codes, scales, zeros, bits, sharing, shape)
         if torch.compiler.is_compiling():
             return kept[name][1] if name in kept else unpack_numbers(codes, scales, zeros, bits, sharing, shape)
-        # In-place changes raise a tensor's version; replaced tensors have another address.
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in (codes, scales, zeros)]
+        key = versions_of((codes, scales, zeros))
         if name not in kept or kept[name][0] != key:
             kept[name] = (key, unpack_numbers(codes, scales, zeros, bits, sharing, shape))
         return kept[name][1]

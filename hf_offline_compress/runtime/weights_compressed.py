@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .numbers_compressed import PackedNumbers
+from .numbers_compressed import PackedNumbers, versions_of
 
 # Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
 DECODED_AT_ONCE = 2**22
@@ -275,9 +275,7 @@ class DecodedWeight(CompressedWeight):
             tensors += decoder.parameters()
         if any(t.is_meta for t in tensors):
             return None
-        # In-place changes raise a tensor's version; replaced tensors have another address.
-        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        key = (versions, torch.is_autocast_enabled(tensors[0].device.type))
+        key = (versions_of(tensors), torch.is_autocast_enabled(tensors[0].device.type))
         if self._cache is not None and self._cache[0] == key:
             return self._cache[1]
         self._cache = None

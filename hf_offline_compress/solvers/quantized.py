@@ -75,13 +75,13 @@ def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Fa
         cost = None if roots is None else roots.diagonal(dim1=1, dim2=2)[:, start:end, None].square().reciprocal()
         scales[:, at], zeros[:, at] = _grid(part, cost, bits, structure.clip)
         if roots is None:
-            codes[:, start:end] = _codes(part, scales[:, at, None], zeros[:, at, None], bits)
+            codes[:, start:end] = nearest_codes(part, scales[:, at, None], zeros[:, at, None], bits)
 
     def code(column: int, wanted: Tensor) -> Tensor:
         scale, zero = scales[:, column // width], zeros[:, column // width]
-        found = _codes(wanted, scale, zero, bits)
+        found = nearest_codes(wanted, scale, zero, bits)
         codes[:, column] = found
-        return _decoded(found, scale, zero)
+        return decoded_codes(found, scale, zero)
 
     if roots is None:
         for start in starts:
@@ -105,16 +105,19 @@ def _grid(part: Tensor, cost: Tensor | None, bits: int, clip: bool) -> tuple[Ten
     for share in SHRINK:
         scales = whole * share
         error = (
-            part - _decoded(_codes(part, scales[:, None], zeros[:, None], bits), scales[:, None], zeros[:, None])
+            part
+            - decoded_codes(nearest_codes(part, scales[:, None], zeros[:, None], bits), scales[:, None], zeros[:, None])
         ).square()
         total = (error if cost is None else error * cost).sum(dim=1)
         best, least = torch.where(total < least, scales, best), torch.minimum(total, least)
     return best, zeros
 
 
-def _codes(wanted: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+def nearest_codes(wanted: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Return the codes nearest to numbers, with scales and zeros in half steps that broadcast to them."""
     return (wanted / scales + zeros / 2).round_().clamp_(0, 2**bits - 1)
 
 
-def _decoded(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def decoded_codes(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Return the numbers that codes stand for."""
     return (codes - zeros / 2) * scales

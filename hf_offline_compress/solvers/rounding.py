@@ -12,6 +12,7 @@ from ..structures.storage import SHARING, Storage
 from .base import Factors, Problem
 from .feedback import DAMPING, feed_back, inverse_roots
 from .low_rank import damped_root
+from .quantized import decoded_codes, nearest_codes
 
 # Of the metric that one factor induces on the other, which is exact: only what keeps it from being singular.
 INDUCED_DAMPING = 1e-6
@@ -116,8 +117,8 @@ def _fed_back(
 
     def code(row: int, wanted: Tensor) -> Tensor:
         scale, zero = scales[group[row]], zeros[group[row]]
-        codes[row] = (wanted[0] / scale + zero / 2).round().clamp(0, 2**bits - 1)
-        decoded[row] = (codes[row] - zero / 2) * scale
+        codes[row] = nearest_codes(wanted[0], scale, zero, bits)
+        decoded[row] = decoded_codes(codes[row], scale, zero)
         return decoded[row][None]
 
     if moments is None:
