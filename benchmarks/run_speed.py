@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
 
-from hf_offline_compress.plan import make_plan
+from hf_offline_compress.plan import Group, make_plan
 from hf_offline_compress.recipe import load_recipe
 from hf_offline_compress.registration import register
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.weights_compressed import DecodedWeight
+from hf_offline_compress.structures import Mixture, Trellis
 
 VARIANTS = ("dense", "cached", "bounded", "on_the_fly")
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128))
@@ -48,6 +50,7 @@ def made(architecture: str, preset: str, folder: Path) -> None:
     """Write a compressed model of random codes, of the size of the architecture's base model."""
     config = next(made for name, made in CONFIGS.items() if architecture.startswith(name))()
     plan = make_plan(config.to_dict(), load_recipe(preset), architecture=architecture, dtype="float32")
+    plan = plan.reformed({group.name: in_classes(group) for group in plan.groups})
     model_class = compressed_class(getattr(transformers, architecture))
     content = {name: value for name, value in config.to_dict().items() if name in vars(config)}
     for name in ("model_type", "transformers_version", "architectures", "_name_or_path"):
@@ -58,6 +61,17 @@ def made(architecture: str, preset: str, folder: Path) -> None:
         if buffer.dtype == torch.uint8:
             buffer.random_(256)
     model.save_pretrained(folder)
+
+
+def in_classes(group: Group) -> Group:
+    """Return a group as it usually is after allocation: rows of a trellis' embedding of words in classes of all rates."""
+    structure = group.structure
+    if not isinstance(structure, Trellis) or group.matrices[0].kind != "word_embeddings":
+        return group
+    streams = structure.streams(group.shape)
+    few = streams // 12
+    classes = (*((step, few) for step in (8, 7, 6, 5, 4, 3)), (2, streams - 6 * few))
+    return replace(group, size=Mixture(classes))
 
 
 def loaded(variant: str, folder: Path, bound: int) -> PreTrainedModel:

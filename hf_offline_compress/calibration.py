@@ -1,4 +1,4 @@
-"""Model + text → the statistics that groups need: second moments of linear layers' inputs, token counts."""
+"""Model + text → the statistics that groups need, first of all second moments of linear layers' inputs."""
 
 from __future__ import annotations
 
@@ -83,23 +83,16 @@ def collect(
     head = tied and words is not None and model.get_output_embeddings() is not None  # type: ignore[operator]
     if head and words is not None:
         handles.append(model.get_output_embeddings().register_forward_pre_hook(observe(words.inputs)))  # type: ignore[operator]
-    counts = torch.zeros(words.rows, dtype=torch.float64) if words else None
     device = next(model.parameters()).device
     # A head costs a vocabulary of logits for each token: it is run only if its own inputs are wanted.
     runner = model if head or any(not matrix.in_base for matrix in wanted) else base
-    linears = bool(handles)
     try:
-        for batch in progress(batches):
-            keep = batch.attention_mask.bool()
-            if counts is not None:
-                counts += torch.bincount(batch.input_ids[keep], minlength=len(counts))
-            if linears:
-                mask = keep.to(device)
-                runner(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
+        for batch in progress(batches) if handles else ():
+            mask = batch.attention_mask.bool().to(device)
+            runner(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
     finally:
         for handle in handles:
             handle.remove()
-    statistics.token_counts = counts
     statistics.input_moments = {name: total.div_(max(1, seen[name])) for name, total in sums.items()}
     return statistics
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from .errors import CompressionError, listing
 
 TOKENS = 16_384
+# Counting tokens takes no model, so there may be more of them.
+COUNTED = 2**20
+COUNTED_AT_ONCE = 256
 LENGTH = 128
 BATCH_SIZE = 16
 MASKED = 0.15
@@ -50,6 +53,7 @@ class CalibrationRecord:
         sha256: hash of all texts.
         texts: how many were used.
         tokens: how many tokens, padding not counted.
+        counted: how many tokens were counted, for embeddings; 0 if none were.
         masked: share of tokens replaced by the mask token.
         seed: of the choice of texts and of masked places.
     """
@@ -58,6 +62,7 @@ class CalibrationRecord:
     sha256: str
     texts: int
     tokens: int
+    counted: int
     masked: float
     seed: int
 
@@ -155,8 +160,39 @@ def make_batches(
     if masked and tokenizer.mask_token_id is None:
         raise CompressionError("The tokenizer has no mask token, which a masked language model's calibration needs.")
     batches = _batches(sequences, special, tokenizer, masked, seed, batch_size or BATCH_SIZE)
-    record = CalibrationRecord(text.source, text.sha256, len(sequences), tokens, MASKED if masked else 0.0, seed)
+    record = CalibrationRecord(text.source, text.sha256, len(sequences), tokens, 0, MASKED if masked else 0.0, seed)
     return batches, record
+
+
+def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positions: int, rows: int) -> Tensor:
+    """Return how often each token is looked up, [rows], float64, in all texts or the first `COUNTED` tokens of them.
+
+    Args:
+        text: what to tokenize.
+        tokenizer: the base's.
+        masked: count 15 % of the tokens as the mask token, as a masked language model has seen them.
+        positions: longest sequence that the model takes.
+        rows: of the embedding.
+    """
+    counts = torch.zeros(rows, dtype=torch.float64)
+    for start in range(0, len(text.texts), COUNTED_AT_ONCE):
+        encoded = tokenizer(
+            list(text.texts[start : start + COUNTED_AT_ONCE]),
+            truncation=True,
+            max_length=min(LENGTH, positions),
+            return_special_tokens_mask=True,
+        )
+        ids, special = (
+            torch.tensor([number for sequence in encoded[key] for number in sequence], dtype=torch.long)
+            for key in ("input_ids", "special_tokens_mask")
+        )
+        hidden = MASKED * (1 - special.double()) * masked
+        counts += torch.bincount(ids, 1 - hidden, minlength=rows)
+        if masked:
+            counts[tokenizer.mask_token_id] += hidden.sum()
+        if counts.sum() >= COUNTED:
+            break
+    return counts
 
 
 def _batches(

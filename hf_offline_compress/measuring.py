@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from .base import clamp_length
 from .calibration import Statistics, collect
-from .calibration_text import CalibrationRecord, CalibrationText, make_batches
+from .calibration_text import CalibrationRecord, CalibrationText, count_tokens, make_batches
 from .errors import CompressionError, listing
 from .families import MASKED_HEADS, Matrix
 from .importance import measure_importance
@@ -60,6 +61,9 @@ def measure(
         statistics = collect(
             model, wanted, batches, tied=plan.skeleton.tied and plan.recipe.sensitive, progress=bar("calibrating")
         )
+        for embedding in (m for m in wanted if m.kind == "word_embeddings"):
+            counts = count_tokens(texts, tokenizer, masked=masked, positions=positions, rows=embedding.rows)
+            statistics.token_counts, record = counts, replace(record, counted=round(float(counts.sum())))
     release_memory()
     if plan.recipe.sensitive:
         asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]

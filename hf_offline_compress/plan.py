@@ -14,9 +14,9 @@ from typing import Any
 from .errors import CompressionError, listing
 from .families import Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
-from .structures import INTEGERS, ITEM_BYTES, GroupShape, Shape, Storage, Stored, Structure
+from .structures import INTEGERS, ITEM_BYTES, GroupShape, Shape, Size, Storage, Stored, Structure
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DECODERS = "compression_decoders"
 FLOAT32 = 4
 # Heads that predict only from several inputs at once.
@@ -43,7 +43,7 @@ class Group:
     name: str
     rule: Rule
     matrices: tuple[Matrix, ...]
-    size: int
+    size: Size
     storage: Storage
 
     @property
@@ -78,6 +78,11 @@ class Group:
         return self.structure.stored_bytes(self.size, self.shape, self.storage)
 
     @property
+    def shown_size(self) -> float:
+        """The size as reports have it."""
+        return self.structure.shown(self.size, self.shape)
+
+    @property
     def ratio(self) -> float:
         """4 bytes × parameters, over the bytes stored."""
         return self.parameters * FLOAT32 / self.stored_bytes
@@ -89,7 +94,7 @@ class Group:
 
     @property
     def forms(self) -> list[Group]:
-        """The group in every structure and at every size that its rule allows."""
+        """The group in every structure and at every whole size that its rule allows."""
         forms = []
         for structure in (s for s in self.rule.structures if self.shape.rows >= s.least_rows):
             variant = replace(self, rule=replace(self.rule, structure=structure, alternatives=()))

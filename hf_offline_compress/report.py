@@ -45,7 +45,7 @@ class GroupReport:
     name: str
     kind: str
     structure: str
-    size: int
+    size: float
     members: tuple[str, ...]
     rows: int
     columns: int
@@ -146,7 +146,7 @@ def group_report(
         name=group.name,
         kind=group.matrices[0].kind,
         structure=group.structure.name,
-        size=group.size,
+        size=group.shown_size,
         members=tuple(matrix.name for matrix in group.matrices),
         rows=group.rows,
         columns=group.columns,

@@ -15,7 +15,7 @@ from .calibration import Statistics
 from .memory import release_memory
 from .plan import Group, Plan
 from .report import GroupReport, group_report
-from .solvers import BATCHED_SOLVERS, rounded_to_integers, solve_all
+from .solvers import ANY_SIZES, BATCHED_SOLVERS, rounded_to_integers, solve_all
 from .weighting import problem_of
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
@@ -88,7 +88,8 @@ def _batches(order: list[tuple[int, Group]]) -> list[list[tuple[int, Group]]]:
     batches: list[list[tuple[int, Group]]] = []
     found: dict[Any, list[tuple[int, Group]]] = {}
     for index, group in order:
-        key: Any = (group.structure, group.rule.objective, group.shape, group.size)
+        size = None if group.structure.name in ANY_SIZES else group.size
+        key: Any = (group.structure, group.rule.objective, group.shape, size)
         batch = found.get(key)
         metric = group.columns**2 if group.rule.objective.calibrated else 0
         most = min(WEIGHTS_AT_ONCE // group.parameters, METRICS_AT_ONCE // max(1, metric))

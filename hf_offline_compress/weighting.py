@@ -13,9 +13,9 @@ from .families import FAMILIES
 from .plan import Group
 from .solvers import Problem
 
-# Rows of an embedding count by how often their token occurs, and this share of the weight goes to all alike: a token
-# that the calibration text lacks may well occur in use.
-UNIFORM_SHARE = 0.5
+# Rows of an embedding count by how often their token occurs, and each as if so many times more: a token that the text lacks
+# may well occur in use, the less likely the more text there is (additive smoothing; Laplace's rule has 1).
+TIMES_MORE = 3.0
 # Rows that the text says nothing of are not given up: they weigh this share of the mean.
 LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
 EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
@@ -67,7 +67,7 @@ def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -
         if moments is None:  # nothing to weigh positions by
             return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
         return replace(problem, row_weights=torch.full((matrix.rows,), 1 / matrix.rows), input_moments=moments)
-    shares = (1 - UNIFORM_SHARE) * counts / counts.sum().clamp_min(1) + UNIFORM_SHARE / len(counts)
+    shares = (counts + TIMES_MORE) / (counts + TIMES_MORE).sum()
     if sensitivity and moments is not None and matrix.inputs in statistics.input_moments:
         # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
         moments = moments + sensitivity.head_share * statistics.input_moments[matrix.inputs]

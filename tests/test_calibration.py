@@ -4,9 +4,9 @@ import pytest
 import torch
 from common import HEADS, TEXTS, make_model, make_tokenizer
 
-from hf_offline_compress import CompressionError
+from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.calibration import collect
-from hf_offline_compress.calibration_text import TOKENS, Batch, load_texts, make_batches
+from hf_offline_compress.calibration_text import TOKENS, Batch, count_tokens, load_texts, make_batches
 from hf_offline_compress.families import family_of
 from hf_offline_compress.sensitivity import measure_sensitivity
 
@@ -125,12 +125,33 @@ def test_what_shares_inputs_is_measured_once():
     assert len({m.inputs for m in matrices_of(make_model("gpt2", "GPT2Model"), "query", "key", "value")}) == 3
 
 
-def test_token_counts():
-    model = make_model("bert", "BertForMaskedLM")
-    ids, mask = torch.tensor([[5, 5, 7], [9, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
-    statistics = collect(model, matrices_of(model, "word_embeddings"), [Batch(ids, mask)])
-    assert statistics.token_counts.sum() == 4 and statistics.token_counts[5] == 2 and statistics.token_counts[0] == 0
-    assert not statistics.input_moments
+@pytest.mark.parametrize("masked", [False, True])
+def test_token_counts_are_of_all_texts(masked):
+    tokenizer, texts = make_tokenizer("bert"), [*TEXTS, *(text.upper() for text in TEXTS)] * 200
+    counts = count_tokens(load_texts(texts), tokenizer, masked=masked, positions=12, rows=90)
+    ids = torch.tensor(
+        [i for sequence in tokenizer(texts, truncation=True, max_length=12)["input_ids"] for i in sequence]
+    )
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    expected = torch.bincount(ids, 1 - 0.15 * masked * (~special).double(), minlength=90)
+    expected[tokenizer.mask_token_id] += 0.15 * masked * (~special).sum()
+    torch.testing.assert_close(counts, expected)
+    assert len(ids) > TOKENS
+
+
+def test_words_that_are_compressed_are_counted_and_recorded():
+    texts = [text for text in TEXTS for _ in range(900)]
+    for modules, counted in (("word_embeddings", True), ("query", False)):
+        result = compress(
+            make_model("bert", "BertModel"),
+            "calibrated-svd",
+            modules=modules,
+            calibration=texts,
+            tokenizer=make_tokenizer("bert"),
+            progress=False,
+        )
+        record = result.report.calibration
+        assert (record["counted"] > record["tokens"] > 0) if counted else record["counted"] == 0
 
 
 def test_no_hook_stays():

@@ -13,8 +13,18 @@ from hf_offline_compress.recipe import Recipe, Rule
 from hf_offline_compress.runtime import trellis_compressed, weights_compressed
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
+from hf_offline_compress.runtime.packing_compressed import pack
 from hf_offline_compress.runtime.weights_compressed import DecodedBudget, DecodedWeight, set_decoding
-from hf_offline_compress.structures import Autoencoder, Codebook, GroupShape, Kronecker, Quantized, Sparse, Trellis
+from hf_offline_compress.structures import (
+    Autoencoder,
+    Codebook,
+    GroupShape,
+    Kronecker,
+    Mixture,
+    Quantized,
+    Sparse,
+    Trellis,
+)
 
 HEAD = "BertForMaskedLM"
 # rows, columns, rows of a stream, step of the rate: streams that are cut, columns that are filled up, bytes of all kinds
@@ -27,6 +37,8 @@ TRELLISES = {
     "blocks_begin_within_a_byte": (61, 17, 61, 3),
     "a_byte_a_block": (24, 9, 8, 1),
     "one_row": (1, 9, 64, 5),
+    "classes": (70, 24, 16, Mixture(((6, 1), (4, 2), (3, 2)))),
+    "classes_of_single_weights_and_none": (45, 11, 12, Mixture(((10, 1), (5, 1), (0, 1), (1, 1)))),
 }
 every_trellis = pytest.mark.parametrize("case", list(TRELLISES))
 
@@ -37,8 +49,12 @@ def filled(layer):
         torch.nn.init.normal_(parameter)
         if name.endswith("scale_range"):  # logarithms, in 255 steps
             parameter.data.mul_(0.01)
-    for buffer in layer.buffers():
+    for name, buffer in layer.named_buffers():
         buffer.random_(256)
+        if name == "classes":  # each of as many rows as it has room for
+            sizes = torch.tensor([end - first for first, end in layer.bounds])
+            kinds = torch.arange(len(sizes)).repeat_interleave(sizes)
+            buffer.copy_(pack(kinds[torch.randperm(layer.rows)], layer.class_bits))
     return layer
 
 
@@ -55,17 +71,29 @@ def layer_of(structure, size, rows, columns, kind=EMBEDDINGS):
 
 def by_the_book(layer):
     """Decode a trellis bit by bit: a state is the last bits of the stream, which is stored from its end."""
-    table = trellis_compressed.trellis_table(layer.state_bits, layer.width, layer.bits).tolist()
     low, step = layer.scale_range.tolist()
+    codes, in_streams = bytes(layer.codes.tolist()), []
+    for kind in layer.row_classes:
+        values = torch.zeros(kind.streams * kind.run, layer.columns)
+        table = trellis_compressed.trellis_table(kind.state_bits, kind.width, kind.bits).tolist() if kind.bits else []
+        for stream in range(kind.streams if kind.bits else 0):
+            packed, codes = codes[: kind.length], codes[kind.length :]
+            whole = int.from_bytes(packed, "little") & (1 << kind.steps * kind.bits) - 1
+            for at in range(kind.steps):
+                state = (whole >> (kind.steps - 1 - at) * kind.bits) & (1 << kind.state_bits) - 1
+                i, block = stream * layer.run + at % layer.run, at // layer.run
+                for k, value in enumerate(table[state]):
+                    if block * kind.width + k < layer.columns:
+                        values[i, block * kind.width + k] = value
+        in_streams += list(values)
+    assert not codes
+    classes = [0] * layer.rows
+    if layer.class_bits:
+        packed = int.from_bytes(bytes(layer.classes.tolist()), "little")
+        classes = [packed >> i * layer.class_bits & (1 << layer.class_bits) - 1 for i in range(layer.rows)]
     weight = torch.zeros(layer.rows, layer.columns)
-    for stream, row in enumerate(layer.codes.tolist()):
-        whole = int.from_bytes(bytes(row), "little") & (1 << layer.steps * layer.bits) - 1
-        for at in range(layer.steps):
-            state = (whole >> (layer.steps - 1 - at) * layer.bits) & (1 << layer.state_bits) - 1
-            i, block = stream * layer.run + at % layer.run, at // layer.run
-            for k, value in enumerate(table[state]):
-                if i < layer.rows and block * layer.width + k < layer.columns:
-                    weight[i, block * layer.width + k] = value * 2 ** (low + int(layer.scales[i]) * step)
+    for row, values in zip(sorted(range(layer.rows), key=classes.__getitem__), in_streams, strict=False):
+        weight[row] = values * 2 ** (low + int(layer.scales[row]) * step)
     if layer.outliers:
         for i, j, value in zip(*layer._outlier_places(), layer.outlier_values, strict=True):
             weight[i, j] += value.item()

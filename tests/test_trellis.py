@@ -1,6 +1,7 @@
 """Trellis codes on matrices: their paths, their metric, their outliers; and the sizes they promise."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.packing_compressed import unpack
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
 from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all
-from hf_offline_compress.solvers.trellis import _rounded_scales, _shortest_path
-from hf_offline_compress.structures import GroupShape, Trellis
+from hf_offline_compress.solvers.mixtures import mixtures
+from hf_offline_compress.solvers.trellis import _coefficients, _features, _rounded_scales, _shortest_path
+from hf_offline_compress.structures import GroupShape, Mixture, Storage, Trellis
 from hf_offline_compress.structures.trellis import DISTORTIONS, RATES, bits_a_weight
 
 L2, CALIBRATED = Objective(l2=1.0), Objective(l2=1.0, calibrated=True)
@@ -69,20 +71,30 @@ def test_expected_errors_compare_between_matrices_of_other_sizes_and_inputs():
 @pytest.mark.parametrize("bits", [1, 2])
 def test_no_path_is_cheaper_than_the_one_found(bits):
     steps, states = 5, 8
-    costs = torch.rand(2, steps, 3, states, generator=torch.Generator().manual_seed(bits))
-    start = torch.tensor([[0, 3, 5], [1, 0, 7]])
+    costs = torch.rand(steps, 6, states, generator=torch.Generator().manual_seed(bits))
+    start = torch.tensor([0, 3, 5, 1, 0, 7])
     found = _shortest_path(costs.clone(), start, bits)
-    for member, stream in itertools.product(range(2), range(3)):
+    for stream in range(len(start)):
         best, best_path = float("inf"), None
         for codes in itertools.product(range(2**bits), repeat=steps):
-            state, total, path = int(start[member, stream]), 0.0, []
+            state, total, path = int(start[stream]), 0.0, []
             for step, code in enumerate(codes):
                 state = (state * 2**bits + code) % states
-                total += float(costs[member, step, stream, state])
+                total += float(costs[step, stream, state])
                 path.append(state)
             if total < best:
                 best, best_path = total, path
-        assert found[member, :, stream].tolist() == best_path
+        assert found[:, stream].tolist() == best_path
+
+
+@pytest.mark.parametrize("width,columns", [(1, 1), (2, 2), (2, 1)])
+def test_costs_of_entries_are_weighted_distances_but_for_what_all_have_alike(width, columns):
+    table, target, weights = normal(16, width), normal(3, 5, columns, seed=1), torch.rand(3, 5)
+    inverse = torch.eye(columns) + normal(3, columns, columns, seed=2).triu()
+    costs = _coefficients(target, inverse, weights, width) @ _features(table).T
+    away = (target[:, :, None] - table[:, :columns]) @ inverse[:, None]
+    expected = weights[..., None] * away.square().sum(dim=-1)
+    torch.testing.assert_close(costs - costs[..., :1], expected - expected[..., :1], atol=1e-4, rtol=1e-4)
 
 
 def test_columns_behind_make_good_the_errors_before_them():
@@ -175,6 +187,82 @@ def test_what_follows_a_state_covers_the_normal_distribution(width, bits):
     if bits > 3:
         assert (choices.square().mean(dim=(1, 2)).sqrt() / spread - 1).abs().max() < 0.3
     assert len(torch.unique(table, dim=0)) == len(table)
+
+
+MIXTURE = Mixture(((7, 1), (5, 2), (0, 1)))
+
+
+def uneven(rows=200, columns=40, seed=3, **options):
+    """Rows of falling importance, in an order of their own."""
+    importance = torch.logspace(3, -3, rows)[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))]
+    return Problem(
+        Trellis(outliers=0.0),
+        CALIBRATED,
+        MIXTURE,
+        (normal(rows, columns, seed=seed),),
+        input_moments=moments(columns),
+        row_weights=importance,
+        **options,
+    )
+
+
+def test_rows_that_matter_more_have_more_bits():
+    problem = uneven()
+    left = (problem.weights[0] - decoded(problem, solve(problem))).square().mean(dim=1)
+    ranked = left[problem.row_weights.argsort(descending=True)]
+    assert ranked[:50].mean() < 0.4 * ranked[50:150].mean()
+    kept = decoded(problem, solve(problem))[problem.row_weights.argsort()[:8]]
+    assert kept.eq(0).all()  # of the last class nothing is coded
+
+
+def test_a_mixture_has_the_bytes_planned_and_comes_back_as_it_was():
+    problem = uneven()
+    factors, planned = solve(problem).members[0], problem.structure.member_tensors(MIXTURE, problem.shape)
+    assert {name: tuple(t.shape) for name, t in factors.items()} == {name: t.shape for name, t in planned.items()}
+    assert problem.structure.shown(MIXTURE, problem.shape) == pytest.approx((50 * 3.5 + 100 * 2.5) / 200, abs=0.01)
+    weight, metric = decoded(problem, solve(problem)), problem.input_moments.double()
+    left = (problem.weights[0] - weight).double()
+    reached, whole = (
+        float((((x @ metric) * x).sum(dim=1) * problem.row_weights).sum()) for x in (left, problem.weights[0].double())
+    )
+    assert (reached / whole) ** 0.5 == pytest.approx(solve(problem).notes["error"], rel=0.03)
+
+
+def test_of_embeddings_mixtures_are_known_and_the_best_leaves_less_than_one_rate_does():
+    problem = replace(uneven(rows=1600), embedding=True)
+    known, structure, shape = expected_errors(problem), problem.structure, problem.shape
+    assert all(isinstance(size, int) for size in expected_errors(replace(problem, embedding=False)))
+    storage, metric, lost = Storage("float16"), problem.input_moments.double(), {}
+    budget = structure.stored_bytes(4, shape, storage)
+    best = min((s for s in known if s and structure.stored_bytes(s, shape, storage) <= budget), key=known.get)
+    assert isinstance(best, Mixture)
+    for size in (4, best):
+        chosen = replace(problem, size=size)
+        left = (problem.weights[0] - decoded(chosen, solve(chosen))).double()
+        lost[size] = float((((left @ metric) * left).sum(dim=1) * problem.row_weights).sum())
+    assert 0.7 < lost[best] / known[best] < 1.5
+    assert lost[best] < 0.6 * lost[4]
+
+
+def test_matrices_of_different_rates_are_coded_together_as_they_are_alone():
+    problems = [
+        uneven(seed=1),
+        replace(uneven(seed=2), size=3),
+        replace(uneven(seed=3), size=Mixture(((9, 3), (2, 1)))),
+    ]
+    for problem, together in zip(problems, solve_all(problems), strict=True):
+        torch.testing.assert_close(decoded(problem, solve(problem)), decoded(problem, together), atol=1e-4, rtol=0.02)
+
+
+@pytest.mark.parametrize("energies", [torch.ones(300), torch.zeros(300), torch.logspace(0, -30, 300), torch.ones(5)])
+def test_mixtures_are_few_and_fall_from_class_to_class(energies):
+    found = mixtures(energies, 64)
+    assert len(found) <= 150 and all(error >= 0 for error in found.values())
+    for mixture in found:
+        steps = [step for step, _ in mixture.classes]
+        assert steps == sorted(steps, reverse=True) and steps[-1] >= 1 and steps[0] <= max(RATES)
+        assert sum(streams for _, streams in mixture.classes) == -(-len(energies) // 64)
+        assert len(mixture.classes) > 1
 
 
 def test_scales_are_stored_to_two_percent():

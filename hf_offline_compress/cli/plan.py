@@ -85,7 +85,7 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
             {
                 "name": group.name,
                 "structure": group.structure.name,
-                "size": group.size,
+                "size": group.shown_size,
                 "members": [matrix.name for matrix in group.matrices],
                 "rows": group.rows,
                 "columns": group.columns,
@@ -108,7 +108,7 @@ def _print_plan(name: str, outcome: Plan) -> None:
             str(len(group.matrices)),
             f"{group.rows} x {group.columns}",
             group.structure.name,
-            str(group.size),
+            str(group.shown_size),
             f"{group.parameters * 4:,}",
             f"{group.stored_bytes:,}",
             f"{group.ratio:.2f}",

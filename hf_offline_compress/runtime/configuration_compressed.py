@@ -6,7 +6,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config, RobertaConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DECODINGS = ("cached", "on_the_fly")
 MINIMUM_TRANSFORMERS = (5, 20)
 

@@ -61,107 +61,83 @@ def decode_scales(codes: Tensor, bounds: Tensor) -> Tensor:
     return torch.exp2(low + codes.float() * step)
 
 
-class TrellisWeight(DecodedWeight):
-    """Ŵ from streams of overlapping codes, times a scale for each row, and outliers."""
+class RowClass:
+    """Streams of one rate, as many rows as they have, or nothing but zeros.
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
-        """Make codes, scales and outliers; see the base class."""
-        self.bits, self.width, self.state_bits = group["bits"], group["width"], group["state_bits"]
-        self.run, self.outliers = group["run"], group["outliers"]
-        self.steps = -(-self.columns // self.width) * self.run
-        self.spanned = spanned_bytes(self.bits, self.state_bits)
-        self.row_bits, self.column_bits = (max(1, (n - 1).bit_length()) for n in (self.rows, self.columns))
-        self.codes: Tensor
-        self.scales: Tensor
-        self.outlier_rows: Tensor
-        self.outlier_columns: Tensor
-        shape = (-(-self.rows // self.run), packed_length(self.steps, self.bits))
-        self.register_buffer("codes", torch.empty(shape, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(self.rows, dtype=torch.uint8))
-        self.scale_range = nn.Parameter(torch.empty(2))
-        if self.outliers:
-            for name, bits in (("outlier_rows", self.row_bits), ("outlier_columns", self.column_bits)):
-                packed = torch.empty(packed_length(self.outliers, bits), dtype=torch.uint8)
-                self.register_buffer(name, packed)
-            self.outlier_values = nn.Parameter(torch.empty(self.outliers))
+    Attributes:
+        columns: of the weight.
+        run: rows of a stream.
+        streams: how many there are.
+        bits, width, state_bits: of a code, and of a state; bits is 0 where nothing is coded.
+        first, stop: where its codes begin and end among the weight's.
+    """
 
-    def dense_weight(self) -> Tensor:
-        """Return Ŵ [rows, columns]; see the base class."""
-        return self.row_block(0, self.rows)
+    def __init__(self, entry: dict[str, int], columns: int, run: int, first: int) -> None:
+        """Lay out the codes of a class."""
+        self.columns, self.run, self.streams = columns, run, entry["streams"]
+        self.bits, self.width, self.state_bits = entry["bits"], entry["width"], entry["state_bits"]
+        self.blocks = -(-columns // self.width)
+        self.steps = self.blocks * run
+        self.length = packed_length(self.steps, self.bits)
+        self.first, self.stop = first, first + self.streams * self.length
+        self.spanned = spanned_bytes(self.bits, self.state_bits) if self.bits else 0
+        # Codes of a block of columns that begin with a byte, and are enough to look at the next block only.
+        self.in_bytes = self.bits and run * self.bits % 8 == 0 and run * self.bits // 8 >= self.spanned - 1
 
-    def row_block(self, start: int, stop: int) -> Tensor:
-        """Return rows of Ŵ from `start` to before `stop`; see the base class."""
-        if self.run * self.bits % 8 or self.run * self.bits // 8 < self.spanned - 1:
-            # Codes of a column block that do not begin with a byte, or are too few to look at the next block only.
-            return self.some_rows(torch.arange(start, stop, device=self.codes.device))
-        first, last = start // self.run, -(-stop // self.run)  # streams
-        at_once = self._at_once(self.codes.shape[1], last - first)
-        row = torch.arange(at_once * self.run, device=self.codes.device)
+    def streams_of(self, codes: Tensor, first: int, last: int, scales: Tensor) -> Tensor:
+        """Return the rows of streams `first` to before `last`, [rows, columns], times scales [rows]."""
+        if not self.in_bytes:
+            rows = torch.arange(first * self.run, last * self.run, device=codes.device)
+            return self.rows_of(codes, rows, scales)
+        codes = codes[self.first : self.stop].view(self.streams, self.length)
+        at_once = self._at_once(codes, self.length, last - first)
+        row = torch.arange(at_once * self.run, device=codes.device)
         bit = (self.run - 1 - row % self.run) * self.bits  # a stream is stored from its end to its beginning
         at = row // self.run * (self.run * self.bits // 8) + (bit >> 3)
         shift = (bit & 7).to(torch.int32)[:, None]
-        scales = self._scales(self.scales[first * self.run : last * self.run])
-        values = self._empty(len(scales))
+        values = self._empty(len(scales), scales)
         for stream in range(first, last, at_once):
-            windows = self._windows(self.codes[stream : min(stream + at_once, last)])
+            windows = self._windows(codes[stream : min(stream + at_once, last)])
 
             def states(part: slice, windows: Tensor = windows) -> Tensor:
                 return (windows.index_select(0, at[part]) >> shift[part]).bitwise_and_(2**self.state_bits - 1)
 
             part = slice((stream - first) * self.run, (stream - first + at_once) * self.run)
             self._look_up(states, values[part], scales[part])
-        weight = self._scaled(values, scales)[start - first * self.run : stop - first * self.run]
-        if not self.outliers:
-            return weight
-        rows, columns = self._outlier_places()
-        # Sizes must not depend on what is stored, for graphs: outliers of other rows add nothing, somewhere.
-        here = (rows >= start) & (rows < stop)
-        places = ((rows - start).clamp(0, stop - start - 1), columns)
-        return weight.index_put_(places, self.outlier_values * here, accumulate=True)
+        return self._scaled(values, scales)
 
-    def some_rows(self, ids: Tensor) -> Tensor:
-        """Return rows of Ŵ; see the base class."""
-        flat = ids.flatten()
-        if self.outliers:
-            flat = torch.cat([flat, flat.new_zeros(1)])  # a row for outliers of rows that are not asked for
-        scales = self._scales(self.scales[flat])
-        values = self._empty(len(flat))
-        self._look_up(lambda part: self._states_of(flat[part]), values, scales)
-        rows = self._scaled(values, scales)
-        return (self._with_outliers(rows, flat) if self.outliers else rows).unflatten(0, ids.shape)
+    def rows_of(self, codes: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+        """Return rows of the class [rows, columns], wherever their codes begin, times scales [rows]."""
+        if not self.bits:
+            return scales.new_zeros(len(rows), self.columns)
+        codes = codes[self.first : self.stop]
+        values = self._empty(len(rows), scales)
+        self._look_up(lambda part: self._states_of(codes, rows[part]), values, scales)
+        return self._scaled(values, scales)
 
-    def reset_parameters(self, std: float) -> None:
-        """Fill with random values; see the base class."""
-        super().reset_parameters(std)
-        nn.init.constant_(self.scale_range, math.log2(std))
-        self.scale_range.data[1] = 0
-        if self.outliers:
-            nn.init.zeros_(self.outlier_values)
-
-    def _at_once(self, codes: int, count: int) -> int:
+    def _at_once(self, codes: Tensor, each: int, count: int) -> int:
         """Return how many of `count` rows or streams are decoded at once, of so many weights or bytes each."""
         # A compiler fuses the operations itself, and a GPU is better off with a few large ones.
-        whole = torch.compiler.is_compiling() or self.codes.device.type != "cpu"
+        whole = torch.compiler.is_compiling() or codes.device.type != "cpu"
         # What is too much for one thread even singly is left to all of them, in few operations.
-        return count if whole or codes > WEIGHTS_AT_ONCE else max(1, WEIGHTS_AT_ONCE // codes)
+        return count if whole or each > WEIGHTS_AT_ONCE else max(1, WEIGHTS_AT_ONCE // each)
 
-    def _table(self) -> Tensor:
+    def _table(self, like: Tensor) -> Tensor:
         """Return the table with each entry, of all weights of a code, as one number, [entries]."""
-        table = trellis_table(self.state_bits, self.width, self.bits).to(self.scale_range)
+        table = trellis_table(self.state_bits, self.width, self.bits).to(like)
         return table.view(ENTRIES[self.width * table.element_size()]).flatten()
 
-    def _empty(self, rows: int) -> Tensor:
+    def _empty(self, rows: int, like: Tensor) -> Tensor:
         """Return where entries of the table go, [rows, blocks]."""
-        table = self._table()
-        return torch.empty(rows, self.steps // self.run, dtype=table.dtype, device=table.device)
+        return torch.empty(rows, self.blocks, dtype=self._table(like).dtype, device=like.device)
 
     def _look_up(self, states: Callable[[slice], Tensor], values: Tensor, scales: Tensor) -> None:
         """Fill `values` [rows, blocks] with the table's entries for states of some of the rows, [some, blocks].
 
         Without gradients they are scaled here, while they are in the cache; see `_scaled`.
         """
-        table = self._table()
-        at_once = self._at_once(self.columns, len(values))
+        table = self._table(scales)
+        at_once = self._at_once(values, self.columns, len(values))
         for first in range(0, len(values), at_once):
             some = slice(first, min(first + at_once, len(values)))
             torch.index_select(table, 0, states(some).flatten(), out=values[some].view(-1))
@@ -177,8 +153,8 @@ class TrellisWeight(DecodedWeight):
     def _windows(self, codes: Tensor) -> Tensor:
         """Return what begins with each byte of streams, as numbers [streams · bytes of a block, blocks].
 
-        Blocks, of so many columns as a code has weights, must begin with bytes. The bytes are few beside the weights, so
-        it is they that are brought into the order of the weights: blocks are stored from the last to the first.
+        The bytes are few beside the weights, so it is they that are brought into the order of the weights: blocks are
+        stored from the last to the first.
         """
         size = self.run * self.bits // 8
         # [streams, blocks + 1, size]: behind the first block, which is stored last, there are zeros.
@@ -190,14 +166,13 @@ class TrellisWeight(DecodedWeight):
             windows |= ordered[:, i : i + size] << (8 * i)
         return windows.flatten(0, 1)
 
-    def _states_of(self, ids: Tensor) -> Tensor:
-        """Return the states of rows, [ids] → [ids, blocks], wherever their codes begin."""
-        ids = ids.to(torch.int32)[:, None]
-        blocks = torch.arange(self.steps // self.run, device=ids.device, dtype=torch.int32)
-        step = blocks * self.run + ids % self.run
+    def _states_of(self, codes: Tensor, rows: Tensor) -> Tensor:
+        """Return the states of rows, [rows] → [rows, blocks], wherever their codes begin."""
+        rows = rows.to(torch.int32)[:, None]
+        blocks = torch.arange(self.blocks, device=rows.device, dtype=torch.int32)
+        step = blocks * self.run + rows % self.run
         first = (self.steps - 1 - step) * self.bits  # a stream is stored from its end to its beginning
-        at = (first >> 3) + (ids // self.run) * self.codes.shape[1]
-        codes = self.codes.flatten()
+        at = (first >> 3) + (rows // self.run) * self.length
         states = torch.zeros_like(first)
         for i in range(self.spanned):
             place = (at + i).clamp_max(len(codes) - 1).flatten()
@@ -205,6 +180,126 @@ class TrellisWeight(DecodedWeight):
         # Bits of the codes before the first one are zeros.
         known = ((step + 1) * self.bits).clamp_max(self.state_bits)
         return (states >> (first & 7)) & ((1 << known) - 1)
+
+
+class TrellisWeight(DecodedWeight):
+    """Ŵ from streams of overlapping codes, times a scale for each row, and outliers.
+
+    Rows fall into classes, each of a rate of its own. In the streams, one class lies after the other; within a class rows
+    keep their order.
+    """
+
+    def make_tensors(self, group: dict[str, Any]) -> None:
+        """Make codes, scales, classes and outliers; see the base class."""
+        self.run, self.outliers = group["run"], group["outliers"]
+        self.row_classes: list[RowClass] = []
+        self.bounds: list[tuple[int, int]] = []  # first row of each class, and end; the last class may lack rows
+        codes = rows = 0
+        for entry in group["classes"]:
+            self.row_classes.append(RowClass(entry, self.columns, self.run, codes))
+            codes, first, rows = self.row_classes[-1].stop, rows, rows + self.run * entry["streams"]
+            self.bounds.append((first, min(rows, self.rows)))
+        self.class_bits = (len(self.bounds) - 1).bit_length()
+        self.row_bits, self.column_bits = (max(1, (n - 1).bit_length()) for n in (self.rows, self.columns))
+        self.codes: Tensor
+        self.scales: Tensor
+        self.classes: Tensor
+        self.outlier_rows: Tensor
+        self.outlier_columns: Tensor
+        self.register_buffer("codes", torch.empty(codes, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(self.rows, dtype=torch.uint8))
+        self.scale_range = nn.Parameter(torch.empty(2))
+        if self.class_bits:
+            length = packed_length(self.rows, self.class_bits)
+            self.register_buffer("classes", torch.empty(length, dtype=torch.uint8))
+        if self.outliers:
+            for name, bits in (("outlier_rows", self.row_bits), ("outlier_columns", self.column_bits)):
+                packed = torch.empty(packed_length(self.outliers, bits), dtype=torch.uint8)
+                self.register_buffer(name, packed)
+            self.outlier_values = nn.Parameter(torch.empty(self.outliers))
+
+    def dense_weight(self) -> Tensor:
+        """Return Ŵ [rows, columns]; see the base class."""
+        return self.row_block(0, self.rows)
+
+    def row_block(self, start: int, stop: int) -> Tensor:
+        """Return rows of Ŵ from `start` to before `stop`; see the base class."""
+        places, whole = self._places(), (start, stop) == (0, self.rows)
+        if places is None:
+            order, parts = None, [(start, stop)]
+        elif whole:
+            order, parts = places.argsort(), [(0, end - first) for first, end in self.bounds]
+        elif torch.compiler.is_compiling():
+            # How many of the rows are in a class is not known to a compiler.
+            return self.some_rows(torch.arange(start, stop, device=self.codes.device))
+        else:
+            order, parts = places[start:stop].argsort(), []
+            for first, end in self.bounds:
+                inside = (places[:stop] >= first) & (places[:stop] < end)
+                parts.append((int(inside[:start].sum()), int(inside.sum())))
+        scales = self._scales(self.scales[start:stop])
+        ordered = scales if order is None else scales[order]
+        weight, end = scales.new_empty(0), 0
+        for kind, (first, last) in zip(self.row_classes, parts, strict=True):
+            at, end = end, end + last - first
+            if at == end:
+                continue
+            part = self._part(kind, first, last, ordered[at:end])
+            if order is None:
+                weight = part
+            else:
+                weight = weight if len(weight) else part.new_empty(stop - start, self.columns)
+                weight.index_copy_(0, order[at:end], part)
+        if not self.outliers:
+            return weight
+        rows, columns = self._outlier_places()
+        # Sizes must not depend on what is stored, for graphs: outliers of other rows add nothing, somewhere.
+        here = (rows >= start) & (rows < stop)
+        at_places = ((rows - start).clamp(0, stop - start - 1), columns)
+        return weight.index_put_(at_places, self.outlier_values * here, accumulate=True)
+
+    def some_rows(self, ids: Tensor) -> Tensor:
+        """Return rows of Ŵ; see the base class."""
+        flat = ids.flatten()
+        if self.outliers:
+            flat = torch.cat([flat, flat.new_zeros(1)])  # a row for outliers of rows that are not asked for
+        scales, places = self._scales(self.scales[flat]), self._places()
+        if places is None:
+            rows = self.row_classes[0].rows_of(self.codes, flat, scales)
+        else:
+            wanted = places[flat]
+            rows = scales.new_zeros(len(flat), self.columns)
+            for kind, (first, end) in zip(self.row_classes, self.bounds, strict=True):
+                inside = (wanted >= first) & (wanted < end)
+                if torch.compiler.is_compiling():
+                    own = kind.rows_of(self.codes, (wanted - first).clamp(0, end - first - 1), scales)
+                    rows = torch.where(inside[:, None], own, rows)
+                else:
+                    at = inside.nonzero().flatten()
+                    rows.index_put_((at,), kind.rows_of(self.codes, wanted[at] - first, scales[at]))
+        return (self._with_outliers(rows, flat) if self.outliers else rows).unflatten(0, ids.shape)
+
+    def reset_parameters(self, std: float) -> None:
+        """Fill with random values; see the base class."""
+        super().reset_parameters(std)
+        nn.init.constant_(self.scale_range, math.log2(std))
+        self.scale_range.data[1] = 0
+        if self.outliers:
+            nn.init.zeros_(self.outlier_values)
+
+    def _part(self, kind: RowClass, first: int, last: int, scales: Tensor) -> Tensor:
+        """Return rows `first` to before `last` of a class [rows, columns], times scales [rows]."""
+        begin, end = first // self.run, -(-last // self.run)  # streams
+        before = first - begin * self.run
+        scales = torch.nn.functional.pad(scales, (before, end * self.run - last))
+        return kind.streams_of(self.codes, begin, end, scales)[before : before + last - first]
+
+    def _places(self) -> Tensor | None:
+        """Return where each row lies among the streams' [rows], or None where they lie as they are."""
+        if not self.class_bits:
+            return None
+        order = unpack(self.classes, self.class_bits, self.rows).argsort(stable=True)
+        return torch.empty_like(order).scatter_(0, order, torch.arange(self.rows, device=order.device))
 
     def _scales(self, codes: Tensor) -> Tensor:
         return decode_scales(codes, self.scale_range).to(self.scale_range.dtype)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
+from ..structures import Size
 from .autoencoder import solve_autoencoders
 from .base import Factors, Problem
 from .codebook import solve_codebook
@@ -24,7 +23,9 @@ SOLVERS: dict[str, Callable[[Problem], Factors]] = {
     "sparse": solve_sparse,
     "codebook": solve_codebook,
 }
-# Of structures whose problems are best solved together, if they are of equal shape, size, objective and options.
+# Of structures whose problems are best solved together, if they are of equal shape, objective and options; and of equal
+# size, but for these.
+ANY_SIZES = ("trellis",)
 BATCHED_SOLVERS: dict[str, Callable[[Sequence[Problem]], list[Factors]]] = {
     "autoencoder": solve_autoencoders,
     "quantized": solve_quantized,
@@ -38,27 +39,31 @@ def solve(problem: Problem) -> Factors:
 
 
 def solve_all(problems: Sequence[Problem]) -> list[Factors]:
-    """Return the factors of groups of one structure; of one shape, size, objective and options if it is batched."""
+    """Return the factors of groups of one structure; if it is batched, of what `BATCHED_SOLVERS` says."""
     name = problems[0].structure.name
     if name in BATCHED_SOLVERS:
         return BATCHED_SOLVERS[name](problems)
     return [SOLVERS[name](problem) for problem in problems]
 
 
-# Of structures with `known_gains`: the least error at size 0, 1, 2, ….
-ERRORS: dict[str, Callable[[Problem], Tensor]] = {
+# Of structures with `known_gains`: the least error at sizes from 0 on.
+ERRORS: dict[str, Callable[[Problem], dict[Size, float]]] = {
     "low_rank": low_rank_errors,
     "quantized": quantized_errors,
     "trellis": trellis_errors,
 }
 
 
-def expected_errors(problem: Problem) -> Tensor:
-    """Return the least squared error of a group at every size from 0 on, in the metric of its objective, [sizes]."""
+def expected_errors(problem: Problem) -> dict[Size, float]:
+    """Return the least squared error of a group, in the metric of its objective, at every size that it may have.
+
+    Size 0, with which nothing is stored, is among them.
+    """
     return ERRORS[problem.structure.name](problem)
 
 
 __all__ = [
+    "ANY_SIZES",
     "BATCHED_SOLVERS",
     "ERRORS",
     "SOLVERS",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..recipe import Objective
-from ..structures import GroupShape, Structure
+from ..structures import GroupShape, Size, Structure
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Problem:
 
     structure: Structure
     objective: Objective
-    size: int
+    size: Size
     weights: tuple[Tensor, ...]
     input_moments: Tensor | None = None
     member_moments: tuple[Tensor, ...] | None = None

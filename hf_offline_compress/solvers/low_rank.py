@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..structures import LowRank
+from ..structures import LowRank, Size
 from .base import Factors, Problem
 
 # Second moments of few texts are singular; this share of their mean diagonal is added.
@@ -61,8 +61,8 @@ def solve_low_rank(problem: Problem) -> Factors:
 
 
 @torch.no_grad()
-def low_rank_errors(problem: Problem) -> Tensor:
-    """Return the squared error ‖D (W − Ŵ) L‖² that the best answer has at rank 0, 1, 2, …, [min(rows, columns) + 1]."""
+def low_rank_errors(problem: Problem) -> dict[Size, float]:
+    """Return the squared error ‖D (W − Ŵ) L‖² that the best answer has at every rank from 0 on."""
     weight = _stacked(problem)
     root = _input_root(problem, weight)
     scaled = _left_metric(problem, weight).apply(weight if root is None else weight @ root)
@@ -72,7 +72,7 @@ def low_rank_errors(problem: Problem) -> Tensor:
             0
         )  # ascending: sums from the small end are what higher ranks miss
     missed = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
-    return missed.flip(0)
+    return dict(enumerate(missed.flip(0).tolist()))
 
 
 def damped_root(moments: Tensor, damping: float = DAMPING) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.packing_compressed import even_steps, pack
-from ..structures import Quantized
+from ..structures import Quantized, Size
 from ..structures.quantized import MAX_BITS
 from .base import Factors, Problem
 from .feedback import DAMPING, feed_back, inverse_roots, metric_of, row_importance, undetermined
@@ -38,8 +38,8 @@ def solve_quantized(problems: Sequence[Problem]) -> list[Factors]:
 
 
 @torch.no_grad()
-def quantized_errors(problem: Problem) -> Tensor:
-    """Return the squared error to expect with 0, 1, … bits, in the metric of the objective, [bits].
+def quantized_errors(problem: Problem) -> dict[Size, float]:
+    """Return the squared error to expect with 0, 1, … bits, in the metric of the objective.
 
     Rounding to steps leaves a twelfth of their square; with error feedback, of what columns leave undetermined.
     """
@@ -54,7 +54,7 @@ def quantized_errors(problem: Problem) -> Tensor:
         base += ((span.square() * importance).sum() * columns[start : start + width].sum()).cpu()
     steps = torch.tensor([2.0**bits - 1 for bits in range(1, MAX_BITS + 1)], dtype=torch.float64)
     errors = base / 12 / steps.square()
-    return torch.cat([4 * errors[:1], errors])
+    return dict(enumerate([4 * float(errors[0]), *errors.tolist()]))
 
 
 def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Factors]:

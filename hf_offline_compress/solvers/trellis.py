@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..runtime.packing_compressed import pack
 from ..runtime.trellis_compressed import decode_scales, trellis_table
-from ..structures import Trellis
+from ..structures import Mixture, Size, Trellis
 from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
 from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
+from .mixtures import by_class, mixtures
 
 # Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
 COSTS_AT_ONCE = 2**23
@@ -31,23 +32,33 @@ TINY = 1e-12
 
 @torch.no_grad()
 def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
-    """Return codes, scales and outliers for each problem; all are of one shape, size, objective and options."""
+    """Return codes, scales, classes and outliers for each problem; all are of one shape, objective and options."""
     task = _task(problems)
     outliers, places = _outliers(task, task.structure.outlier_count(problems[0].shape))
     rest = task.weights - outliers
+    del outliers  # an embedding is large, and so is what stands for it on the way
     scales, _, _ = _rounded_scales(rest.square().mean(dim=2).sqrt())
+    task = _in_classes(task, rest)
+    rest = task.sorted(rest)
     weights = task.importance * scales.square()
-    states = _encode(rest / scales[..., None], weights / weights.mean().clamp_min(TINY), task)
-    decoded = _decode(states, task)
-    reached, wanted = task.shaped(decoded), task.shaped(rest)
+    weights = weights / weights.mean(dim=1, keepdim=True).clamp_min(TINY)
+    streams = _encode(rest / task.sorted(scales)[..., None], task.sorted(weights), task)
+    wanted = task.shaped(rest)
+    del rest
+    decoded = [_decoded(own, mixture, task) for own, mixture in zip(streams, task.mixtures, strict=True)]
+    reached = task.shaped(torch.stack(decoded))
+    del decoded
     best = (reached * wanted).sum(dim=2) / reached.square().sum(dim=2).clamp_min(TINY)
-    scales, codes, bounds = _rounded_scales(torch.where(best > 0, best, scales))
-    lost = task.total(wanted - reached * scales[..., None])
-    total = task.total(task.shaped(task.weights))
-    packed = _packed(states, task)
+    best = torch.where(best > 0, best, task.sorted(scales))
+    scales, codes, bounds = _rounded_scales(torch.empty_like(best).scatter_(1, task.order, best))
+    lost = task.total(wanted.sub_(reached.mul_(task.sorted(scales)[..., None])))
+    del reached, wanted
+    total = task.total(task.shaped(task.sorted(task.weights)))
     found = []
     for i, problem in enumerate(problems):
-        tensors = {"codes": packed[i], "scales": codes[i], "scale_range": bounds[i]}
+        mixture = task.mixtures[i]
+        tensors = {"codes": _packed(streams[i], mixture, task), "scales": codes[i], "scale_range": bounds[i]}
+        tensors |= _packed_classes(mixture, task.order[i], task.run)
         if places is not None:
             tensors |= _packed_outliers(task.weights[i], places[i])
         found.append(
@@ -58,8 +69,8 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
 
 
 @torch.no_grad()
-def trellis_errors(problem: Problem) -> Tensor:
-    """Return the squared error to expect at every rate from 0 on, in the metric of the objective, [rates].
+def trellis_errors(problem: Problem) -> dict[Size, float]:
+    """Return the squared error to expect, in the metric of the objective, at every rate from 0 on, and of mixtures.
 
     A code of some rate leaves a certain share of what it codes (`DISTORTIONS`); with error feedback, what is coded of a
     column is what the columns before it leave undetermined, 1 / U_jj².
@@ -67,11 +78,11 @@ def trellis_errors(problem: Problem) -> Tensor:
     task = _task([replace(problem, size=1)])
     outliers, _ = _outliers(task, task.structure.outlier_count(problem.shape))
     variances = (task.weights[0] - outliers[0]).square().mean(dim=1).double()
-    importance = row_importance(problem).to(variances)
-    base = (variances * importance).sum().cpu() * undetermined(
-        problem, None if task.roots is None else task.roots[0]
-    ).sum().cpu()
-    return base * torch.tensor([DISTORTIONS[size] for size in sorted(DISTORTIONS)], dtype=torch.float64)
+    columns = undetermined(problem, None if task.roots is None else task.roots[0]).cpu().sum()
+    energies = (variances * row_importance(problem).to(variances)).cpu() * columns
+    found: dict[Size, float] = {size: float(energies.sum()) * DISTORTIONS[size] for size in sorted(DISTORTIONS)}
+    # Within a stream the path favours the rows that matter, by itself; where that is enough, classes gain nothing.
+    return found | (mixtures(energies, task.run) if problem.embedding else {})
 
 
 @dataclass(frozen=True)
@@ -84,9 +95,9 @@ class _Task:
         importance: of each row's squared error, of mean 1, [members, rows].
         diagonals: of the damped metric H of each member [members, columns]; None where all columns count alike.
         roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None.
-        table: values of the states [states, width].
-        bits: of a code.
         run: rows of a stream.
+        mixtures: rates of each member.
+        order: rows as the streams have them, class after class, [members, rows].
         progress: told how much is done.
     """
 
@@ -95,10 +106,17 @@ class _Task:
     importance: Tensor
     diagonals: Tensor | None
     roots: Tensor | None
-    table: Tensor
-    bits: int
     run: int
+    mixtures: Sequence[Mixture]
+    order: Tensor
     progress: Sequence[Problem]
+
+    def sorted(self, numbers: Tensor) -> Tensor:
+        """Return rows, or numbers of rows, [members, rows, …], in the order of the streams."""
+        if all(len(mixture.classes) == 1 for mixture in self.mixtures):
+            return numbers
+        members = torch.arange(len(numbers), device=numbers.device)[:, None]
+        return numbers[members, self.order]
 
     def shaped(self, rows: Tensor) -> Tensor:
         """Return rows [members, rows, columns] so that their plain inner products are those in the metric: x U⁻¹."""
@@ -107,17 +125,16 @@ class _Task:
         return torch.linalg.solve_triangular(self.roots, rows, upper=True, left=False)
 
     def total(self, shaped: Tensor) -> Tensor:
-        """Return the weighted sum of squares of shaped rows, [members]."""
-        return (shaped.square().sum(dim=2) * self.importance).sum(dim=1)
+        """Return the weighted sum of squares of shaped rows in the order of the streams, [members]."""
+        return (shaped.square().sum(dim=2) * self.sorted(self.importance)).sum(dim=1)
 
 
 def _task(problems: Sequence[Problem]) -> _Task:
+    """Return the problems as one task, rows still in their own order."""
     first = problems[0]
     structure = first.structure
     assert isinstance(structure, Trellis)
-    runtime = structure.runtime(first.size, first.shape)
     weights = torch.stack([weight.float() for problem in problems for weight in problem.weights])
-    table = trellis_table(runtime["state_bits"], runtime["width"], runtime["bits"]).to(weights.device)
     importance = torch.stack([row_importance(problem).to(weights) for problem in problems])
     importance = importance / importance.mean(dim=1, keepdim=True).clamp_min(1e-30)
     metrics = [metric_of(problem) for problem in problems]
@@ -127,7 +144,19 @@ def _task(problems: Sequence[Problem]) -> _Task:
         roots = inverse_roots(flat, DAMPING, weights.device)
         squares = torch.stack([tensor.diagonal() for tensor in flat]).to(weights)
         diagonals = squares / squares.mean(dim=1, keepdim=True).clamp_min(1e-30) + DAMPING
-    return _Task(structure, weights, importance, diagonals, roots, table, runtime["bits"], runtime["run"], problems)
+    order = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
+    mixtures = [structure.mixture(problem.size, problem.shape) for problem in problems]
+    run = structure.rows_a_stream(first.shape)
+    return _Task(structure, weights, importance, diagonals, roots, run, mixtures, order, problems)
+
+
+def _in_classes(task: _Task, rest: Tensor) -> _Task:
+    """Return the task with its rows in the order of their classes."""
+    energies, order = rest.square().mean(dim=2) * task.importance, task.order.clone()
+    for i, mixture in enumerate(task.mixtures):
+        if len(mixture.classes) > 1:
+            order[i] = by_class(energies[i], [task.run * streams for _, streams in mixture.classes])
+    return replace(task, order=order)
 
 
 def _outliers(task: _Task, count: int) -> tuple[Tensor, Tensor | None]:
@@ -163,137 +192,189 @@ def _rounded_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, codes, bounds
 
 
-def _encode(rows: Tensor, weights: Tensor, task: _Task) -> Tensor:
-    """Return the states [members, streams, column blocks, run] that stand for scaled rows [members, rows, columns].
+def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
+    """Return for each member and class of rows the states [streams, column blocks, run] of its codes.
 
     Args:
-        rows: divided by their scales.
+        rows: divided by their scales, in the order of the streams [members, rows, columns].
         weights: of a squared error in each row [members, rows].
-        task: metric, table, and sizes.
+        task: metric and sizes.
     """
-    members, count, columns = rows.shape
-    width, run = task.table.shape[1], task.run
-    streams = -(-count // run)
-    filling = -columns % width
-    # Rows that fill the last stream up count nothing. Within a stream: [run, streams], so that steps are contiguous.
-    padded = torch.nn.functional.pad(rows, (0, filling, 0, streams * run - count))
-    left = padded.unflatten(1, (streams, run)).transpose(1, 2).contiguous()
-    weights = torch.nn.functional.pad(weights, (0, streams * run - count), value=TINY)
-    weights = weights.unflatten(1, (streams, run)).transpose(1, 2).contiguous()
-    roots = None if task.roots is None else _filled(task.roots, filling)
-    blocks = left.shape[-1] // width
-    states = torch.empty(members, streams, blocks, run, dtype=torch.int16, device=rows.device)
-    at_once = max(1, COSTS_AT_ONCE // (run * len(task.table) * members))
-    for first in range(0, streams, at_once):
-        part = slice(first, min(first + at_once, streams))
-        _encode_streams(
-            left[:, :, part].clone(), weights[:, :, part], roots, states[:, part], task, part.stop / streams
-        )
-    return states
+    streams = task.structure.streams(task.progress[0].shape)
+    # Rows that fill the last stream up count nothing.
+    filling = streams * task.run - rows.shape[1]
+    left = torch.nn.functional.pad(rows, (0, 0, 0, filling)).unflatten(1, (streams, task.run))
+    weights = torch.nn.functional.pad(weights, (0, filling), value=TINY).unflatten(1, (streams, task.run))
+    # Streams of one rate are coded together, whichever matrix they are of.
+    alike: dict[int, list[tuple[int, int]]] = {}
+    for member, mixture in enumerate(task.mixtures):
+        rates = [step for step, count in mixture.classes for _ in range(count)]
+        for stream, step in enumerate(rates):
+            alike.setdefault(step, []).append((member, stream))
+    states: dict[tuple[int, int], Tensor] = {}
+    for step, places in alike.items():
+        table, bits = _table(step, task)
+        at_once = max(1, COSTS_AT_ONCE // (task.run * len(table)))
+        for start in range(0, len(places), at_once):
+            here = places[start : start + at_once]
+            members, which = (torch.tensor(index, device=left.device) for index in zip(*here, strict=True))
+            found = _encode_streams(left[members, which], weights[members, which], members, task.roots, table, bits)
+            states |= dict(zip(here, found, strict=True))
+            for problem in task.progress:
+                problem.progress(0.98 * len(states) / (streams * len(task.mixtures)))
+    result = []
+    for member, mixture in enumerate(task.mixtures):
+        own = iter(states[member, stream] for stream in range(streams))
+        result.append([torch.stack([next(own) for _ in range(count)]) for _, count in mixture.classes])
+    return result
+
+
+def _table(step: int, task: _Task) -> tuple[Tensor, int]:
+    """Return the values of the states [states, width] at a step of the rate, and the bits of a code.
+
+    Where nothing is coded, it is one zero and no bits.
+    """
+    code = task.structure.code(step)
+    found = trellis_table(code["state_bits"], code["width"], code["bits"]) if step else torch.zeros(1, 1)
+    return found.to(task.weights.device), code["bits"]
 
 
 def _encode_streams(
-    left: Tensor, weights: Tensor, roots: Tensor | None, states: Tensor, task: _Task, done: float
-) -> None:
-    """Fill `states` [members, streams, blocks, run] for rows [members, run, streams, columns], which are used up."""
-    members, run, streams, columns = left.shape
-    entries, width = task.table.shape
-    unit = torch.eye(width, device=left.device).expand(members, -1, -1)
-    costs = left.new_empty(members, run, streams, entries)
-    last = torch.zeros(members, streams, dtype=torch.long, device=left.device)
-    step = max(width, BLOCK // width * width)
-    for start in range(0, columns, step):
-        end = min(start + step, columns)
-        errors = left.new_zeros(members, run, streams, end - start) if roots is not None else None
-        for at in range(start, end, width):
-            here = slice(at, at + width)
-            target, table = left[..., here], task.table.expand(members, -1, -1)
-            if roots is not None:
-                # Both are brought into the metric that these columns have, given those before them.
-                inverse = torch.linalg.solve_triangular(roots[:, here, here], unit, upper=True)
-                target, table = (target.flatten(1, 2) @ inverse).unflatten(1, (run, streams)), table @ inverse
-            _distances(target, table, weights, costs)
-            path = _shortest_path(costs, last, task.bits)
-            last = path[:, -1]
-            states[:, :, at // width] = path.transpose(1, 2)
-            if roots is None or errors is None:
-                continue
-            chosen = table.gather(1, path.flatten(1)[..., None].expand(-1, -1, width)).view_as(target)
-            error = target - chosen
-            errors[..., at - start : at - start + width] = error
-            if at + width < end:
-                later = error.flatten(1, 2) @ roots[:, here, at + width : end]
-                left[..., at + width : end] -= later.unflatten(1, (run, streams))
-        if roots is not None and errors is not None and end < columns:
-            left[..., end:] -= (errors.flatten(1, 2) @ roots[:, start:end, end:]).unflatten(1, (run, streams))
-        for problem in task.progress:
-            problem.progress(0.98 * done * end / columns)
-
-
-def _distances(target: Tensor, table: Tensor, weights: Tensor, costs: Tensor) -> None:
-    """Fill `costs` [members, run, streams, entries] with weighted squared distances, by one product.
+    left: Tensor, weights: Tensor, members: Tensor, roots: Tensor | None, table: Tensor, bits: int
+) -> Tensor:
+    """Return the states [streams, column blocks, run] of streams of one rate.
 
     Args:
-        target: [members, run, streams, width].
-        table: [members, entries, width].
-        weights: [members, run, streams].
-        costs: what is filled.
+        left: rows of the streams [streams, run, columns], used up.
+        weights: of a squared error in each row [streams, run].
+        members: which matrix each stream is of, in rising order, [streams].
+        roots: of the metric of each matrix, or None.
+        table: values of the states [states, width].
+        bits: of a code.
     """
-    squared = target.square().sum(dim=-1, keepdim=True)
-    left = torch.cat([target, squared, torch.ones_like(squared)], dim=-1) * weights[..., None]
-    norms = table.square().sum(dim=-1, keepdim=True)
-    right = torch.cat([-2 * table, torch.ones_like(norms), norms], dim=-1).transpose(1, 2)
-    torch.bmm(left.flatten(1, 2), right, out=costs.flatten(1, 2))
+    (streams, run, columns), (entries, width) = left.shape, table.shape
+    states = torch.zeros(streams, -(-columns // width), run, dtype=torch.int16, device=left.device)
+    if not bits:
+        return states
+    features, costs = _features(table), left.new_empty(run, streams, entries)
+    last = torch.zeros(streams, dtype=torch.long, device=left.device)
+    segments = torch.stack(members.unique_consecutive(return_counts=True), dim=1).tolist()
+    block = BLOCK // width * width
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = left.new_zeros(streams, run, end - start) if roots is not None else None
+        for at in range(start, end, width):
+            here, after = slice(at, min(at + width, end)), slice(min(at + width, end), end)
+            target, inverse = left[:, :, here], None
+            if roots is not None:
+                # It brings errors into the metric that these columns have, given those before them.
+                inverse = torch.linalg.inv(roots[:, here, here])[members]
+            factors = _coefficients(target, inverse, weights, width)
+            torch.mm(factors.transpose(0, 1).flatten(0, 1), features.T, out=costs.flatten(0, 1))
+            path = _shortest_path(costs, last, bits)
+            last = path[-1]
+            states[:, at // width] = path.T
+            if roots is None or inverse is None or errors is None:
+                continue
+            error = (target - table[path.T][..., : target.shape[2]]) @ inverse
+            errors[:, :, here.start - start : here.stop - start] = error
+            if here.stop < end:
+                left[:, :, after] -= error @ roots[:, here, after][members]
+        if roots is not None and errors is not None and end < columns:
+            first = 0
+            for member, count in segments:
+                part = slice(first, first := first + count)
+                handed = errors[part].flatten(0, 1) @ roots[member, start:end, end:]
+                left[part, :, end:] -= handed.unflatten(0, (count, run))
+    return states
+
+
+def _features(table: Tensor) -> Tensor:
+    """Return entries [entries, width] and the products of their numbers, [entries, features]."""
+    first, second = torch.triu_indices(table.shape[1], table.shape[1], device=table.device)
+    return torch.cat([table, table[:, first] * table[:, second]], dim=1)
+
+
+def _coefficients(target: Tensor, inverse: Tensor | None, weights: Tensor, width: int) -> Tensor:
+    """Return what the features of an entry c count in weighted squared distances |(t − c) E|², [streams, run, features].
+
+    Without |t E|², which is the same for all entries.
+
+    Args:
+        target: t [streams, run, columns]; there may be fewer columns than an entry has numbers.
+        inverse: E [streams, columns, columns], or None for the identity.
+        weights: [streams, run].
+        width: numbers of an entry.
+    """
+    streams, run, columns = target.shape
+    if inverse is None:
+        metric, product = torch.eye(columns, device=target.device).expand(streams, -1, -1), target
+    else:
+        metric = inverse @ inverse.mT
+        product = target @ metric
+    lacking = width - columns
+    metric = torch.nn.functional.pad(metric, (0, lacking, 0, lacking))
+    first, second = torch.triu_indices(width, width, device=target.device)
+    squares = metric[:, first, second] * (2 - (first == second).float())
+    linear = torch.nn.functional.pad(-2 * product, (0, lacking))
+    return torch.cat([linear, squares[:, None].expand(-1, run, -1)], dim=2) * weights[..., None]
 
 
 def _shortest_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
-    """Return the states [members, run, streams] of the cheapest path; `costs` become costs of paths.
+    """Return the states [run, streams] of the cheapest path; `costs` become costs of paths.
 
     A state is followed by those whose older bits are its newer ones: s → (s · 2^bits + code) mod states.
 
     Args:
-        costs: of each state at each step [members, run, streams, states].
-        last: the state before the first step [members, streams].
+        costs: of each state at each step [run, streams, states].
+        last: the state before the first step [streams].
         bits: of a code.
     """
-    members, run, streams, count = costs.shape
+    run, streams, count = costs.shape
     branches, older = 2**bits, count // 2**bits
-    before = costs.new_full((members, streams, count), torch.inf).scatter_(2, last[..., None], 0.0)
+    before = costs.new_full((streams, count), torch.inf).scatter_(1, last[:, None], 0.0)
     for step in range(run):
         # States that differ in their oldest code alone have the same successors: only the cheapest of them can win.
-        cheapest = before.unflatten(2, (branches, older)).amin(dim=2)
-        before = costs[:, step]
-        before.unflatten(2, (older, branches)).add_(cheapest[..., None])
-    path = torch.empty(members, run, streams, dtype=torch.long, device=costs.device)
-    state = before.argmin(dim=2)
-    path[:, -1] = state
+        cheapest = before.unflatten(1, (branches, older)).amin(dim=1)
+        before = costs[step]
+        before.unflatten(1, (older, branches)).add_(cheapest[..., None])
+    path = torch.empty(run, streams, dtype=torch.long, device=costs.device)
+    state = before.argmin(dim=1)
+    path[-1] = state
     oldest = torch.arange(branches, device=costs.device) * older
     for step in range(run - 2, -1, -1):
-        candidates = (state >> bits)[..., None] + oldest
-        state = candidates.gather(2, costs[:, step].gather(2, candidates).argmin(dim=2, keepdim=True))[..., 0]
-        path[:, step] = state
+        candidates = (state >> bits)[:, None] + oldest
+        state = candidates.gather(1, costs[step].gather(1, candidates).argmin(dim=1, keepdim=True))[:, 0]
+        path[step] = state
     return path
 
 
-def _filled(roots: Tensor, filling: int) -> Tensor:
-    """Return roots for columns that were filled up with zeros, which matter to nothing."""
-    if not filling:
-        return roots
-    filled = torch.nn.functional.pad(roots, (0, filling, 0, filling))
-    filled.diagonal(dim1=1, dim2=2)[:, -filling:] = 1
-    return filled
+def _decoded(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:
+    """Return scaled rows [rows, columns] of a member's states, in the order of the streams."""
+    rows = []
+    for own, (step, _) in zip(states, mixture.classes, strict=True):
+        values = _table(step, task)[0][own.long()]  # [streams, blocks, run, width]
+        rows.append(values.transpose(1, 2).flatten(2).flatten(0, 1)[:, : task.weights.shape[2]])
+    return torch.cat(rows)[: task.weights.shape[1]]
 
 
-def _decode(states: Tensor, task: _Task) -> Tensor:
-    """Return scaled rows [members, rows, columns] of states [members, streams, blocks, run]."""
-    rows = task.table[states.long()].transpose(2, 3).flatten(3).flatten(1, 2)
-    return rows[:, : task.weights.shape[1], : task.weights.shape[2]]
+def _packed(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:
+    """Return the newest codes of a member's states, each stream from its end to its beginning, packed [bytes]."""
+    packed = []
+    for own, (step, _) in zip(states, mixture.classes, strict=True):
+        if bits := task.structure.code(step)["bits"]:
+            codes = own.flatten(1).to(torch.int32) & (2**bits - 1)
+            packed.append(pack(codes.flip(-1), bits).flatten())
+    return torch.cat(packed)
 
 
-def _packed(states: Tensor, task: _Task) -> Tensor:
-    """Return the newest codes of states, each stream from its end to its beginning, packed [members, streams, bytes]."""
-    codes = states.flatten(2).to(torch.int32) & (2**task.bits - 1)
-    return pack(codes.flip(-1), task.bits)
+def _packed_classes(mixture: Mixture, order: Tensor, run: int) -> dict[str, Tensor]:
+    """Return the classes of a member's rows, which the streams have in an order [rows]; nothing where there is one."""
+    if len(mixture.classes) == 1:
+        return {}
+    kinds = [kind for kind, (_, streams) in enumerate(mixture.classes) for _ in range(run * streams)]
+    classes = torch.empty_like(order).scatter_(0, order, torch.tensor(kinds[: len(order)], device=order.device))
+    return {"classes": pack(classes, index_bits(len(mixture.classes)))}
 
 
 def _packed_outliers(weight: Tensor, places: Tensor) -> dict[str, Tensor]:

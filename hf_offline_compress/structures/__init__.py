@@ -1,14 +1,14 @@
 """The structures: how a weight may be represented, and what that costs. Nothing here imports torch."""
 
 from .autoencoder import Autoencoder, Training
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure
 from .codebook import Codebook
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .quantized import Quantized
 from .sparse import Sparse
 from .storage import FLOATS, INTEGERS, ITEM_BYTES, Shape, Storage, Stored
-from .trellis import Trellis
+from .trellis import Mixture, Trellis
 from .tucker import Tucker
 
 STRUCTURES: dict[str, type[Structure]] = {
@@ -25,8 +25,10 @@ __all__ = [
     "GroupShape",
     "Kronecker",
     "LowRank",
+    "Mixture",
     "Quantized",
     "Shape",
+    "Size",
     "Sparse",
     "Storage",
     "Stored",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from ..errors import CompressionError
 from .storage import Storage, Stored
+
+# A whole number; a structure may have finer sizes besides, of a class of its own, for the allocation to choose from.
+Size: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,25 @@ class Structure(ABC):
     least_rows: ClassVar[int] = 1
 
     @abstractmethod
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the tensors that one member stores, by name."""
 
-    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def decoder_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the tensors that the members of a group share, by name."""
         return {}
 
     @abstractmethod
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from, as plain JSON; its key `structure` names the layer."""
 
     @abstractmethod
     def limit(self, shape: GroupShape) -> int:
         """Return the size beyond which nothing is gained."""
+
+    def shown(self, size: Size, shape: GroupShape) -> float:
+        """Return a size as reports have it, in `unit`."""
+        number: float = size
+        return number
 
     def solvable(self) -> tuple[str, ...]:
         """Return the objectives that there are with these options, as `Objective.terms` names them."""
@@ -103,13 +111,13 @@ class Structure(ABC):
                 f"The structure '{self.name}' has nothing that several matrices could share; its grouping is separated."
             )
 
-    def parameters(self, size: int, shape: GroupShape) -> int:
+    def parameters(self, size: Size, shape: GroupShape) -> int:
         """Return how many numbers a group stores; positions and packed integers are none."""
         own = sum(tensor.count for tensor in self.member_tensors(size, shape).values() if tensor.dtype is None)
         shared = sum(tensor.count for tensor in self.decoder_tensors(size, shape).values() if tensor.dtype is None)
         return shape.members * own + shared
 
-    def stored_bytes(self, size: int, shape: GroupShape, storage: Storage) -> int:
+    def stored_bytes(self, size: Size, shape: GroupShape, storage: Storage) -> int:
         """Return how many bytes a group stores."""
         own = storage.bytes(self.member_tensors(size, shape))
         return shape.members * own + storage.bytes(self.decoder_tensors(size, shape))

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure
 from .storage import Stored
 
 # Step of the rate → weights a code stands for, and bits of a code: half a bit a weight, 1, 1.5, … 4, 5, 6.
@@ -27,8 +27,21 @@ DISTORTIONS = {
     9: 0.00188,
     10: 0.00048,
 }
+# Classes of rows that have a rate of their own.
+MOST_CLASSES = 16
 # So many bits of a state must be older than the newest code, or there is nothing to choose a path by.
 LEAST_MEMORY = 4
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A size of a trellis: rows fall into classes, and each has a rate of its own.
+
+    Attributes:
+        classes: of each, from the one with the most bits on: step of the rate, 0 where nothing is coded, and streams.
+    """
+
+    classes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,8 @@ class Trellis(Structure):
     The codes of `run` neighbouring rows form one stream: the first `width` columns of all of them, then the next columns.
     Codes overlap in the table's index, so that a few bits a weight choose among many values; encoding finds the best
     stream as a path through a trellis. The table is computed, not stored. The few weights that no entry comes near are
-    kept apart, as they are.
+    kept apart, as they are. Rows of an embedding that matter more may have
+    higher rates (`Mixture`).
 
     Attributes:
         state_bits: bits L of a state; the table has 2ᴸ entries. Encoding takes time in proportion.
@@ -52,7 +66,7 @@ class Trellis(Structure):
         "Tseng et al., QTIP - Quantization with Trellises and Incoherence Processing, NeurIPS 2024"
     )
     objectives: ClassVar[tuple[str, ...]] = ("l2", "calibrated", "sensitive", "importance")
-    unit: ClassVar[str] = "step of the rate"
+    unit: ClassVar[str] = "bits a weight"
     shares: ClassVar[bool] = False
     known_gains: ClassVar[bool] = True
     least_rows: ClassVar[int] = 16  # a path needs room; and what is so small saves nothing
@@ -78,37 +92,61 @@ class Trellis(Structure):
         """Return how many weights of a member are kept apart."""
         return round(self.outliers * shape.rows * shape.columns)
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
-        """Return packed codes, scales and outliers; see the base class."""
-        width, bits = RATES[size]
-        rows = self.rows_a_stream(shape)
-        steps = ceil(shape.columns / width) * rows
+    def mixture(self, size: Size, shape: GroupShape) -> Mixture:
+        """Return the classes and rates of a size; of a number, the one rate that it stands for."""
+        if isinstance(size, Mixture):
+            return size
+        return Mixture(((size, self.streams(shape)),))
+
+    def streams(self, shape: GroupShape) -> int:
+        """Return into how many streams the rows are cut."""
+        return ceil(shape.rows / self.rows_a_stream(shape))
+
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
+        """Return packed codes, scales, classes and outliers; see the base class."""
+        classes = self.mixture(size, shape).classes
         tensors = {
-            "codes": Stored((ceil(shape.rows / rows), ceil(steps * bits / 8)), "uint8"),
+            "codes": Stored((sum(streams * self.stream_bytes(step, shape) for step, streams in classes),), "uint8"),
             "scales": Stored((shape.rows,), "uint8"),
             "scale_range": Stored((2,)),
         }
+        if len(classes) > 1:
+            tensors["classes"] = Stored((ceil(shape.rows * index_bits(len(classes)) / 8),), "uint8")
         if count := self.outlier_count(shape):
             for name, entries in (("outlier_rows", shape.rows), ("outlier_columns", shape.columns)):
                 tensors[name] = Stored((ceil(count * index_bits(entries) / 8),), "uint8")
             tensors["outlier_values"] = Stored((count,))
         return tensors
 
+    def stream_bytes(self, step: int, shape: GroupShape) -> int:
+        """Return the bytes of a stream at a step of the rate."""
+        if step == 0:
+            return 0
+        width, bits = RATES[step]
+        return ceil(ceil(shape.columns / width) * self.rows_a_stream(shape) * bits / 8)
+
     def limit(self, shape: GroupShape) -> int:
         """Return the largest rate; see the base class."""
         return max(RATES)
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def shown(self, size: Size, shape: GroupShape) -> float:
+        """Return the mean bits of codes a weight; see the base class."""
+        stored = self.member_tensors(size, shape)["codes"].count
+        return round(8 * stored / (shape.rows * shape.columns), 2)
+
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
-        width, bits = RATES[size]
         return {
             "structure": "trellis",
-            "bits": bits,
-            "width": width,
-            "state_bits": max(self.state_bits, bits + LEAST_MEMORY),
             "run": self.rows_a_stream(shape),
             "outliers": self.outlier_count(shape),
+            "classes": [{"streams": streams, **self.code(step)} for step, streams in self.mixture(size, shape).classes],
         }
+
+    def code(self, step: int) -> dict[str, int]:
+        """Return weights a code, bits of a code, 0 where nothing is coded, and bits of a state."""
+        width, bits = RATES[step] if step else (1, 0)
+        return {"width": width, "bits": bits, "state_bits": max(self.state_bits, bits + LEAST_MEMORY)}
 
 
 def index_bits(entries: int) -> int:
