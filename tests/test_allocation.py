@@ -9,11 +9,11 @@ from test_calibration import matrices_of
 
 from hf_offline_compress import Recipe, Rule, make_plan
 from hf_offline_compress.allocation import Choices, allocate
-from hf_offline_compress.calibration import collect
+from hf_offline_compress.calibration import Statistics, collect
 from hf_offline_compress.calibration_text import Batch
 from hf_offline_compress.recipe import OBJECTIVES
 from hf_offline_compress.sensitivity import measure_sensitivity
-from hf_offline_compress.structures import Trellis
+from hf_offline_compress.structures import LowRank, Trellis
 from hf_offline_compress.weighting import problem_of
 
 
@@ -140,3 +140,16 @@ def test_outputs_one_by_one_are_the_diagonal_of_all_together():
     weights = problem_of(group, model.state_dict(), "bert.", statistics).row_weights
     squares = whole.squares(group.matrices[0].name)
     torch.testing.assert_close(weights, squares + 0.1 * squares.mean())
+
+
+def test_rows_of_words_weigh_what_their_token_occurs_and_none_weighs_nothing():
+    model = make_model("bert", "BertModel")
+    recipe = Recipe("some", (Rule(LowRank(), OBJECTIVES["calibrated"]),), modules=("word_embeddings",))
+    (group,) = make_plan(model.config.to_dict(), recipe, architecture="BertModel", dtype="float32").groups
+    statistics = Statistics(
+        token_counts=torch.zeros(group.rows, dtype=torch.float64).index_fill_(0, torch.tensor(7), 60)
+    )
+    weights = problem_of(group, model.state_dict(), "", statistics).row_weights
+    assert float(weights.sum()) == pytest.approx(1)
+    others = torch.cat([weights[:7], weights[8:]])
+    assert others.min() > 0 and others.eq(others[0]).all() and weights[7] > 10 * others[0]

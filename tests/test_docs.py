@@ -12,7 +12,7 @@ import yaml
 from common import save_base
 from loopback_hub import TOKEN, LoopbackHub
 
-from hf_offline_compress.recipe import KINDS, SHORTHANDS, preset_names, recipe_from_dict
+from hf_offline_compress.recipe import DEFAULT_RECIPE, KINDS, SHORTHANDS, preset_names, recipe_from_dict
 from hf_offline_compress.structures import STRUCTURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +121,7 @@ def test_recipes_in_the_documents_load():
 def test_presets_structures_and_kinds_are_documented():
     readme, recipes = (ROOT / "README.md").read_text("utf-8"), (ROOT / "docs/recipes.md").read_text("utf-8")
     assert all(f"| `{name}`" in readme for name in preset_names())
+    assert re.findall(r"\| `(\w+)` \(default\)", readme) == [DEFAULT_RECIPE]
     assert all(f"`{name}`" in recipes for name in (*KINDS, *SHORTHANDS))
     assert all(f"### Structure `{name}`" in recipes for name in STRUCTURES)
 
