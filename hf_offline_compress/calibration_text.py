@@ -134,12 +134,7 @@ def make_batches(
     random.Random(seed).shuffle(order)  # noqa: S311
     sequences, special, tokens, words, unknown = [], [], 0, 0, 0
     for start in range(0, len(order), 64):
-        encoded = tokenizer(
-            order[start : start + 64],
-            truncation=True,
-            max_length=min(LENGTH, positions),
-            return_special_tokens_mask=True,
-        )
+        encoded = _encoded(order[start : start + 64], tokenizer, positions)
         for ids, specials in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
             if tokens >= TOKENS or not ids:
                 break
@@ -176,12 +171,7 @@ def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positio
     """
     counts = torch.zeros(rows, dtype=torch.float64)
     for start in range(0, len(text.texts), COUNTED_AT_ONCE):
-        encoded = tokenizer(
-            list(text.texts[start : start + COUNTED_AT_ONCE]),
-            truncation=True,
-            max_length=min(LENGTH, positions),
-            return_special_tokens_mask=True,
-        )
+        encoded = _encoded(text.texts[start : start + COUNTED_AT_ONCE], tokenizer, positions)
         ids, special = (
             torch.tensor([number for sequence in encoded[key] for number in sequence], dtype=torch.long)
             for key in ("input_ids", "special_tokens_mask")
@@ -193,6 +183,11 @@ def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positio
         if counts.sum() >= COUNTED:
             break
     return counts
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any, positions: int) -> Any:
+    """Return ids and special tokens of texts, each cut to the length that calibration has."""
+    return tokenizer(list(texts), truncation=True, max_length=min(LENGTH, positions), return_special_tokens_mask=True)
 
 
 def _batches(

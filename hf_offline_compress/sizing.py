@@ -79,10 +79,12 @@ def _gains(group: Group, plan: Plan, state: dict[str, torch.Tensor], statistics:
     forms: list[Group | None] = []
     errors: list[float] = []
     for _, sizes in groupby(group.forms, key=lambda form: form.structure):
-        whole = list(sizes)
-        known = expected_errors(problem_of(whole[0], state, plan.skeleton.prefix, statistics))
-        finer = [replace(whole[0], size=size) for size in known if not isinstance(size, int)]
-        smaller = [form for form in (*whole, *finer) if form.stored_bytes < dense]
+        smaller = [form for form in sizes if form.stored_bytes < dense]
+        if not smaller:
+            continue
+        known = expected_errors(problem_of(smaller[0], state, plan.skeleton.prefix, statistics))
+        finer = [replace(smaller[0], size=size) for size in known if not isinstance(size, int)]
+        smaller += [form for form in finer if form.stored_bytes < dense]
         forms += smaller
         errors += [known[form.size] for form in smaller]
     costs = [float(form.stored_bytes) for form in forms if form]

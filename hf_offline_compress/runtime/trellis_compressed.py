@@ -61,14 +61,19 @@ def decode_scales(codes: Tensor, bounds: Tensor) -> Tensor:
     return torch.exp2(low + codes.float() * step)
 
 
+def _inverse(order: Tensor) -> Tensor:
+    """Return where each of the items is that are in an order [items]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
 class RowClass:
-    """Streams of one rate, as many rows as they have, or nothing but zeros.
+    """Streams of one rate.
 
     Attributes:
         columns: of the weight.
         run: rows of a stream.
         streams: how many there are.
-        bits, width, state_bits: of a code, and of a state; bits is 0 where nothing is coded.
+        bits, width, state_bits: of a code, and of a state.
         first, stop: where its codes begin and end among the weight's.
     """
 
@@ -80,9 +85,9 @@ class RowClass:
         self.steps = self.blocks * run
         self.length = packed_length(self.steps, self.bits)
         self.first, self.stop = first, first + self.streams * self.length
-        self.spanned = spanned_bytes(self.bits, self.state_bits) if self.bits else 0
+        self.spanned = spanned_bytes(self.bits, self.state_bits)
         # Codes of a block of columns that begin with a byte, and are enough to look at the next block only.
-        self.in_bytes = self.bits and run * self.bits % 8 == 0 and run * self.bits // 8 >= self.spanned - 1
+        self.in_bytes = run * self.bits % 8 == 0 and run * self.bits // 8 >= self.spanned - 1
 
     def streams_of(self, codes: Tensor, first: int, last: int, scales: Tensor) -> Tensor:
         """Return the rows of streams `first` to before `last`, [rows, columns], times scales [rows]."""
@@ -108,8 +113,6 @@ class RowClass:
 
     def rows_of(self, codes: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
         """Return rows of the class [rows, columns], wherever their codes begin, times scales [rows]."""
-        if not self.bits:
-            return scales.new_zeros(len(rows), self.columns)
         codes = codes[self.first : self.stop]
         values = self._empty(len(rows), scales)
         self._look_up(lambda part: self._states_of(codes, rows[part]), values, scales)
@@ -224,16 +227,17 @@ class TrellisWeight(DecodedWeight):
 
     def row_block(self, start: int, stop: int) -> Tensor:
         """Return rows of Ŵ from `start` to before `stop`; see the base class."""
-        places, whole = self._places(), (start, stop) == (0, self.rows)
-        if places is None:
-            order, parts = None, [(start, stop)]
-        elif whole:
-            order, parts = places.argsort(), [(0, end - first) for first, end in self.bounds]
+        order = self._order()
+        if order is None:
+            parts = [(start, stop)]
+        elif (start, stop) == (0, self.rows):
+            parts = [(0, end - first) for first, end in self.bounds]
         elif torch.compiler.is_compiling():
             # How many of the rows are in a class is not known to a compiler.
             return self.some_rows(torch.arange(start, stop, device=self.codes.device))
         else:
-            order, parts = places[start:stop].argsort(), []
+            places, parts = _inverse(order), []
+            order = places[start:stop].argsort()
             for first, end in self.bounds:
                 inside = (places[:stop] >= first) & (places[:stop] < end)
                 parts.append((int(inside[:start].sum()), int(inside.sum())))
@@ -263,11 +267,11 @@ class TrellisWeight(DecodedWeight):
         flat = ids.flatten()
         if self.outliers:
             flat = torch.cat([flat, flat.new_zeros(1)])  # a row for outliers of rows that are not asked for
-        scales, places = self._scales(self.scales[flat]), self._places()
-        if places is None:
+        scales, order = self._scales(self.scales[flat]), self._order()
+        if order is None:
             rows = self.row_classes[0].rows_of(self.codes, flat, scales)
         else:
-            wanted = places[flat]
+            wanted = _inverse(order)[flat]
             rows = scales.new_zeros(len(flat), self.columns)
             for kind, (first, end) in zip(self.row_classes, self.bounds, strict=True):
                 inside = (wanted >= first) & (wanted < end)
@@ -294,12 +298,11 @@ class TrellisWeight(DecodedWeight):
         scales = torch.nn.functional.pad(scales, (before, end * self.run - last))
         return kind.streams_of(self.codes, begin, end, scales)[before : before + last - first]
 
-    def _places(self) -> Tensor | None:
-        """Return where each row lies among the streams' [rows], or None where they lie as they are."""
+    def _order(self) -> Tensor | None:
+        """Return the rows as the streams have them [rows], or None where that is their own order."""
         if not self.class_bits:
             return None
-        order = unpack(self.classes, self.class_bits, self.rows).argsort(stable=True)
-        return torch.empty_like(order).scatter_(0, order, torch.arange(self.rows, device=order.device))
+        return unpack(self.classes, self.class_bits, self.rows).argsort(stable=True)
 
     def _scales(self, codes: Tensor) -> Tensor:
         return decode_scales(codes, self.scale_range).to(self.scale_range.dtype)

@@ -9,7 +9,7 @@ get the nearer values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -218,10 +218,15 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
         for start in range(0, len(places), at_once):
             here = places[start : start + at_once]
             members, which = (torch.tensor(index, device=left.device) for index in zip(*here, strict=True))
-            found = _encode_streams(left[members, which], weights[members, which], members, task.roots, table, bits)
+
+            def progress(share: float, done: int = len(states), more: int = len(here)) -> None:
+                for problem in task.progress:
+                    problem.progress(0.98 * (done + share * more) / (streams * len(task.mixtures)))
+
+            found = _encode_streams(
+                left[members, which], weights[members, which], members, task.roots, table, bits, progress
+            )
             states |= dict(zip(here, found, strict=True))
-            for problem in task.progress:
-                problem.progress(0.98 * len(states) / (streams * len(task.mixtures)))
     result = []
     for member, mixture in enumerate(task.mixtures):
         own = iter(states[member, stream] for stream in range(streams))
@@ -230,17 +235,19 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
 
 
 def _table(step: int, task: _Task) -> tuple[Tensor, int]:
-    """Return the values of the states [states, width] at a step of the rate, and the bits of a code.
-
-    Where nothing is coded, it is one zero and no bits.
-    """
+    """Return the values of the states [states, width] at a step of the rate, and the bits of a code."""
     code = task.structure.code(step)
-    found = trellis_table(code["state_bits"], code["width"], code["bits"]) if step else torch.zeros(1, 1)
-    return found.to(task.weights.device), code["bits"]
+    return trellis_table(**code).to(task.weights.device), code["bits"]
 
 
 def _encode_streams(
-    left: Tensor, weights: Tensor, members: Tensor, roots: Tensor | None, table: Tensor, bits: int
+    left: Tensor,
+    weights: Tensor,
+    members: Tensor,
+    roots: Tensor | None,
+    table: Tensor,
+    bits: int,
+    progress: Callable[[float], None],
 ) -> Tensor:
     """Return the states [streams, column blocks, run] of streams of one rate.
 
@@ -251,11 +258,10 @@ def _encode_streams(
         roots: of the metric of each matrix, or None.
         table: values of the states [states, width].
         bits: of a code.
+        progress: called with the share that is done.
     """
     (streams, run, columns), (entries, width) = left.shape, table.shape
     states = torch.zeros(streams, -(-columns // width), run, dtype=torch.int16, device=left.device)
-    if not bits:
-        return states
     features, costs = _features(table), left.new_empty(run, streams, entries)
     last = torch.zeros(streams, dtype=torch.long, device=left.device)
     segments = torch.stack(members.unique_consecutive(return_counts=True), dim=1).tolist()
@@ -286,6 +292,7 @@ def _encode_streams(
                 part = slice(first, first := first + count)
                 handed = errors[part].flatten(0, 1) @ roots[member, start:end, end:]
                 left[part, :, end:] -= handed.unflatten(0, (count, run))
+        progress(end / columns)
     return states
 
 
@@ -362,9 +369,9 @@ def _packed(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:
     """Return the newest codes of a member's states, each stream from its end to its beginning, packed [bytes]."""
     packed = []
     for own, (step, _) in zip(states, mixture.classes, strict=True):
-        if bits := task.structure.code(step)["bits"]:
-            codes = own.flatten(1).to(torch.int32) & (2**bits - 1)
-            packed.append(pack(codes.flip(-1), bits).flatten())
+        bits = task.structure.code(step)["bits"]
+        codes = own.flatten(1).to(torch.int32) & (2**bits - 1)
+        packed.append(pack(codes.flip(-1), bits).flatten())
     return torch.cat(packed)
 
 

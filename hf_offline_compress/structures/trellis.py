@@ -38,7 +38,7 @@ class Mixture:
     """A size of a trellis: rows fall into classes, and each has a rate of its own.
 
     Attributes:
-        classes: of each, from the one with the most bits on: step of the rate, 0 where nothing is coded, and streams.
+        classes: of each, from the one with the most bits on: step of the rate, and streams.
     """
 
     classes: tuple[tuple[int, int], ...]
@@ -51,8 +51,7 @@ class Trellis(Structure):
     The codes of `run` neighbouring rows form one stream: the first `width` columns of all of them, then the next columns.
     Codes overlap in the table's index, so that a few bits a weight choose among many values; encoding finds the best
     stream as a path through a trellis. The table is computed, not stored. The few weights that no entry comes near are
-    kept apart, as they are. Rows of an embedding that matter more may have
-    higher rates (`Mixture`).
+    kept apart, as they are. Rows of an embedding that matter more may have higher rates (`Mixture`).
 
     Attributes:
         state_bits: bits L of a state; the table has 2ᴸ entries. Encoding takes time in proportion.
@@ -120,8 +119,6 @@ class Trellis(Structure):
 
     def stream_bytes(self, step: int, shape: GroupShape) -> int:
         """Return the bytes of a stream at a step of the rate."""
-        if step == 0:
-            return 0
         width, bits = RATES[step]
         return ceil(ceil(shape.columns / width) * self.rows_a_stream(shape) * bits / 8)
 
@@ -144,8 +141,8 @@ class Trellis(Structure):
         }
 
     def code(self, step: int) -> dict[str, int]:
-        """Return weights a code, bits of a code, 0 where nothing is coded, and bits of a state."""
-        width, bits = RATES[step] if step else (1, 0)
+        """Return weights a code, bits of a code, and bits of a state."""
+        width, bits = RATES[step]
         return {"width": width, "bits": bits, "state_bits": max(self.state_bits, bits + LEAST_MEMORY)}
 
 
