@@ -92,16 +92,6 @@ class Group:
         """Whether the decoder belongs to several members and lies in the base model."""
         return len(self.matrices) > 1
 
-    @property
-    def forms(self) -> list[Group]:
-        """The group in every structure and at every whole size that its rule allows."""
-        forms = []
-        for structure in (s for s in self.rule.structures if self.shape.rows >= s.least_rows):
-            variant = replace(self, rule=replace(self.rule, structure=structure, alternatives=()))
-            sizes = range(structure.minimum, structure.limit(self.shape) + 1)
-            forms += [replace(variant, size=size) for size in sizes]
-        return forms
-
     def runtime(self) -> dict[str, Any]:
         """Return what the runtime layers are built from, as plain JSON."""
         tensors = [of(self.size, self.shape) for of in (self.structure.member_tensors, self.structure.decoder_tensors)]
@@ -234,6 +224,22 @@ class Plan:
                 stored |= group.member_tensors(matrix, self.skeleton.prefix)
             names |= {name: (tensor.shape, tensor.dtype or group.storage.dtype) for name, tensor in stored.items()}
         return names
+
+    def storage(self, name: str | None) -> Storage:
+        """Return a storage by the name that a recipe has for it; without one, that of all else."""
+        # Scales are few beside what they scale, but not so few that half precision would not pay.
+        return Storage.named(name or self.rest, "float16" if self.dtype == "float32" else self.dtype)
+
+    def forms(self, group: Group) -> list[Group]:
+        """Return a group in every structure and storage, and at every whole size, that its rule allows."""
+        rule, forms = group.rule, []
+        for structure in (s for s in rule.structures if group.shape.rows >= s.least_rows):
+            sizes = range(structure.minimum, structure.limit(group.shape) + 1)
+            for name in (rule.storage, *rule.storages):
+                own = replace(rule, structure=structure, alternatives=(), storage=name, storages=())
+                variant = replace(group, rule=own, storage=self.storage(name))
+                forms += [replace(variant, size=size) for size in sizes]
+        return forms
 
     def reformed(self, forms: Mapping[str, Group | None]) -> Plan:
         """Return the plan with other forms of its groups, by name; None leaves a group's matrices dense."""
@@ -380,9 +386,10 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
                 f"Nothing would shrink at ratio {rule.ratio:g}: ratios count from float32, and the model, stored in {dtype}, "
                 f"is at {own:g} already. Ask for more, e.g. ratio {2 * own:g}."
             )
-        if rule.structure and rule.storage not in (None, dtype, *INTEGERS) and dtype != "float32":
+        others = [s for s in (rule.storage, *rule.storages) if s not in (None, dtype, *INTEGERS)]
+        if rule.structure and others and dtype != "float32":
             raise CompressionError(
-                f"The storage '{rule.storage}' does not go with a model in {dtype}: a loaded model has one dtype. "
+                f"The storage '{others[0]}' does not go with a model in {dtype}: a loaded model has one dtype. "
                 "Leave the storage out, or pass dtype='float32'."
             )
 
@@ -427,9 +434,7 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float |
     """
     structure = rule.structure
     assert structure is not None
-    # Scales are few beside what they scale, but not so few that half precision would not pay.
-    scales = "float16" if draft.dtype == "float32" else draft.dtype
-    storage, shape = Storage.named(rule.storage or draft.rest, scales), shape_of(matrices)
+    storage, shape = draft.storage(rule.storage), shape_of(matrices)
     if shape.rows < structure.least_rows:
         return f"{_TOO_SMALL}: a {structure.title.lower()} needs {structure.least_rows} rows"
     dense = shape.parameters * STORAGES[draft.rest]

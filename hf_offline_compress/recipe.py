@@ -204,6 +204,9 @@ class Rule:
     alternatives: tuple[Structure, ...] = field(
         default=(), metadata={"help": "structures that a group may have instead, if it gains more from the same bytes"}
     )
+    storages: tuple[str, ...] = field(
+        default=(), metadata={"help": "storages that a group may have instead, if it gains more from the same bytes"}
+    )
 
     @property
     def structures(self) -> tuple[Structure, ...]:
@@ -214,11 +217,18 @@ class Rule:
         """Reject what cannot be done, whatever the model."""
         if not self.ratio > 1:
             raise CompressionError(f"The ratio {self.ratio} would not make anything smaller; it must be above 1.")
-        if self.storage is not None and self.storage not in FACTOR_STORAGES:
-            raise CompressionError(f"The storage '{self.storage}' is unknown; known are {listing(FACTOR_STORAGES)}.")
+        for storage in (self.storage, *self.storages):
+            if storage is not None and storage not in FACTOR_STORAGES:
+                raise CompressionError(f"The storage '{storage}' is unknown; known are {listing(FACTOR_STORAGES)}.")
         _check_selectors(self.modules)
-        if self.alternatives and not self.structure:
+        if (self.alternatives or self.storages) and not self.structure:
             raise CompressionError("A rule that leaves matrices dense has no alternatives; name a structure.")
+        whole = [storage for storage in self.storages if storage in INTEGERS]
+        if whole and (unknown := [s.title.lower() for s in self.structures if not s.known_rounding]):
+            raise CompressionError(
+                f"What {listing(whole)} would add to errors is not known beforehand of {unknown[0]} with these options; "
+                "leave these storages out. (Of low rank it is known without an identity block.)"
+            )
         for structure in self.structures:
             if not structure.shares and self.grouping.layers != 1:
                 raise CompressionError(
@@ -268,9 +278,9 @@ class Recipe:
             raise CompressionError(f"The allocation '{self.allocation}' is unknown; known are {listing(ALLOCATIONS)}.")
         if self.rest is not None and self.rest not in STORAGES:
             raise CompressionError(f"The storage '{self.rest}' is unknown; known are {listing(STORAGES)}.")
-        if self.allocation != "by_gain" and any(rule.alternatives for rule in self.rules):
+        if self.allocation != "by_gain" and any(rule.alternatives or rule.storages for rule in self.rules):
             raise CompressionError(
-                "Alternatives are chosen among by what they gain, for which the allocation must be 'by_gain'."
+                "Alternatives and storages are chosen among by what they gain, for which the allocation must be 'by_gain'."
             )
         if self.allocation == "by_gain" and any(not s.known_gains for rule in self.rules for s in rule.structures):
             known = listing([name for name, structure in STRUCTURES.items() if structure.known_gains])
@@ -326,9 +336,9 @@ class Recipe:
         if grouping is not None:
             changes["grouping"] = grouping if isinstance(grouping, Grouping) else Grouping.parse(grouping)
         if storage is not None:
-            changes["storage"] = storage
+            changes |= {"storage": storage, "storages": ()}
         if allocation == "uniform":
-            changes["alternatives"] = ()
+            changes |= {"alternatives": (), "storages": ()}
         return replace(
             self,
             rules=tuple(replace(rule, **changes) if rule.structure else rule for rule in self.rules),
@@ -342,7 +352,10 @@ class Recipe:
         return replace(
             self,
             allocation="uniform",
-            rules=tuple(replace(rule, objective=rule.objective.without_data(), alternatives=()) for rule in self.rules),
+            rules=tuple(
+                replace(rule, objective=rule.objective.without_data(), alternatives=(), storages=())
+                for rule in self.rules
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -364,6 +377,7 @@ class Recipe:
                     "grouping": str(rule.grouping),
                     "ratio": rule.ratio,
                     "storage": rule.storage,
+                    "storages": list(rule.storages),
                 }
                 for rule in self.rules
             ],
@@ -448,8 +462,9 @@ def _rule(content: object, label: str) -> Rule:
         values["objective"] = _objective(values["objective"], label)
     if "grouping" in values:
         values["grouping"] = Grouping.parse(values["grouping"])
-    if "modules" in values:
-        values["modules"] = _names(values["modules"], "modules")
+    for key in ("modules", "storages"):
+        if key in values:
+            values[key] = _names(values[key], key)
     if "ratio" in values:
         values["ratio"] = _number(values["ratio"], "ratio")
     return Rule(**values)

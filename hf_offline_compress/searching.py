@@ -181,7 +181,7 @@ def search_ratio(
         CompressionError: see `largest_ratio`.
     """
     total = plan.skeleton.total * FLOAT32
-    ordered = {group.name: sorted(group.forms, key=lambda form: form.stored_bytes) for group in plan.groups}
+    ordered = {group.name: sorted(plan.forms(group), key=lambda form: form.stored_bytes) for group in plan.groups}
     largest = plan.reformed({name: forms[-1] for name, forms in ordered.items()})
     smallest = plan.reformed({name: forms[0] for name, forms in ordered.items()})
     kept: dict[float, Solved] = {}

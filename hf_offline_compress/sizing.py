@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from .calibration import Statistics
 from .plan import FLOAT32, Group, Plan
 from .recipe import STORAGES
 from .solvers import expected_errors
+from .structures import Size
 from .weighting import problem_of
 
 if TYPE_CHECKING:
@@ -78,16 +80,27 @@ def _gains(group: Group, plan: Plan, state: dict[str, torch.Tensor], statistics:
     dense = group.parameters * STORAGES[plan.rest]
     forms: list[Group | None] = []
     errors: list[float] = []
-    for _, sizes in groupby(group.forms, key=lambda form: form.structure):
-        smaller = [form for form in sizes if form.stored_bytes < dense]
-        if not smaller:
+    costs: list[float] = []
+
+    def add(form: Group, known: Mapping[Size, float]) -> None:
+        cost = form.stored_bytes
+        if cost < dense:
+            forms.append(form)
+            errors.append(known[form.size])
+            costs.append(float(cost))
+
+    for _, of_structure in groupby(plan.forms(group), key=lambda form: form.structure):
+        by_storage = {storage: list(sizes) for storage, sizes in groupby(of_structure, key=lambda form: form.storage)}
+        some = [sizes[0] for sizes in by_storage.values()]
+        if all(form.stored_bytes >= dense for form in some):  # these are the smallest
             continue
-        known = expected_errors(problem_of(smaller[0], state, plan.skeleton.prefix, statistics))
-        finer = [replace(smaller[0], size=size) for size in known if not isinstance(size, int)]
-        smaller += [form for form in finer if form.stored_bytes < dense]
-        forms += smaller
-        errors += [known[form.size] for form in smaller]
-    costs = [float(form.stored_bytes) for form in forms if form]
+        problem = problem_of(some[0], state, plan.skeleton.prefix, statistics)
+        for sizes, known in zip(by_storage.values(), expected_errors(problem, list(by_storage)), strict=True):
+            for form in sizes:
+                add(form, known)
+            for size in known:
+                if not isinstance(size, int):  # finer than what the plan knows of
+                    add(replace(sizes[0], size=size), known)
     if may_stay:
         forms.append(None)
         errors.append(0.0)

@@ -52,6 +52,13 @@ RECIPES = {
         allocation="by_gain",
         budget=Budget(total_ratio=2.5),
     ),
+    "storages": Recipe(
+        "storages",
+        (Rule(LowRank(), SENSITIVE, alternatives=(Quantized(8),), storages=("int8", "int4")),),
+        modules=("all",),
+        allocation="by_gain",
+        budget=Budget(total_ratio=4),
+    ),
     "low_rank": Recipe("low_rank", (Rule(LowRank(), CALIBRATED, ratio=2.0),), modules=(".+",)),
     "low_rank_shared": Recipe(
         "low_rank_shared", (Rule(LowRank(), CALIBRATED, Grouping(None), ratio=2.5, storage="float16"),), modules=ALL
@@ -125,7 +132,8 @@ CASES = [
     (t, h, r)
     for t, h in HEADS
     for r in RECIPES
-    if r in ("low_rank", "allocated", "budget", "alternatives", "autoencoder_shared", "quantized") or "LM" in h
+    if r in ("low_rank", "allocated", "storages", "budget", "alternatives", "autoencoder_shared", "quantized")
+    or "LM" in h
 ]
 LOADER = Path(__file__).with_name("load_folders.py")
 
@@ -194,18 +202,24 @@ STEPS = {code: step for step, code in RATES.items()}
 def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe):
     folder, result = folders[1][name_of(model_type, head, recipe)]
     plan = make_plan(make_model(model_type, head).config.to_dict(), RECIPES[recipe], architecture=head)
-    chosen = {group.name: (group.structure, group.size) for group in result.report.groups}
-    forms = {(group.name, form.structure.name, form.shown_size): form for group in plan.groups for form in group.forms}
+    chosen = {group.name: (group.structure, group.storage, group.size) for group in result.report.groups}
+    forms = {
+        (group.name, form.structure.name, str(form.storage), form.shown_size): form
+        for group in plan.groups
+        for form in plan.forms(group)
+    }
     for group in plan.groups:  # rows of several rates are a size that no plan knows beforehand
         entry = result.model.config.compression["groups"].get(group.name, {})
         if len(entry.get("classes", ())) > 1:
             size = Mixture(tuple((STEPS[kind["width"], kind["bits"]], kind["streams"]) for kind in entry["classes"]))
-            form = next(form for form in group.forms if form.structure.name == "trellis")
+            form = next(form for form in plan.forms(group) if form.structure.name == "trellis")
             forms[group.name, *chosen[group.name]] = replace(form, size=size)
     if RECIPES[recipe].budget:
         allowed = plan.skeleton.total * 4 / RECIPES[recipe].budget.total_ratio
-        plan = plan.reformed({g.name: forms.get((g.name, *chosen.get(g.name, ("dense", 0)))) for g in plan.groups})
+        plan = plan.reformed({g.name: forms.get((g.name, *chosen.get(g.name, ("dense",)))) for g in plan.groups})
         assert len({(group.structure.name, group.size) for group in plan.groups}) > 1
+        if recipe == "storages":
+            assert len({storage for _, storage, _ in chosen.values()}) > 1
         assert 0.98 * allowed < plan.file_bytes <= allowed
     if recipe == "allocated":
         budget = plan.parameters * 4 / 2.0

@@ -11,7 +11,8 @@ from hf_offline_compress.calibration import add_gram_
 from hf_offline_compress.recipe import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.numbers_compressed import unpack_numbers
-from hf_offline_compress.solvers import Problem, codebook, rounded_to_integers, solve, solve_all
+from hf_offline_compress.runtime.packing_compressed import unpack
+from hf_offline_compress.solvers import Problem, codebook, expected_errors, rounded_to_integers, solve, solve_all
 from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
 from hf_offline_compress.solvers.polishing import importances, loss_terms
 from hf_offline_compress.structures import (
@@ -517,6 +518,43 @@ def test_each_factor_is_rounded_in_the_metric_of_the_other(members, shape, bits)
     assert calibrated_error(problem, *fed_back) < calibrated_error(problem, *nearest)
     if bits == 8:
         assert calibrated_error(problem, *fed_back) < 1.05 * exact + 1e-4
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("metric", ["none", "rows", "outputs"])
+@pytest.mark.parametrize("shape,rank", [((96, 64), 12), ((96, 64), 60), ((64, 130), 20)])
+def test_what_whole_numbers_leave_of_low_rank_is_expected(shape, rank, metric, bits):
+    objective = Objective(l2=1.0, calibrated=True, sensitive=metric != "none")
+    h, weight = moments(shape[1]), matrix(*shape)
+    row_weights = torch.rand(shape[0]) + 0.1
+    outputs = {"none": {}, "rows": {"row_weights": row_weights}, "outputs": {"output_moments": (moments(shape[0], 1),)}}
+    problem = Problem(LowRank(), objective, rank, (weight,), input_moments=h, **outputs[metric])
+    storage = Storage("float32", bits)
+    exact, expected = (errors[rank] for errors in expected_errors(problem, [Storage("float32"), storage]))
+    members, decoder = unpacked(rounded_to_integers(problem, solve(problem), storage), problem, storage)
+    left = weight - members[0]["latents"] @ decoder["weight"].T
+    g = {"none": torch.eye(shape[0]), "rows": row_weights.diag(), "outputs": moments(shape[0], 1)}[metric].double()
+    reached = float(((g @ left.double() @ h.double()) * left).sum())
+    assert exact < expected
+    assert 0.5 < reached / expected < 1.1
+
+
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_what_scales_in_whole_numbers_add_is_expected(group_size):
+    objective = Objective(l2=1.0, calibrated=True)
+    problem = Problem(Quantized(group_size), objective, 8, (matrix(256, 64),), input_moments=moments(64))
+    storage, factors = Storage("float32", 8), solve(problem)
+    exact, expected = (errors[8] for errors in expected_errors(problem, [Storage("float32"), storage]))
+    assert exact < expected
+    whole, weight = rounded_to_integers(problem, factors, storage).members[0], problem.weights[0]
+    parts = {part: whole[f"scales_{part}"] for part in ("codes", "scales", "zeros")}
+    scales = unpack_numbers(**parts, bits=8, sharing=64, shape=tuple(factors.members[0]["scales"].shape))
+    width = group_size or 64
+    codes, zeros = unpack(factors.members[0]["codes"], 8, 64), unpack(factors.members[0]["zeros"], 9, 64 // width)
+    decoded = (codes - zeros.repeat_interleave(width, dim=1) / 2) * scales.repeat_interleave(width, dim=1)
+    left = (weight - decoded).double()
+    reached = float((left @ problem.input_moments.double() * left).sum())
+    assert 0.5 < reached / expected < 1.5
 
 
 def unpacked(factors, problem, storage):

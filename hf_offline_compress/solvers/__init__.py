@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..structures import Size
 from .autoencoder import solve_autoencoders
 from .base import Factors, Problem
 from .codebook import solve_codebook
+from .expected import ERRORS, expected_errors
 from .kronecker import solve_kronecker
-from .low_rank import low_rank_errors, solve_low_rank
-from .quantized import quantized_errors, solve_quantized
+from .low_rank import solve_low_rank
+from .quantized import solve_quantized
 from .rounding import rounded_to_integers
 from .sparse import solve_sparse
-from .trellis import solve_trellises, trellis_errors
+from .trellis import solve_trellises
 from .tucker import solve_tucker
 
 SOLVERS: dict[str, Callable[[Problem], Factors]] = {
@@ -44,22 +44,6 @@ def solve_all(problems: Sequence[Problem]) -> list[Factors]:
     if name in BATCHED_SOLVERS:
         return BATCHED_SOLVERS[name](problems)
     return [SOLVERS[name](problem) for problem in problems]
-
-
-# Of structures with `known_gains`: the least error at sizes from 0 on.
-ERRORS: dict[str, Callable[[Problem], dict[Size, float]]] = {
-    "low_rank": low_rank_errors,
-    "quantized": quantized_errors,
-    "trellis": trellis_errors,
-}
-
-
-def expected_errors(problem: Problem) -> dict[Size, float]:
-    """Return the least squared error of a group, in the metric of its objective, at every size that it may have.
-
-    Size 0, with which nothing is stored, is among them.
-    """
-    return ERRORS[problem.structure.name](problem)
 
 
 __all__ = [

@@ -50,9 +50,9 @@ def undetermined(problem: Problem, root: Tensor | None = None) -> Tensor:
     if found is None:
         return torch.ones(problem.shape.columns, dtype=torch.float64)
     mean = found[0].diagonal().double().mean()
-    if root is None:
-        root = inverse_roots(found[:1], DAMPING, problem.weights[0].device)[0]
-    return root.diagonal().double().pow(-2) * mean.to(root.device)
+    if root is not None:
+        return root.diagonal().double().pow(-2) * mean.to(root.device)
+    return _upper_root(damped_moments(found[0], DAMPING, problem.weights[0].device)).diagonal().square() * mean
 
 
 def damped_moments(moments: Tensor, damping: float, device: torch.device | str) -> Tensor:
@@ -83,10 +83,14 @@ def inverse_roots(moments: Sequence[Tensor], damping: float, device: torch.devic
     return torch.stack([found[id(given)] for given in moments])
 
 
+def _upper_root(damped: Tensor) -> Tensor:
+    """Return the upper triangular R with H = R Rᵀ of a positive definite H: a Cholesky factor from the last column on."""
+    return torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+
+
 def _inverse_root(damped: Tensor) -> Tensor:
-    """Return U of a positive definite H in float64: H = R Rᵀ with R upper triangular, from the last column on; U = R⁻¹."""
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    upper = lower.flip(0, 1).float()
+    """Return U of a positive definite H in float64: U = R⁻¹."""
+    upper = _upper_root(damped).float()
     unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     return torch.linalg.solve_triangular(upper, unit, upper=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,37 @@ def solve_low_rank(problem: Problem) -> Factors:
     """Return the factors of least error ‖D (W − Z B) L‖ of the given rank, W the members stacked along rows.
 
     H = L Lᵀ are the input moments, and D Dᵀ the row weights or (block by block) the output moments; either may be absent.
+    """
+    found = leading_factors(problem, problem.size)
+    # Tucker of a single matrix is low rank too.
+    if isinstance(problem.structure, LowRank) and problem.structure.identity_block:
+        latents, decoder = _with_identity(found.latents, found.basis)
+    else:
+        latents, decoder = found.latents, {"weight": found.basis.T}
+    parts = torch.split(latents, [len(w) for w in problem.weights])
+    return Factors(tuple({"latents": part} for part in parts), decoder)
+
+
+@dataclass(frozen=True)
+class LeadingFactors:
+    """Factors of low rank, of which the first r dimensions are those of rank r.
+
+    Attributes:
+        latents: Z [rows, rank].
+        basis: B [rank, columns], of each dimension as large as its latents.
+        root: L [columns, columns], or None for the identity.
+        left: D.
+    """
+
+    latents: Tensor
+    basis: Tensor
+    root: Tensor | None
+    left: LeftMetric
+
+
+def leading_factors(problem: Problem, rank: int) -> LeadingFactors:
+    """Return the factors that `solve_low_rank` speaks of, in float64.
+
     Of M = D W L the leading left or right singular vectors are computed, whichever are fewer:
 
     - left ones U: Z = D⁻¹ U and B = Uᵀ D W, for which H needs no inverse (DRONE, NeurIPS 2021);
@@ -32,17 +64,17 @@ def solve_low_rank(problem: Problem) -> Factors:
     weight = _stacked(problem)
     root = _input_root(problem, weight)
     shaped = weight if root is None else weight @ root
-    left = _left_metric(problem, weight)
+    left = left_metric(problem, weight)
     rows, columns = weight.shape
     if rows <= columns:
         scaled = left.apply(shaped)
-        vectors = leading_vectors(scaled @ scaled.T, problem.size)
+        vectors = leading_vectors(scaled @ scaled.T, rank)
         latents, basis = left.solve(vectors), vectors.T @ left.apply(weight)
     else:
         scaled = left.apply(shaped)
-        vectors = leading_vectors(scaled.T @ scaled, problem.size)
+        vectors = leading_vectors(scaled.T @ scaled, rank)
         latents = shaped @ vectors
-        if left.is_identity:
+        if left.squares is None:
             # W L V spans what the left vectors do; orthonormalised, it needs the inverse of neither L nor Σ.
             latents = torch.linalg.qr(latents).Q
             basis = latents.T @ weight
@@ -50,14 +82,7 @@ def solve_low_rank(problem: Problem) -> Factors:
             basis = vectors.T
         else:
             basis = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    # Tucker of a single matrix is low rank too.
-    if isinstance(problem.structure, LowRank) and problem.structure.identity_block:
-        latents, decoder = _with_identity(latents, basis)
-    else:
-        latents, basis = _balanced(latents, basis)
-        decoder = {"weight": basis.T}
-    parts = torch.split(latents, [len(w) for w in problem.weights])
-    return Factors(tuple({"latents": part} for part in parts), decoder)
+    return LeadingFactors(*_balanced(latents, basis), root, left)
 
 
 @torch.no_grad()
@@ -65,7 +90,7 @@ def low_rank_errors(problem: Problem) -> dict[Size, float]:
     """Return the squared error ‖D (W − Ŵ) L‖² that the best answer has at every rank from 0 on."""
     weight = _stacked(problem)
     root = _input_root(problem, weight)
-    scaled = _left_metric(problem, weight).apply(weight if root is None else weight @ root)
+    scaled = left_metric(problem, weight).apply(weight if root is None else weight @ root)
     gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
     with _few_threads(len(gram)):
         gains = torch.linalg.eigvalsh(gram).clamp_min(
@@ -87,14 +112,27 @@ def damped_root(moments: Tensor, damping: float = DAMPING) -> Tensor:
     return root
 
 
-class _LeftMetric:
-    """D: applied to, or divided out of, the rows of all members."""
+@dataclass(frozen=True)
+class LeftMetric:
+    """D, of the rows of all members.
 
-    def __init__(self, apply: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor], identity: bool) -> None:
-        self.apply, self.solve, self.is_identity = apply, solve, identity
+    Attributes:
+        apply: rows → D rows.
+        solve: rows → D⁻¹ rows.
+        squares: of what an error in each row becomes by itself, [rows]; None where D is the identity.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor], Tensor]
+    squares: Tensor | None = None
+
+    def row_squares(self, rows: Tensor) -> Tensor:
+        """Return `squares`, ones for the identity, on the device of the rows."""
+        return rows.new_ones(len(rows)) if self.squares is None else self.squares
 
 
-def _left_metric(problem: Problem, weight: Tensor) -> _LeftMetric:
+def left_metric(problem: Problem, weight: Tensor) -> LeftMetric:
+    """Return D of a problem, D Dᵀ the row weights or (block by block) the output moments, for rows like `weight`."""
     if problem.output_moments is not None:
         roots = [damped_root(moments.to(weight.device), OUTPUT_DAMPING) for moments in problem.output_moments]
         sizes = [len(root) for root in roots]
@@ -106,11 +144,11 @@ def _left_metric(problem: Problem, weight: Tensor) -> _LeftMetric:
             parts = zip(roots, x.split(sizes), strict=True)
             return torch.cat([torch.linalg.solve_triangular(root.T, part, upper=True) for root, part in parts])
 
-        return _LeftMetric(apply, solve, identity=False)
+        return LeftMetric(apply, solve, torch.cat([root.square().sum(dim=1) for root in roots]))
     if problem.row_weights is not None:
         scale = problem.row_weights.to(weight).sqrt()[:, None]
-        return _LeftMetric(lambda x: x * scale, lambda x: x / scale, identity=False)
-    return _LeftMetric(lambda x: x, lambda x: x, identity=True)
+        return LeftMetric(lambda x: x * scale, lambda x: x / scale, scale[:, 0].square())
+    return LeftMetric(lambda x: x, lambda x: x)
 
 
 def _stacked(problem: Problem) -> Tensor:

@@ -3,8 +3,7 @@
 The streams of a matrix run down its rows, `width` columns at a time (see `Trellis`). Where errors are weighted by a
 layer's inputs, a block of columns is coded only once all columns before it are, and absorbs their errors, as in GPTQ.
 Within the block a row's error costs what it costs, however its neighbours were coded: so the best codes of a whole run of
-rows are a shortest path through the states (Viterbi, 1967; Marcellin & Fischer, 1990), on which rows that matter more
-get the nearer values.
+rows are a cheapest path through the states, on which rows that matter more get the nearer values.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
 from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
 from .mixtures import by_class, mixtures
+from .paths import cheapest_path
 
 # Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
-COSTS_AT_ONCE = 2**23
+COSTS_AT_ONCE = 2**22
 # In standard deviations of a row; values beyond are what outliers are looked for among.
 OUTLYING = 3.0
 TINY = 1e-12
@@ -262,7 +262,7 @@ def _encode_streams(
     """
     (streams, run, columns), (entries, width) = left.shape, table.shape
     states = torch.zeros(streams, -(-columns // width), run, dtype=torch.int16, device=left.device)
-    features, costs = _features(table), left.new_empty(run, streams, entries)
+    features, costs = _features(table), left.new_empty(run, entries, streams)
     last = torch.zeros(streams, dtype=torch.long, device=left.device)
     segments = torch.stack(members.unique_consecutive(return_counts=True), dim=1).tolist()
     block = BLOCK // width * width
@@ -276,8 +276,8 @@ def _encode_streams(
                 # It brings errors into the metric that these columns have, given those before them.
                 inverse = torch.linalg.inv(roots[:, here, here])[members]
             factors = _coefficients(target, inverse, weights, width)
-            torch.mm(factors.transpose(0, 1).flatten(0, 1), features.T, out=costs.flatten(0, 1))
-            path = _shortest_path(costs, last, bits)
+            torch.bmm(features.expand(run, -1, -1), factors, out=costs)
+            path = cheapest_path(costs, last, bits)
             last = path[-1]
             states[:, at // width] = path.T
             if roots is None or inverse is None or errors is None:
@@ -303,7 +303,7 @@ def _features(table: Tensor) -> Tensor:
 
 
 def _coefficients(target: Tensor, inverse: Tensor | None, weights: Tensor, width: int) -> Tensor:
-    """Return what the features of an entry c count in weighted squared distances |(t − c) E|², [streams, run, features].
+    """Return what the features of an entry c count in weighted squared distances |(t − c) E|², [run, features, streams].
 
     Without |t E|², which is the same for all entries.
 
@@ -324,36 +324,8 @@ def _coefficients(target: Tensor, inverse: Tensor | None, weights: Tensor, width
     first, second = torch.triu_indices(width, width, device=target.device)
     squares = metric[:, first, second] * (2 - (first == second).float())
     linear = torch.nn.functional.pad(-2 * product, (0, lacking))
-    return torch.cat([linear, squares[:, None].expand(-1, run, -1)], dim=2) * weights[..., None]
-
-
-def _shortest_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
-    """Return the states [run, streams] of the cheapest path; `costs` become costs of paths.
-
-    A state is followed by those whose older bits are its newer ones: s → (s · 2^bits + code) mod states.
-
-    Args:
-        costs: of each state at each step [run, streams, states].
-        last: the state before the first step [streams].
-        bits: of a code.
-    """
-    run, streams, count = costs.shape
-    branches, older = 2**bits, count // 2**bits
-    before = costs.new_full((streams, count), torch.inf).scatter_(1, last[:, None], 0.0)
-    for step in range(run):
-        # States that differ in their oldest code alone have the same successors: only the cheapest of them can win.
-        cheapest = before.unflatten(1, (branches, older)).amin(dim=1)
-        before = costs[step]
-        before.unflatten(1, (older, branches)).add_(cheapest[..., None])
-    path = torch.empty(run, streams, dtype=torch.long, device=costs.device)
-    state = before.argmin(dim=1)
-    path[-1] = state
-    oldest = torch.arange(branches, device=costs.device) * older
-    for step in range(run - 2, -1, -1):
-        candidates = (state >> bits)[:, None] + oldest
-        state = candidates.gather(1, costs[step].gather(1, candidates).argmin(dim=1, keepdim=True))[:, 0]
-        path[step] = state
-    return path
+    factors = torch.cat([linear, squares[:, None].expand(-1, run, -1)], dim=2) * weights[..., None]
+    return factors.permute(1, 2, 0).contiguous()
 
 
 def _decoded(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:

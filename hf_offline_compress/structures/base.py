@@ -97,6 +97,11 @@ class Structure(ABC):
         number: float = size
         return number
 
+    @property
+    def known_rounding(self) -> bool:
+        """Whether it is known without solving what storing in whole numbers adds to errors."""
+        return self.known_gains
+
     def solvable(self) -> tuple[str, ...]:
         """Return the objectives that there are with these options, as `Objective.terms` names them."""
         return self.objectives

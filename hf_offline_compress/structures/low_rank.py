@@ -45,6 +45,11 @@ class LowRank(Structure):
             return {"weight": Stored((shape.columns, size))}
         return {"weight": Stored((shape.columns - size, size)), "order": Stored((shape.columns,), "int16")}
 
+    @property
+    def known_rounding(self) -> bool:
+        """Whether what rounding adds is known; see the base class."""
+        return not self.identity_block
+
     def limit(self, shape: GroupShape) -> int:
         """Return the full rank; see the base class."""
         return min(shape.all_rows, shape.columns)
