@@ -19,6 +19,7 @@ from .base import Problem
 from .feedback import row_importance, undetermined
 from .low_rank import leading_factors, low_rank_errors
 from .quantized import quantized_errors
+from .rounding import shared_steps
 from .trellis import trellis_errors
 
 # Of structures with `known_gains`: the least error at sizes from 0 on, with numbers kept as they are.
@@ -88,19 +89,19 @@ def _added_to_scales(problem: Problem, storage: Storage) -> float:
     weight, columns = weight.double(), undetermined(problem).to(weight.device)
     width = structure.group_size or weight.shape[1]
     parts = torch.nn.functional.pad(weight, (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
-    spans = parts.amax(dim=2).clamp_min(0) - parts.amin(dim=2).clamp_max(0)
+    spans, _ = even_steps(parts.amin(dim=2), parts.amax(dim=2), 1)  # one step is all that there is between two values
     if spans.numel() < SHARING:
         return 0.0
-    away = _steps(spans, max(storage.bits or 0, DELICATE_BITS)) / spans.clamp_min(torch.finfo(spans.dtype).tiny)
+    away = _steps(spans, max(storage.bits or 0, DELICATE_BITS)).square() / 12
     squares = torch.nn.functional.pad(columns, (0, -len(columns) % width)).view(-1, width) * parts.square()
-    rows = (squares.sum(dim=2) * away.square() / 12).sum(dim=1)
-    return float((rows * row_importance(problem).to(rows)).sum())
+    # Of a group of zeros nothing is lost, whatever its scale.
+    shares = squares.sum(dim=2) / spans.square().clamp_min(torch.finfo(spans.dtype).tiny)
+    return float(((shares * away).sum(dim=1) * row_importance(problem).to(shares)).sum())
 
 
 def _steps(factor: Tensor, bits: int) -> Tensor:
     """Return the distance between the whole numbers that each number of a factor is rounded to, of the same shape."""
     numbers = in_order(factor)
-    parts = torch.nn.functional.pad(numbers, (0, -len(numbers) % SHARING)).view(-1, SHARING)
-    steps, _ = even_steps(parts.amin(dim=1), parts.amax(dim=1), bits)
+    steps, _ = shared_steps(numbers, bits)
     spread = steps[:, None].expand(-1, SHARING).flatten()[: len(numbers)]
     return spread.view(factor.shape[-1], *factor.shape[:-1]).movedim(0, -1)

@@ -51,8 +51,10 @@ def undetermined(problem: Problem, root: Tensor | None = None) -> Tensor:
         return torch.ones(problem.shape.columns, dtype=torch.float64)
     mean = found[0].diagonal().double().mean()
     if root is not None:
-        return root.diagonal().double().pow(-2) * mean.to(root.device)
-    return _upper_root(damped_moments(found[0], DAMPING, problem.weights[0].device)).diagonal().square() * mean
+        left = root.diagonal().double().pow(-2)
+    else:
+        left = _upper_root(damped_moments(found[0], DAMPING, problem.weights[0].device)).diagonal().square()
+    return left * mean.to(left.device)
 
 
 def damped_moments(moments: Tensor, damping: float, device: torch.device | str) -> Tensor:

@@ -44,6 +44,12 @@ def rounded_to_integers(problem: Problem, factors: Factors, storage: Storage) ->
     )
 
 
+def shared_steps(numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scales and zeros of numbers in the order in which they are packed, `SHARING` of them to each."""
+    parts = torch.nn.functional.pad(numbers, (0, -len(numbers) % SHARING)).view(-1, SHARING)
+    return even_steps(parts.amin(dim=1), parts.amax(dim=1), bits)
+
+
 def _stored(tensor: Tensor) -> Stored:
     return Stored(tuple(tensor.shape), None if tensor.is_floating_point() else "uint8")
 
@@ -105,8 +111,7 @@ def _fed_back(
         return in_order(x.T if transposed else x)
 
     numbers = packing(tensor)
-    parts = torch.nn.functional.pad(numbers, (0, -len(numbers) % SHARING)).view(-1, SHARING)
-    scales, zeros = even_steps(parts.amin(dim=1), parts.amax(dim=1), bits)
+    scales, zeros = shared_steps(numbers, bits)
     stored = scales.to(dtype).float()
     scales = torch.where(stored > 0, stored, scales)
     # Each number's place in the order of packing says whose scale it has.
