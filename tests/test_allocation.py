@@ -13,6 +13,7 @@ from hf_offline_compress.calibration import Statistics, collect
 from hf_offline_compress.calibration_text import Batch
 from hf_offline_compress.recipe import OBJECTIVES
 from hf_offline_compress.sensitivity import measure_sensitivity
+from hf_offline_compress.sizing import _gains
 from hf_offline_compress.structures import LowRank, Trellis
 from hf_offline_compress.weighting import problem_of
 
@@ -153,3 +154,21 @@ def test_rows_of_words_weigh_what_their_token_occurs_and_none_weighs_nothing():
     assert float(weights.sum()) == pytest.approx(1)
     others = torch.cat([weights[:7], weights[8:]])
     assert others.min() > 0 and others.eq(others[0]).all() and weights[7] > 10 * others[0]
+
+
+def test_fewer_bits_of_the_same_rank_cost_less_and_leave_more():
+    model, part = make_model("bert", "BertModel"), batch()
+    rule = Rule(LowRank(), OBJECTIVES["sensitive"], storage="float16", storages=("int8", "int2"))
+    recipe = Recipe("some", (rule,), modules=("query",), allocation="by_gain")
+    plan = make_plan(model.config.to_dict(), recipe, architecture="BertModel", dtype="float32")
+    statistics = collect(model, plan.groups[0].matrices, [part])
+    statistics.sensitivity = measure_sensitivity(model, plan.groups[0].matrices, [part], mask_token=None, seed=0)
+    found = _gains(plan.groups[0], plan, model.state_dict(), statistics, may_stay=False)
+    facts = {
+        (str(form.storage), form.size): (float(error), float(cost))
+        for form, error, cost in zip(found.forms, found.choices.errors, found.choices.costs, strict=True)
+    }
+    (error, cost), *others = (facts[storage, 8] for storage in ("float16", "int8", "int2"))
+    for more, less in others:
+        assert more > error and less < cost
+        error, cost = more, less
