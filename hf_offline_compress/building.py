@@ -95,8 +95,11 @@ def build_model(
         config.name_or_path = source.name
     rest = _untouched(model, plan, factors)
     if plan.rest != plan.dtype:  # what is used now is what will be loaded
-        narrow = getattr(torch, plan.rest)
-        rest = {name: t.to(narrow).to(t.dtype) if t.is_floating_point() else t for name, t in rest.items()}
+        wider = {t.data_ptr(): plan.wider[name] for name, t in rest.items() if name in plan.wider}  # tied ones alike
+        rest = {
+            name: t.to(getattr(torch, wider.get(t.data_ptr(), plan.rest))).to(t.dtype) if t.is_floating_point() else t
+            for name, t in rest.items()
+        }
     state = rest | factors
     dtype = getattr(torch, plan.dtype)
     with quiet_transformers():

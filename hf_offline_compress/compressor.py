@@ -23,13 +23,14 @@ from .base import (
 )
 from .building import build_model
 from .calibration import Statistics
-from .calibration_text import CalibrationText, load_texts
+from .calibration_text import CalibrationRecord, CalibrationText, load_texts
 from .errors import CompressionError, listing
 from .families import family_of
 from .folder import save_folder
 from .measuring import measure
 from .memory import release_memory
 from .plan import Plan, make_plan
+from .precision import check_held, tell, wider_tensors
 from .recipe import DEFAULT_RECIPE, STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, totals, versions
 from .searching import loss_judge, search_ratio, searched_on
@@ -280,15 +281,19 @@ def compress_model(
     compute.eval()
 
     try:
-        statistics, record = Statistics(), None
-        if texts is not None:
+        wider = wider_tensors(plan, compute.state_dict())
+        plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider)
+
+        def measured() -> tuple[Statistics, CalibrationRecord | None]:
+            if texts is None:
+                return Statistics(), None
             with clock("calibrate"):
-                statistics, record = measure(
-                    compute, plan, texts, tokenizer, seed=seed, batch_size=batch_size, progress=progress
-                )
+                return measure(compute, plan, texts, tokenizer, seed=seed, batch_size=batch_size, progress=progress)
+
+        statistics, record = measured()
 
         def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
-            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype)
+            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider)
             # Moments are dropped as they are used, to save memory; whoever searches needs them again.
             known = (
                 statistics if max_loss is None else replace(statistics, input_moments=dict(statistics.input_moments))
@@ -296,12 +301,18 @@ def compress_model(
             if recipe.allocation == "by_gain":
                 with clock("allocate"):
                     sized = allocated(compute, sized, known, progress)
+            check_held(sized, compute.state_dict())
             with clock("solve"):
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
-                factors, reports = solve_groups(
+                factors, reports, lost = solve_groups(
                     sized, compute.state_dict(), known, seed=seed, progress=progress, judge=judge
                 )
+            if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
+                wider.update(lost)
+                if max_loss is None:
+                    statistics.input_moments = measured()[0].input_moments
+                return solved(recipe)
             with clock("build"):
                 return sized, build_model(compute, sized, factors, source), reports
 
@@ -314,6 +325,7 @@ def compress_model(
                 judge = loss_judge(compute, tokenizer, validation)
                 (plan, built, reports), recipe, trials = search_ratio(solved, recipe, plan, judge, max_loss, progress)
             search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
+        tell(plan)
     finally:
         if source is None:
             model.to(home).train(was_training)  # type: ignore[arg-type]

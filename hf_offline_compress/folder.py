@@ -12,6 +12,7 @@ from .errors import CompressionError
 from .files import check_free, read_json, whole_folder
 from .registration import MODEL_TYPES
 from .verifying.record import write_record
+from .verifying.saved import check_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ def save_folder(
     """Write weights, config, code, tokenizer, report and companions beside the target, then rename; return its path.
 
     Raises:
-        CompressionError: see `check_target`.
+        CompressionError: see `check_target`; or what was saved does not say what the model says.
     """
     from .card import write_card_if_possible  # which reads folders by this module
 
@@ -93,6 +94,7 @@ def save_folder(
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
         write_record(partial, model)
+        check_saved(partial, model)
         write_card_if_possible(partial, name=folder.name, base=source)
     return folder
 

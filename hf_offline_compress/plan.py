@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -151,6 +151,8 @@ class Plan:
         groups: what is compressed.
         dense: what is not.
         rest: dtype that all else is stored in.
+        wider: names of groups, and full names of tensors of all else, whose numbers the planned dtype does not hold → the
+            dtype that they have instead.
     """
 
     model_type: str
@@ -161,6 +163,7 @@ class Plan:
     groups: tuple[Group, ...]
     dense: tuple[Dense, ...]
     rest: str
+    wider: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -180,13 +183,13 @@ class Plan:
     @property
     def total_stored_bytes(self) -> int:
         """Bytes of all tensors of the compressed model, without file headers."""
-        dense = self.skeleton.total - self.parameters
-        return self.stored_bytes + dense * STORAGES[self.rest]
+        dense = sum(prod(shape) * STORAGES[dtype] for shape, dtype in self.rest_tensors().values())
+        return self.stored_bytes + dense
 
     @property
     def file_bytes(self) -> int:
         """Bytes of the one weight file, its header included, as the safetensors library writes it."""
-        tensors = self.tensors() | {name: (shape, self.rest) for name, shape in self._rest_shapes().items()}
+        tensors = self.tensors() | self.rest_tensors()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
@@ -197,8 +200,8 @@ class Plan:
         length = len(json.dumps(header, separators=(",", ":")))
         return 8 + length + -length % 8 + end
 
-    def _rest_shapes(self) -> dict[str, Shape]:
-        """Return full name → shape of the tensors that are stored for all else; parts of fused layers by themselves."""
+    def rest_tensors(self) -> dict[str, tuple[Shape, str]]:
+        """Return full name → shape and dtype of every tensor that is stored for all else; parts of fused layers apart."""
         chosen = [matrix for group in self.groups for matrix in group.matrices]
         gone = {f"{self.skeleton.prefix if m.in_base else ''}{m.module}.weight" for m in chosen}
         rest = {name: shape for name, shape in self.skeleton.parameters.items() if name not in gone}
@@ -208,7 +211,15 @@ class Plan:
             rest[f"{self.skeleton.prefix}{matrix.name}.bias"] = (matrix.rows,)
             if matrix not in chosen:
                 rest[f"{self.skeleton.prefix}{matrix.name}.weight"] = (matrix.rows, matrix.columns)
-        return rest
+        return {name: (shape, self.wider.get(name, self.rest)) for name, shape in rest.items()}
+
+    def dense_bytes(self, matrices: tuple[Matrix, ...]) -> int:
+        """Return how many bytes matrices take that stay dense."""
+        names = [f"{self.skeleton.prefix if m.in_base else ''}{m.name}.weight" for m in matrices]
+        return sum(
+            m.rows * m.columns * STORAGES[self.wider.get(name, self.rest)]
+            for m, name in zip(matrices, names, strict=True)
+        )
 
     @property
     def total_ratio(self) -> float:
@@ -225,10 +236,11 @@ class Plan:
             names |= {name: (tensor.shape, tensor.dtype or group.storage.dtype) for name, tensor in stored.items()}
         return names
 
-    def storage(self, name: str | None) -> Storage:
-        """Return a storage by the name that a recipe has for it; without one, that of all else."""
+    def storage(self, name: str | None, group: str) -> Storage:
+        """Return a group's storage by the name that a recipe has for it; without one, that of all else."""
         # Scales are few beside what they scale, but not so few that half precision would not pay.
-        return Storage.named(name or self.rest, "float16" if self.dtype == "float32" else self.dtype)
+        storage = Storage.named(name or self.rest, "float16" if self.dtype == "float32" else self.dtype)
+        return replace(storage, dtype=self.wider[group]) if group in self.wider else storage
 
     def forms(self, group: Group) -> list[Group]:
         """Return a group in every structure and storage, and at every whole size, that its rule allows."""
@@ -237,7 +249,7 @@ class Plan:
             sizes = range(structure.minimum, structure.limit(group.shape) + 1)
             for name in (rule.storage, *rule.storages):
                 own = replace(rule, structure=structure, alternatives=(), storage=name, storages=())
-                variant = replace(group, rule=own, storage=self.storage(name))
+                variant = replace(group, rule=own, storage=self.storage(name, group.name))
                 forms += [replace(variant, size=size) for size in sizes]
         return forms
 
@@ -274,7 +286,12 @@ class Plan:
 
 
 def make_plan(
-    config: Mapping[str, Any], recipe: Recipe, *, architecture: str | None = None, dtype: str | None = None
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    wider: Mapping[str, str] | None = None,
 ) -> Plan:
     """Return what `recipe` makes of the model that `config` describes.
 
@@ -283,6 +300,7 @@ def make_plan(
         recipe: what is asked for.
         architecture: stock class of the base; by default the one that the config names.
         dtype: of the compressed model; by default the config's, and float32 where that says nothing.
+        wider: what needs a wider dtype than planned, known once the weights are; see `Plan`.
 
     Raises:
         CompressionError: the architecture is not supported, nothing matches, or nothing would shrink.
@@ -303,7 +321,7 @@ def make_plan(
             structure.check(shape_of(matrices))
     # Numbers that a float32 model's tensors have beyond half precision say little, where all else is kept in few bits.
     rest = recipe.rest or ("float16" if recipe.budget and dtype == "float32" else dtype)
-    draft = Plan(family.model_type, architecture, dtype, recipe, skeleton, (), (), rest)
+    draft = Plan(family.model_type, architecture, dtype, recipe, skeleton, (), (), rest, wider or {})
     if recipe.budget:
         return _within_budget(draft, grouped, dense)
     return _sized_plan(draft, grouped, dense, None)
@@ -434,10 +452,10 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float |
     """
     structure = rule.structure
     assert structure is not None
-    storage, shape = draft.storage(rule.storage), shape_of(matrices)
+    storage, shape = draft.storage(rule.storage, _name(matrices)), shape_of(matrices)
     if shape.rows < structure.least_rows:
         return f"{_TOO_SMALL}: a {structure.title.lower()} needs {structure.least_rows} rows"
-    dense = shape.parameters * STORAGES[draft.rest]
+    dense = draft.dense_bytes(matrices)
     size = structure.fit(shape, int(shape.parameters * FLOAT32 / (ratio or rule.ratio)), storage)
     if ratio is None and size == 0:
         return (

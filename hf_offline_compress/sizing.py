@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from .allocation import Choices, allocate
 from .calibration import Statistics
 from .plan import FLOAT32, Group, Plan
-from .recipe import STORAGES
 from .solvers import expected_errors
 from .structures import Size
 from .weighting import problem_of
@@ -77,7 +76,7 @@ class _Gains:
 
 
 def _gains(group: Group, plan: Plan, state: dict[str, torch.Tensor], statistics: Statistics, may_stay: bool) -> _Gains:
-    dense = group.parameters * STORAGES[plan.rest]
+    dense = plan.dense_bytes(group.matrices)
     forms: list[Group | None] = []
     errors: list[float] = []
     costs: list[float] = []

@@ -14,8 +14,9 @@ from .building import named_tensors, reconstructed, rounded_factors
 from .calibration import Statistics
 from .memory import release_memory
 from .plan import Group, Plan
+from .precision import wider_storage
 from .report import GroupReport, group_report
-from .solvers import ANY_SIZES, BATCHED_SOLVERS, rounded_to_integers, solve_all
+from .solvers import ANY_SIZES, BATCHED_SOLVERS, Factors, Problem, rounded_to_integers, solve_all
 from .weighting import problem_of
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
@@ -31,8 +32,11 @@ def solve_groups(
     seed: int,
     progress: bool,
     judge: Callable[[Group], Callable[[Tensor], float]] | None = None,
-) -> tuple[dict[str, Tensor], list[GroupReport]]:
+) -> tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]:
     """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each.
+
+    Last come the names of groups whose storage does not hold their numbers, with the dtypes that do: what was solved is of
+    no use then, and they are to be planned anew.
 
     Args:
         plan: what is to be solved.
@@ -41,10 +45,14 @@ def solve_groups(
         seed: of everything random.
         progress: show a progress bar.
         judge: group → (rows → how bad the model is with them); chooses among the steps of training.
+
+    Raises:
+        CompressionError: what a solver gave is not finite, or not held by the model's own dtype.
     """
     prefix = plan.skeleton.prefix
     tensors: dict[str, Tensor] = {}
     reports: dict[str, GroupReport] = {}
+    wider: dict[str, str] = {}
     # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
@@ -59,9 +67,14 @@ def solve_groups(
             problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
         solved = solve_all(problems)
         seconds = (time.perf_counter() - started) / len(batch)
-        for (_, group), problem, factors in zip(batch, problems, solved, strict=True):
-            if group.storage.bits:
-                factors = rounded_to_integers(problem, factors, group.storage)
+        for (_, group), problem, found in zip(batch, problems, solved, strict=True):
+
+            def in_storage(form: Group, problem: Problem = problem, found: Factors = found) -> Factors:
+                return rounded_to_integers(problem, found, form.storage) if form.storage.bits else found
+
+            factors = in_storage(group)
+            if dtype := wider_storage(group, plan.dtype, factors, in_storage):
+                wider[group.name] = dtype
             stored = rounded_factors(group, factors, plan.dtype)
             tensors.update(named_tensors(group, stored, prefix))
             reports[group.name] = group_report(
@@ -80,7 +93,7 @@ def solve_groups(
             solve_batch(batch, step)
             release_memory()  # what this batch took is gone; the next one is of another shape
             step(1.0)
-    return tensors, [reports[group.name] for group in plan.groups]
+    return tensors, [reports[group.name] for group in plan.groups], wider
 
 
 def _batches(order: list[tuple[int, Group]]) -> list[list[tuple[int, Group]]]:

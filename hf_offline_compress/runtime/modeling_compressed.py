@@ -19,6 +19,7 @@ from .configuration_compressed import (
     check_decoding,
 )
 from .layers_compressed import TiedHead
+from .storing_compressed import holding
 from .structures_compressed import LinearDecoder
 from .substitution_compressed import compressed_modules, substitute
 from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
@@ -133,7 +134,8 @@ class CompressedModelMixin:
     ) -> None:
         """Save the model and, next to it, the code that loads it where the package is not installed.
 
-        Factors are stored in the dtype that the config's `storage` says, if that is narrower than the model's.
+        Factors are stored in the dtype that the config's `storage` says, if that is narrower than the model's; numbers that
+        it does not hold are stored wider.
         """
         if self.config.compression:
             self.config.auto_map = auto_map(type(self.config))
@@ -187,8 +189,9 @@ class CompressedModelMixin:
                     "A model with offloaded weights whose factors are stored narrower than they are held cannot be saved; "
                     "load it without offloading, or with dtype=torch.float16."
                 )
-            key = (state[name].data_ptr(), narrow[name])
-            state[name] = cast.setdefault(key, state[name].to(narrow[name]))
+            dtype = holding(state[name], narrow[name])
+            key = (state[name].data_ptr(), dtype)
+            state[name] = cast.setdefault(key, state[name].to(dtype))
         return state
 
 
