@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +26,13 @@ LENGTH = 128
 BATCH_SIZE = 16
 MASKED = 0.15
 MOSTLY = 0.5
+# With fewer tokens nothing can be measured; with fewer than these, not much: results vary with the seed.
+LEAST_TOKENS, FEW_TOKENS = 256, 4_000
+# So many lines say whether a text is a table or JSON.
+LOOKED_AT = 64
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "document", "review")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Batch:
     attention_mask: Tensor
 
 
-def load_texts(calibration: str | Path | Sequence[str] | None, purpose: str = "calibration") -> CalibrationText | None:
+def load_texts(calibration: str | Path | Iterable[str] | None, purpose: str = "calibration") -> CalibrationText | None:
     """Return the texts that a user means, or None for no calibration.
 
     Args:
@@ -96,13 +105,17 @@ def load_texts(calibration: str | Path | Sequence[str] | None, purpose: str = "c
     if calibration == "bundled":
         return _texts((files(__package__) / "data" / "calibration.txt").read_text("utf-8").splitlines(), "bundled")
     if not isinstance(calibration, str | Path):
-        if not all(isinstance(text, str) for text in calibration):
-            raise CompressionError(f"The {purpose} must be texts: a list of strings, a file, or a data set's name.")
-        return _texts(calibration, "caller", purpose)
+        lines = list(calibration) if isinstance(calibration, Iterable) else [calibration]  # a generator gives them once
+        if not all(isinstance(text, str) for text in lines):
+            raise CompressionError(
+                f"The {purpose} must be texts: a list of strings or a generator of them, a file, or a data set's name; this is a "
+                f"{type(calibration).__name__} and holds what is no string."
+            )
+        return _texts(lines, "caller", purpose)
     path = Path(calibration)
     if path.is_file():
         try:
-            return _texts(path.read_text("utf-8").splitlines(), path.name)
+            return _texts(path.read_text("utf-8").splitlines(), path.name, purpose)
         except UnicodeDecodeError as error:
             raise CompressionError(f"The {purpose} file '{path.name}' is not UTF-8 text.") from error
     if (
@@ -115,7 +128,14 @@ def load_texts(calibration: str | Path | Sequence[str] | None, purpose: str = "c
 
 
 def make_batches(
-    text: CalibrationText, tokenizer: Any, *, masked: bool, positions: int, seed: int, batch_size: int | None = None
+    text: CalibrationText,
+    tokenizer: Any,
+    *,
+    masked: bool,
+    positions: int,
+    seed: int,
+    batch_size: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[list[Batch], CalibrationRecord]:
     """Return about `TOKENS` tokens of the texts, in batches of texts of like length.
 
@@ -126,13 +146,18 @@ def make_batches(
         positions: longest sequence that the model takes.
         seed: of the choice of texts and of masked places.
         batch_size: sequences a batch.
+        vocabulary: tokens that the model has; the tokenizer may have more, for padding.
 
     Raises:
-        CompressionError: the tokenizer knows hardly any of the tokens, or has no mask token where it is needed.
+        CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
+            it is needed, or the model lacks some of them.
     """
     order = list(text.texts)
     random.Random(seed).shuffle(order)  # noqa: S311
-    sequences, special, tokens, words, unknown = [], [], 0, 0, 0
+    sequences, special, tokens, words, unknown, empty = [], [], 0, 0, 0, 0
+    # GPT-2 has one token for everything special, and none for the unknown.
+    unknown_token = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    never_words = {*tokenizer.all_special_ids} - {unknown_token}
     for start in range(0, len(order), 64):
         encoded = _encoded(order[start : start + 64], tokenizer, positions)
         for ids, specials in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
@@ -143,8 +168,8 @@ def make_batches(
             tokens += len(ids)
             plain = [i for i, is_special in zip(ids, specials, strict=True) if not is_special]
             words += len(plain)
-            # GPT-2 has one token for everything special, and none for the unknown.
-            unknown += plain.count(tokenizer.unk_token_id) if tokenizer.unk_token_id != tokenizer.eos_token_id else 0
+            empty += sum(token in never_words for token in plain)
+            unknown += plain.count(unknown_token)
         if tokens >= TOKENS:
             break
     if unknown > MOSTLY * words or not words:
@@ -154,7 +179,11 @@ def make_batches(
         )
     if masked and tokenizer.mask_token_id is None:
         raise CompressionError("The tokenizer has no mask token, which a masked language model's calibration needs.")
-    batches = _batches(sequences, special, tokenizer, masked, seed, batch_size or BATCH_SIZE)
+    _check_amount(text, words, empty, min(LENGTH, positions))
+    if vocabulary is not None:
+        _check_known(torch.tensor([token for ids in sequences for token in ids]), tokenizer, vocabulary)
+    padding = padding_of(tokenizer, vocabulary)
+    batches = _batches(sequences, special, tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
     record = CalibrationRecord(text.source, text.sha256, len(sequences), tokens, 0, MASKED if masked else 0.0, seed)
     return batches, record
 
@@ -176,6 +205,7 @@ def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positio
             torch.tensor([number for sequence in encoded[key] for number in sequence], dtype=torch.long)
             for key in ("input_ids", "special_tokens_mask")
         )
+        _check_known(ids, tokenizer, rows)
         hidden = MASKED * (1 - special.double()) * masked
         counts += torch.bincount(ids, 1 - hidden, minlength=rows)
         if masked:
@@ -190,11 +220,58 @@ def _encoded(texts: Sequence[str], tokenizer: Any, positions: int) -> Any:
     return tokenizer(list(texts), truncation=True, max_length=min(LENGTH, positions), return_special_tokens_mask=True)
 
 
+def padding_of(tokenizer: Any, vocabulary: int | None) -> int:
+    """Return the token to pad with, one that a model with so many has: the attention mask hides it, but it is looked up."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(i) for i in known if i is not None and (vocabulary is None or i < vocabulary)), 0)
+
+
+def _check_amount(text: CalibrationText, words: int, empty: int, length: int) -> None:
+    """Raise CompressionError where there is too little text, and warn of what is nearly nothing.
+
+    Args:
+        text: as it was given.
+        words: tokens of it that are used, but for those that the tokenizer puts around each text.
+        empty: of these, special tokens, which stand for no text.
+        length: tokens of a text, at most.
+    """
+    if words < LEAST_TOKENS:
+        raise CompressionError(
+            f"The calibration text '{text.source}' has {words} tokens, and needs {LEAST_TOKENS} at least, better "
+            f"{FEW_TOKENS:,} (of each line, or text, the first {length} count); pass more text, calibration='bundled', or "
+            "calibration=None (--calibration none) for a compression without."
+        )
+    if words < FEW_TOKENS and text.source != "bundled":
+        logger.warning(
+            "The calibration text '%s' has only %s tokens: below %s, results vary with the seed; give more.",
+            text.source,
+            f"{words:,}",
+            f"{FEW_TOKENS:,}",
+        )
+    if empty > MOSTLY * words:
+        logger.warning("The calibration text '%s' is mostly special tokens, and so hardly a text.", text.source)
+
+
+def _check_known(tokens: Tensor, tokenizer: Any, vocabulary: int) -> None:
+    """Raise CompressionError where a text has tokens that the model does not."""
+    if unknown := tokens[tokens >= vocabulary].unique().tolist():
+        raise CompressionError(
+            f"The tokenizer makes tokens of the calibration text that the model does not have: it has {vocabulary:,}, and "
+            f"{tokenizer.convert_ids_to_tokens(unknown[0])!r} is number {unknown[0]:,}. Pass the tokenizer that the model was "
+            "trained with, or resize the model's embeddings and train them."
+        )
+
+
 def _batches(
-    sequences: list[list[int]], special: list[list[int]], tokenizer: Any, masked: bool, seed: int, batch_size: int
+    sequences: list[list[int]],
+    special: list[list[int]],
+    tokenizer: Any,
+    masked: bool,
+    seed: int,
+    batch_size: int,
+    padding: int,
 ) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     batches = []
     for start in range(0, len(by_length), batch_size):
@@ -210,6 +287,9 @@ def _batches(
             free[row, :length] = torch.tensor(special[i]) == 0
         if masked:
             hidden = (torch.rand(ids.shape, generator=generator) < MASKED) & free
+            if not hidden.any() and free.any():  # the loss of a masked language model lies at masked tokens alone
+                places = free.nonzero()
+                hidden[tuple(places[len(places) // 2])] = True
             ids[hidden] = tokenizer.mask_token_id
         batches.append(Batch(ids, mask))
     return batches
@@ -219,7 +299,54 @@ def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> C
     texts = tuple(stripped for line in lines if (stripped := line.strip()))
     if not texts:
         raise CompressionError(f"The {purpose} '{source}' has no usable line; it needs at least one text.")
+    if source != "bundled" and (doubt := _doubt(texts)):
+        logger.warning("The %s text '%s' %s", purpose, source, doubt)
     return CalibrationText(texts, source)
+
+
+def warn_of_overlap(text: CalibrationText | None, validation: CalibrationText | None) -> None:
+    """Warn where a validation text is, in good part, the calibration text: it would judge by what was measured on it."""
+    if text is None or validation is None:
+        return
+    known = set(text.texts)
+    if sum(line in known for line in validation.texts) > MOSTLY * len(validation.texts):
+        logger.warning(
+            "The validation text '%s' is part of the calibration text '%s', so it judges too kindly; pass held-out text.",
+            validation.source,
+            text.source,
+        )
+
+
+def _doubt(texts: Sequence[str]) -> str | None:
+    """Return what makes texts unlike those that a model reads, as the end of a sentence; None for nothing."""
+    if len(texts) > 1 and len(set(texts)) == 1:
+        return "is one line over and over; pass texts of many kinds."
+    some = texts[:LOOKED_AT]
+    words = Counter(word for text in some for word in text.split())
+    word, times = words.most_common(1)[0]
+    if times > MOSTLY * words.total() and words.total() > 1:
+        return f"is mostly one word, '{word[:40]}'; pass texts of many kinds."
+    if sum(map(_is_json, some)) > MOSTLY * len(some):
+        return "looks like JSON lines; pass the texts alone, one a line."
+    if len(some) >= 5 and any(_is_table(some, mark) for mark in "\t,;"):
+        return "looks like a table (CSV); pass the column of texts alone, one a line."
+    return None
+
+
+def _is_json(line: str) -> bool:
+    if line[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_table(lines: Sequence[str], mark: str) -> bool:
+    """Whether nearly all lines have as many separators as the first one, and more than prose would."""
+    wanted = lines[0].count(mark)
+    alike = sum(line.count(mark) == wanted for line in lines)
+    return wanted >= (1 if mark == "\t" else 2) and alike >= 0.9 * len(lines)
 
 
 def _from_datasets(spec: str, purpose: str) -> list[str]:

@@ -23,7 +23,7 @@ from .base import (
 )
 from .building import build_model
 from .calibration import Statistics
-from .calibration_text import CalibrationRecord, CalibrationText, load_texts
+from .calibration_text import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
 from .errors import CompressionError, listing
 from .families import family_of
 from .folder import save_folder
@@ -189,6 +189,7 @@ def compress(
         for structure in rule.structures:
             structure.require()
     judging = load_texts(validation, "validation")
+    warn_of_overlap(texts, judging)
     if max_loss is not None:
         texts, judging = searched_on(max_loss, recipe, texts, judging, (ratio, total_ratio, max_bytes))
     clock = _Clock()

@@ -52,7 +52,12 @@ def measure(
 
     masked = plan.architecture.endswith(MASKED_HEADS)
     positions = clamp_length(tokenizer, model.config.to_dict()).model_max_length
-    options: dict[str, Any] = {"positions": positions, "seed": seed, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "positions": positions,
+        "seed": seed,
+        "batch_size": batch_size,
+        "vocabulary": model.config.vocab_size,
+    }
     batches, record = make_batches(texts, tokenizer, masked=masked, **options)
     mask_token = tokenizer.mask_token_id if masked else None
     statistics = Statistics()

@@ -33,6 +33,8 @@ def probe_inputs(config: Any, head: str) -> dict[str, Any]:
         positions -= (pad or 0) + 1  # counted from behind the padding's
     length = min(LENGTH, positions)
     golden = (math.sqrt(5) - 1) / 2
+    if pad is not None and pad >= config.vocab_size:  # a token that the tokenizer alone has
+        pad = None
     # Without a padding token some heads take one sequence only.
     batch = 1 if pad is None else 2
     ids = [[int(config.vocab_size * ((golden * i + 0.3 * row) % 1)) for i in range(length)] for row in range(batch)]

@@ -1,12 +1,21 @@
 """Calibration text and statistics: what is counted, what is left out, what is shared."""
 
+import re
+
 import pytest
 import torch
 from common import HEADS, TEXTS, make_model, make_tokenizer
 
 from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.calibration import collect
-from hf_offline_compress.calibration_text import TOKENS, Batch, count_tokens, load_texts, make_batches
+from hf_offline_compress.calibration_text import (
+    TOKENS,
+    Batch,
+    count_tokens,
+    load_texts,
+    make_batches,
+    warn_of_overlap,
+)
 from hf_offline_compress.families import family_of
 from hf_offline_compress.sensitivity import measure_sensitivity
 
@@ -172,3 +181,71 @@ def test_texts_as_long_as_the_model_is_wide():
     torch.testing.assert_close(moments, first.T @ first / len(first), atol=1e-4, rtol=1e-4)
     sensitivity = measure_sensitivity(model, [pooler], [batch], mask_token=None, seed=0)
     assert sensitivity.output_moments[pooler.name].shape == moments.shape
+
+
+def test_texts_may_be_a_generator():
+    assert load_texts(text for text in ("one", "two")).texts == ("one", "two")
+
+
+@pytest.mark.parametrize("model_type,masked", [("bert", True), ("gpt2", False)])
+@pytest.mark.parametrize("texts", [["the cat sat"], ["dog"] * 40, TEXTS[:3]])
+def test_too_little_text(texts, model_type, masked):
+    with pytest.raises(CompressionError, match=r"has \d+ tokens, and needs 256 at least.*pass more text"):
+        make_batches(load_texts(texts), make_tokenizer(model_type), masked=masked, positions=40, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_is_always_masked(seed):
+    tokenizer = make_tokenizer("bert")
+    batches, _ = make_batches(
+        load_texts(["cat"] * 150 + ["dog"] * 150), tokenizer, masked=True, positions=40, seed=seed, batch_size=1
+    )
+    assert all((batch.input_ids == tokenizer.mask_token_id).any() for batch in batches)
+
+
+@pytest.mark.parametrize(
+    "texts,model_type,message",
+    [
+        (TEXTS, "bert", r"has only \d+ tokens: below 4,000"),
+        (["cat " * 30] * 20, "bert", "is one line over and over"),
+        (["cat " * 30, "cat " * 31] * 10, "bert", "is mostly one word, 'cat'"),
+        (["[SEP] [CLS] " * 10, "[SEP] [SEP]"] * 20, "bert", "is mostly special tokens"),
+        (["<|endoftext|>" * 20, "<|endoftext|>" * 9] * 20, "gpt2", "is mostly special tokens"),
+        ([f'{{"id": {i}, "text": "{text}"}}' for i, text in enumerate(TEXTS)], "bert", "looks like JSON lines"),
+        ([f"{i},{text},yes" for i, text in enumerate(TEXTS)], "bert", r"looks like a table \(CSV\)"),
+        ([f"{i}\t{text}" for i, text in enumerate(TEXTS)], "bert", r"looks like a table \(CSV\)"),
+    ],
+)
+def test_text_that_is_hardly_one(texts, model_type, message, caplog):
+    text = load_texts(texts)
+    make_batches(text, make_tokenizer(model_type), masked=model_type == "bert", positions=40, seed=0)
+    assert any(re.search(message, line) for line in caplog.messages), caplog.messages
+
+
+def test_text_that_is_one(caplog):
+    load_texts("bundled")
+    load_texts(list(load_texts("bundled").texts))
+    assert not caplog.messages
+
+
+def test_validation_text_that_was_calibrated_on(caplog):
+    texts = load_texts(TEXTS)
+    warn_of_overlap(texts, load_texts(["another cat", *TEXTS[:3]], "validation"))
+    assert "is part of the calibration text" in caplog.text
+    caplog.clear()
+    warn_of_overlap(texts, load_texts(["another cat", TEXTS[0], "and one more"], "validation"))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("head", ["GPT2LMHeadModel", "GPT2Model"])
+def test_a_padding_token_that_only_the_tokenizer_has(head, tmp_path):
+    """As GPT-2's usually is: it is for padding alone, and no row of the embedding is needed for it."""
+    model, tokenizer = make_model("gpt2", head), make_tokenizer("gpt2")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model.config.pad_token_id = tokenizer.pad_token_id
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    texts = [*TEXTS, "the cat sat on a mat . " * 3]
+    result = compress(model, "balanced", max_loss=0.9, calibration=texts, tokenizer=tokenizer, progress=False)
+    result.save(tmp_path / "out")
+    with pytest.raises(CompressionError, match=r"tokens .* that the model does not have.*'\[PAD\]' is number"):
+        compress(model, calibration=[text + " [PAD]" for text in TEXTS], tokenizer=tokenizer, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -31,12 +32,17 @@ def run(work: Callable[[], None], debug: bool) -> None:
 
 
 def calm(quiet: bool) -> None:
-    """Keep transformers' own bars and notes out of the output."""
-    from transformers.utils import logging
+    """Keep transformers' own bars and notes out of the output; ours are warnings, of one line each, and none if quiet."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if quiet:
-        logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    ours = logging.getLogger(__package__.partition(".")[0])
+    ours.handlers = [handler]
+    ours.setLevel(logging.ERROR if quiet else logging.WARNING)
 
 
 def print_dense(items: list[tuple[str, int, str]]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base import clamp_length
+from ..calibration_text import padding_of
 from .processes import ALONE, Processes
 
 
@@ -44,7 +45,10 @@ def sentence_embeddings(
         encoded = tokenizer(
             [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(base.device)
-        hidden = base(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0].float()
+        # A tokenizer may have a token for padding that the model has not.
+        padding = padding_of(tokenizer, model.config.vocab_size)
+        ids = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, padding)
+        hidden = base(input_ids=ids, attention_mask=encoded["attention_mask"])[0].float()
         mask = encoded["attention_mask"][..., None]
         return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
 

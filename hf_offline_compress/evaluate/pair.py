@@ -125,7 +125,8 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
         raise CompressionError(
             f"Neither '{contents.name}' nor '{resolved.name}' has a tokenizer; save one in either folder with save_pretrained."
         )
-    if tokenizer.pad_token_id is None:
+    vocabulary = resolved.config.get("vocab_size")
+    if tokenizer.pad_token_id is None or (vocabulary and tokenizer.pad_token_id >= vocabulary):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer = clamp_length(tokenizer, resolved.config)
     # What is judged is placed by position: behind the last token there may be padding, before the first never.

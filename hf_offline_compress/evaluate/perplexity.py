@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base import clamp_length
+from ..calibration_text import padding_of
 from ..errors import CompressionError
 from ..families import CAUSAL_HEADS
 from .processes import ALONE, Processes
@@ -334,8 +335,7 @@ def asked_logits(
     """Yield the logits [places, vocabulary] of asked tokens in float32, a few at a time, and the true tokens [places]."""
     shift = 0 if masked else 1
     longest = max(len(ids) for ids, _ in batch)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(batch), longest), padding)
+    ids = torch.full((len(batch), longest), padding_of(tokenizer, model.config.vocab_size))
     attention = torch.zeros_like(ids)
     for row, (true, asked) in enumerate(batch):
         ids[row, : len(true)] = true.masked_fill(asked, tokenizer.mask_token_id) if masked else true
