@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import copy_companions, quiet_transformers
+from .base import COMPANIONS, copy_companions, quiet_transformers
 from .errors import CompressionError, listing
 from .families import FAMILIES, PARTS, Matrix, Skeleton
-from .files import check_free, read_json, whole_folder
+from .files import check_target, keep_others, read_json, whole_folder
 from .folder import REPORT_FILE
 from .recipe import STORAGES
 from .registration import MODEL_TYPES
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORT_FILE = "export.json"
+# What an export writes beside companions, and so is replaced with it.
+WRITTEN = re.compile(
+    rf"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{EXPORT_FILE}|{REPORT_FILE}|"
+    r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)"
+)
 PREFIX = "Compressed"
 TYPE_PREFIX = "compressed_"
 # Fields of a compressed model's config that a stock one does not have, or has of its own.
@@ -55,7 +61,7 @@ def export_folder(folder: str | Path, out: str | Path, *, dtype: str | None = No
     source, target = Path(folder), Path(out)
     config = check_export(source, target, dtype=dtype, overwrite=overwrite)
     dense = dense_model(source, dtype=dtype or str(config.get("dtype") or "float32"))
-    with whole_folder(target) as partial:
+    with whole_folder(target, _is_export if overwrite else None, _keep) as partial:
         dense.save_pretrained(partial)
         copy_companions(source, partial)
         if (source / REPORT_FILE).is_file():
@@ -185,7 +191,16 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Raise CompressionError unless an export can be written there."""
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CompressionError(f"The output folder '{target}' is, or lies in, the compressed one; pass another.")
-    check_free(target, overwrite, (target / EXPORT_FILE).is_file(), "an export")
+    check_target(target, overwrite, _is_export, "an export", [source])
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / EXPORT_FILE).is_file()
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Carry over what users have put into an export that is replaced."""
+    keep_others(old, new, lambda name: bool(name in COMPANIONS or WRITTEN.fullmatch(name)))
 
 
 def _record(source: Path, config: Mapping[str, Any], dense: PreTrainedModel) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import clamp_length, copy_companions
+from . import files
+from .base import COMPANIONS, clamp_length, copy_companions
 from .errors import CompressionError
-from .files import check_free, read_json, whole_folder
+from .files import read_json, whole_folder
 from .registration import MODEL_TYPES
-from .verifying.record import write_record
+from .verifying.record import RECORD_FILE, read_record, write_record
 from .verifying.saved import check_saved
 
 if TYPE_CHECKING:
@@ -20,6 +24,13 @@ if TYPE_CHECKING:
     from .report import Report
 
 REPORT_FILE = "compression_report.json"
+CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
+# What is written beside companions, and so is replaced with the folder.
+WRITTEN = re.compile(
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py|"
+    rf"(.*/)?__pycache__/.*|{REPORT_FILE}|{RECORD_FILE}|{CARD_FILE}|{EVALUATION_FILE}"
+)
+MODULE_FILE = re.compile(r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)")  # of sentence-transformers
 
 
 @dataclass(frozen=True)
@@ -62,9 +73,9 @@ def inspect_folder(folder: str | Path) -> FolderContents:
     return FolderContents(path.resolve().name, config, report, weights)
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise CompressionError unless a folder can be written there."""
-    check_free(folder, overwrite, is_compressed(folder), "this package")
+def check_target(folder: Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise CompressionError unless a folder can be written there; see `files.check_target`."""
+    files.check_target(folder, overwrite, is_compressed, "this package", inputs)
 
 
 def save_folder(
@@ -83,8 +94,8 @@ def save_folder(
     """
     from .card import write_card_if_possible  # which reads folders by this module
 
-    check_target(folder, overwrite)
-    with whole_folder(folder) as partial:
+    check_target(folder, overwrite, [source] if source else ())
+    with whole_folder(folder, is_compressed if overwrite else None, _keep) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             clamp_length(tokenizer, model.config).save_pretrained(partial)
@@ -95,8 +106,53 @@ def save_folder(
         (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
         write_record(partial, model)
         check_saved(partial, model)
-        write_card_if_possible(partial, name=folder.name, base=source)
+        if _keep_notes(folder / CARD_FILE, partial / CARD_FILE):
+            write_card_if_possible(partial, name=folder.resolve().name, base=source)
     return folder
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Carry over what users have put into a folder that is replaced, and their evaluations.
+
+    Those of other weights get another name, so that they are not taken for the new ones'.
+    """
+    files.keep_others(
+        old, new, lambda name: bool(name in COMPANIONS or WRITTEN.fullmatch(name) or MODULE_FILE.fullmatch(name))
+    )
+    evaluation = old / EVALUATION_FILE
+    if evaluation.is_file():
+        numbers = ("", *(f"-{i}" for i in range(2, 1000)))
+        earlier = (new / f"evaluation.previous{number}.json" for number in numbers)
+        same = _recorded_weights(old) == _recorded_weights(new)
+        place = new / EVALUATION_FILE if same else next(file for file in earlier if not file.exists())
+        shutil.copyfile(evaluation, place)
+
+
+def _recorded_weights(folder: Path) -> object:
+    try:
+        return (read_record(folder) or {}).get("weights")
+    except ValueError:
+        return None
+
+
+def _keep_notes(old: Path, new: Path) -> bool:
+    """Begin the new card with the user's notes of the old one; return whether there is a card to write.
+
+    A README.md that is no card of ours is kept as it is.
+    """
+    from .card.writing import BEGIN, END, free_section
+
+    try:
+        text = old.read_text("utf-8") if old.is_file() else ""
+    except (OSError, UnicodeDecodeError):
+        text = None
+    notes = free_section(text) if text else None
+    if text is None or (text.strip() and notes is None):
+        shutil.copyfile(old, new)
+        return False
+    if notes is not None:  # its metadata is of what the old folder was made from
+        new.write_text(f"---\n---\n{BEGIN}\n{notes}{END}\n", "utf-8")
+    return True
 
 
 def _forget_paths(file: Path) -> None:

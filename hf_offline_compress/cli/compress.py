@@ -82,7 +82,7 @@ def compress(
     def work() -> None:
         from ..folder import check_target, inspect_folder
 
-        check_target(out, overwrite)
+        check_target(out, overwrite, [base])
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
         calm(quiet)
         from ..compressor import compress as do
