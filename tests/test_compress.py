@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import hf_offline_compress.compressor as compressor
 import hf_offline_compress.solving as solving
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
+from hf_offline_compress.card.writing import END
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
 from hf_offline_compress.solvers import solve_all
 from hf_offline_compress.structures import Autoencoder, LowRank, Stored, Training
@@ -293,6 +295,30 @@ def test_targets(base, tmp_path):
     assert (tmp_path / "other/diary.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "file", "other"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_overwriting_keeps_what_users_put_there(base, tmp_path):
+    """Their files, the notes in the card and evaluations: those of other weights by another name."""
+    out, result = tmp_path / "out", compress(base, "svd", modules="key", progress=False)
+    other = compress(base, "svd", modules="query", progress=False)
+    result.save(out)
+    (out / "README.md").write_text((out / "README.md").read_text().replace(END, f"My notes.\n{END}"))
+    (out / "plots").mkdir()
+    (out / "plots/mine.svg").write_text("mine")
+    (out / "evaluation.json").write_text(numbers := '{"format_version": 1, "evaluations": [], "benchmark": null}')
+    (out / "old_compressed.py").write_text("")
+    result.save(out, overwrite=True)
+    assert (out / "evaluation.json").read_text() == numbers
+    other.save(out, overwrite=True)
+    assert (out / "evaluation.previous.json").read_text() == numbers and not (out / "evaluation.json").exists()
+    assert (out / "plots/mine.svg").read_text() == "mine" and not (out / "old_compressed.py").exists()
+    card = (out / "README.md").read_text()
+    assert card.count("My notes.") == 1 and "query" in card and "`key_0`" not in card
+    (out / "README.md").write_text("Mine alone.")
+    result.save(out, overwrite=True)
+    assert (out / "README.md").read_text() == "Mine alone."
+    with pytest.raises(CompressionError, match="is, or lies in, the output folder"):
+        replace(result, source=out / "plots").save(out, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
