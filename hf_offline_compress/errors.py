@@ -1,5 +1,9 @@
 """The one exception that users meet."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class CompressionError(ValueError):
     """Something that was asked for cannot be done.
@@ -8,6 +12,28 @@ class CompressionError(ValueError):
     done wherever that is possible, and nothing has been written when it is raised. The command line prints the message
     and exits with 1.
     """
+
+
+class UnsavedError(CompressionError):
+    """What was measured could not be written down.
+
+    Attributes:
+        result: what would have been returned.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        """Keep the result beside the message."""
+        super().__init__(message)
+        self.result = result
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out; torch's on a CPU is a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 def listing(names: object) -> str:

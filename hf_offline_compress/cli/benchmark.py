@@ -34,7 +34,7 @@ def benchmark(
     """Measure FOLDER, its base, and the base in bfloat16 and int8: bytes, loading, memory, latency."""
 
     def work() -> None:
-        from ..errors import CompressionError
+        from ..errors import CompressionError, UnsavedError
 
         def numbers(option: str, text: str) -> list[int]:
             if not all(part.strip().isdigit() for part in text.split(",")):
@@ -45,24 +45,31 @@ def benchmark(
         calm(quiet)
         from ..evaluate.benchmarking import benchmark_folder
 
-        result = benchmark_folder(
-            folder,
-            base=base,
-            batches=batches,
-            lengths=lengths,
-            models=[name.strip() for name in models.split(",")],
-            repeats=repeats,
-            threads=threads,
-            device=device,
-            seed=seed,
-            revision=revision,
-            progress=not quiet,
-        )
+        unsaved = None
+        try:
+            result = benchmark_folder(
+                folder,
+                base=base,
+                batches=batches,
+                lengths=lengths,
+                models=[name.strip() for name in models.split(",")],
+                repeats=repeats,
+                threads=threads,
+                device=device,
+                seed=seed,
+                revision=revision,
+                progress=not quiet,
+            )
+        except UnsavedError as error:
+            result, unsaved = error.result, error
         if as_json:
             print_json({"folder": folder.resolve().name, "benchmark": result})
-        elif not quiet:
+        elif unsaved or not quiet:
             _print(result)
-            print(f"\nput into {folder / 'evaluation.json'}")
+            if not unsaved:
+                print(f"\nput into {folder / 'evaluation.json'}")
+        if unsaved:
+            raise unsaved
 
     run(work, debug)
 

@@ -97,7 +97,7 @@ def evaluate(
 
     def work() -> None:
         calm(quiet)
-        from ..errors import CompressionError
+        from ..errors import CompressionError, UnsavedError
         from ..evaluate.evaluation import evaluate_folder
         from ..evaluate.tasks import TaskSettings
         from ..evaluate.text_evaluation import TextSettings
@@ -106,6 +106,7 @@ def evaluate(
         training = (learning_rate, train_batch_size, epochs, train_limit)
         if not fine_tune and any(value is not None for value in training):
             raise CompressionError("Settings of training belong to --fine-tune; add it, or leave them out.")
+        unsaved = None
         try:
             found = evaluate_folder(
                 folder,
@@ -129,6 +130,8 @@ def evaluate(
                 revision=revision,
                 progress=not quiet,
             )
+        except UnsavedError as error:
+            found, unsaved = error.result, error
         except CompressionError as error:
             if _is_main() or debug:
                 raise
@@ -137,14 +140,17 @@ def evaluate(
             return
         if as_json:
             print_json({"folder": folder.resolve().name, "evaluations": [item.to_dict() for item in found]})
-        elif not quiet:
+        elif unsaved or not quiet:
             rows = [
                 (item.id if i == 0 else "", each.name, _number(each.base), _number(each.compressed), each.better)
                 for item in found
                 for i, each in enumerate(item.metrics)
             ]
             print_table(("evaluation", "metric", "base", "compressed", "better"), rows)
-            print(f"\nadded to {folder / 'evaluation.json'}")
+            if not unsaved:
+                print(f"\nadded to {folder / 'evaluation.json'}")
+        if unsaved:
+            raise unsaved
 
     run(work, debug)
 

@@ -5,30 +5,88 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
-from ..errors import CompressionError
+from ..errors import CompressionError, is_out_of_memory
+from ..files import is_out_of_space
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end, by SIGTERM or because its terminal closed."""
 
 
 def run(work: Callable[[], None], debug: bool) -> None:
-    """Do the work; an error is one line on stderr and exit code 1."""
+    """Do the work; an error is one line on stderr and exit code 1.
+
+    A request to end is an exception wherever the work is, so that it leaves neither partial folders nor processes.
+    """
+    received: list[int] = []
     try:
-        work()
+        with _ended_by_signals(received):
+            work()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (CompressionError, ImportError, OSError) as error:
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own
+        raise
+    except KeyboardInterrupt as error:
+        word = "ended" if received else "interrupted"
+        print(f"{word}; {str(error) or 'nothing was written'}", file=sys.stderr)
+        raise typer.Exit(128 + received[0] if received else 130) from error
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        print(f"interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
-        raise typer.Exit(130) from error
+
+
+def _sentence(error: Exception) -> str:
+    """Return what to say of an error: what was foreseen says it itself, the rest is for whoever mends this package."""
+    if isinstance(error, CompressionError | ImportError):
+        return str(error)
+    if is_out_of_space(error):
+        return (
+            "There is no space left on the disk (or a quota or limit is reached); free some, or write to another disk."
+        )
+    if is_out_of_memory(error):
+        return "There is not enough memory; pass a smaller --batch-size, or use a machine with more."
+    if isinstance(error, OSError):
+        return f"{error.strerror}: '{error.filename}'" if error.filename and error.strerror else str(error)
+    said = " ".join(str(error).split())[:200].rstrip(".")
+    return (
+        f"Something unforeseen went wrong ({type(error).__name__}{f': {said}' if said else ''}); --debug shows where."
+    )
+
+
+@contextmanager
+def _ended_by_signals(received: list[int]) -> Iterator[None]:
+    """Let the signals that ask a process to end raise `Terminated`; the number of one that came is put into the list."""
+
+    def end(number: int, frame: object) -> None:
+        received.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # what cleans up is not cut short
+        raise Terminated
+
+    before: dict[int, Any] = {}
+    names = ("SIGTERM", "SIGHUP")
+    try:
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            if signal.getsignal(number) == signal.SIG_DFL:  # who ignores it, as nohup does, goes on
+                before[number] = signal.signal(number, end)
+    except ValueError:  # only the main thread may
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def calm(quiet: bool) -> None:

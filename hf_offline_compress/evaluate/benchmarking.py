@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..errors import CompressionError, listing
 from .pair import Pair, find_pair
 from .processes import launched_processes
-from .records import check_writable, library_versions, write_evaluations
+from .records import check_writable, library_versions, saving, write_evaluations
 
 LOADS = 3
 WARM_UP = 2
@@ -103,16 +103,13 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it is doing; it has nothing to lose."""
+        self.process.kill()
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 with suppress(BrokenPipeError):
                     stream.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.wait()
 
 
 def benchmark_folder(
@@ -155,6 +152,7 @@ def benchmark_folder(
 
     Raises:
         CompressionError: something of this cannot be done. Nothing is written then.
+        UnsavedError: it was measured, but cannot be written; it has the result.
     """
     for name, values in {"batch": batches, "length": lengths, "repeats": [repeats], "threads": [threads or 1]}.items():
         if not values or any(value < 1 for value in values):
@@ -196,7 +194,8 @@ def benchmark_folder(
         "unavailable": unavailable,
     }
     if write:
-        write_evaluations(pair.folder, benchmark=result)
+        with saving(result):
+            write_evaluations(pair.folder, benchmark=result)
     return result
 
 

@@ -10,7 +10,7 @@ from ..errors import CompressionError, listing
 from .metrics import require
 from .pair import find_pair
 from .processes import launched_processes
-from .records import Evaluation, check_writable, write_evaluations
+from .records import Evaluation, check_writable, saving, write_evaluations
 from .task_evaluation import evaluate_task
 from .tasks import TaskSettings, find_task
 from .text_evaluation import TextSettings, choose_measures, evaluate_text
@@ -69,6 +69,7 @@ def evaluate_folder(
 
     Raises:
         CompressionError: something of this cannot be done. Nothing is written then.
+        UnsavedError: it was evaluated, but cannot be written; it has the result.
     """
     if text is None and task is None:
         raise CompressionError("There is nothing to evaluate on; pass --text (text=) or --task (task=), or both.")
@@ -121,7 +122,10 @@ def evaluate_folder(
             progress=progress,
         )
         found.append(item)
-    if write and processes.is_main:
-        write_evaluations(pair.folder, found)
-    processes.wait()
+    try:
+        if write and processes.is_main:
+            with saving(found):
+                write_evaluations(pair.folder, found)
+    finally:
+        processes.wait()
     return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import CompressionError
+from ..errors import CompressionError, UnsavedError
 from ..files import write_whole
 
 EVALUATION_FILE = "evaluation.json"
@@ -136,6 +137,15 @@ def check_writable(folder: Path) -> None:
         raise CompressionError(
             f"'{folder}' cannot be written to, so {EVALUATION_FILE} has no place; copy the folder first."
         )
+
+
+@contextmanager
+def saving(result: Any) -> Iterator[None]:
+    """Raise UnsavedError, with the result in it, where it cannot be written."""
+    try:
+        yield
+    except (CompressionError, OSError) as error:
+        raise UnsavedError(f"The numbers were not added to {EVALUATION_FILE}: {error}", result) from error
 
 
 def write_evaluations(

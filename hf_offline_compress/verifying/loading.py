@@ -42,27 +42,31 @@ def _load(folder: Path, modes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Load a folder in a process for each mode, all at once; return what each found."""
     with tempfile.TemporaryDirectory() as scratch:
         outs = {mode: Path(scratch) / f"{mode}.json" for mode in modes}
-        processes = {
-            mode: subprocess.Popen(  # noqa: S603 -- our own interpreter and program
-                [sys.executable, "-P", probe.__file__, str(folder.resolve()), str(out), mode],
-                cwd=scratch,
-                env=_environment(Path(scratch)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            )
-            for mode, out in outs.items()
-        }
+        processes: dict[str, subprocess.Popen[str]] = {}
         found = {}
-        for mode, process in processes.items():
-            _, errors = process.communicate()
-            if outs[mode].is_file():
-                found[mode] = json.loads(outs[mode].read_text("utf-8"))
-            else:
-                last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-                found[mode] = {"error": f"the process ended: {last[0]}"}
+        try:
+            for mode, out in outs.items():
+                processes[mode] = subprocess.Popen(  # noqa: S603 -- our own interpreter and program
+                    [sys.executable, "-P", probe.__file__, str(folder.resolve()), str(out), mode],
+                    cwd=scratch,
+                    env=_environment(Path(scratch)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                )
+            for mode, process in processes.items():
+                _, errors = process.communicate()
+                if outs[mode].is_file():
+                    found[mode] = json.loads(outs[mode].read_text("utf-8"))
+                else:
+                    last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+                    found[mode] = {"error": f"the process ended: {last[0]}"}
+        finally:
+            for process in processes.values():  # still there if this was cut short
+                process.kill()
+                process.wait()
     return found
 
 
