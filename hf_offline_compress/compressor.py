@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .arguments import check_base, check_tokenizer, real, seed_of, whole
 from .base import (
     BaseCheckpoint,
     clamp_length,
@@ -31,6 +33,7 @@ from .measuring import measure
 from .memory import release_memory
 from .plan import Plan, make_plan
 from .precision import check_held, tell, wider_tensors
+from .preflight import check_room, found_device
 from .recipe import DEFAULT_RECIPE, STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, totals, versions
 from .searching import loss_judge, search_ratio, searched_on
@@ -59,6 +62,10 @@ class CompressionResult:
     tokenizer: PreTrainedTokenizerBase | None
     report: Report
     source: Path | None = None
+
+    def __repr__(self) -> str:
+        """Return one line; the report has the rest."""
+        return f"CompressionResult({type(self.model).__name__}, {self.report!r})"
 
     def save(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "50GB") -> Path:
         """Write a finished, self-contained folder, whole or not at all, and return its path.
@@ -139,6 +146,7 @@ def compress(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
+    target: str | Path | None = None,
 ) -> CompressionResult:
     """Return a smaller model that does nearly what `base` does; nothing is fine-tuned, and `base` is left as it is.
 
@@ -169,10 +177,18 @@ def compress(
         token: for a base on the Hub; by default the one you are logged in with.
         trust_remote_code: run code that comes with the base's tokenizer. The model is always a stock class.
         progress: show progress bars.
+        target: where the result will be saved; that there is room for it is checked before any work.
 
     Raises:
         CompressionError: something in the request cannot be done. Nothing has been written.
     """
+    check_base(base)
+    check_tokenizer(tokenizer)
+    seed = seed_of(seed)
+    batch_size = None if batch_size is None else whole(batch_size, "batch_size", 1)
+    max_loss = None if max_loss is None else real(max_loss, "max_loss")
+    if device is not None:
+        found_device(device)
     recipe = load_recipe(recipe).override(
         modules=modules,
         ratio=ratio,
@@ -208,7 +224,9 @@ def compress(
     architecture = resolve_architecture(source.config, auto_class)
     wanted = _dtype_name(dtype)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
-    make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
+    planned = make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
+    if target is not None and max_loss is None:
+        check_room(Path(target), planned.file_bytes)
     if judging and max_loss is None:
         check_judged(architecture)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -265,6 +283,7 @@ def compress_model(
     clock = clock or _Clock()
     if texts is None:
         recipe = recipe.without_calibration()
+    model = _narrow_enough(model)
     config = model.config.to_dict()
     family = family_of(config)
     architecture = type(model).__name__
@@ -356,6 +375,11 @@ def compress_model(
     return CompressionResult(built, tokenizer, report, source.folder if source else None)
 
 
+def _narrow_enough(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model in double precision in single; any other as it is."""
+    return copy.deepcopy(model).float() if model.dtype == torch.float64 else model
+
+
 def _check_finite(model: nn.Module, title: str) -> None:
     bad = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
     if bad:
@@ -380,9 +404,9 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
 
 
 def _checkpoint_dtype(source: BaseCheckpoint) -> str | None:
-    """Return the dtype that the checkpoint was saved in, as its config says; None where it says nothing."""
+    """Return the dtype to store in, the checkpoint's own or float32 for wider ones; None where its config says nothing."""
     dtype = source.config.get("dtype") or source.config.get("torch_dtype")
-    return str(dtype) if dtype else None
+    return str(dtype).replace("float64", "float32") if dtype else None
 
 
 class _Clock:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from . import files
 from .base import COMPANIONS, clamp_length, copy_companions
 from .errors import CompressionError
 from .files import read_json, whole_folder
+from .preflight import check_room, shard_bytes
 from .registration import MODEL_TYPES
 from .verifying.record import RECORD_FILE, read_record, write_record
 from .verifying.saved import check_saved
@@ -31,6 +34,7 @@ WRITTEN = re.compile(
     rf"(.*/)?__pycache__/.*|{REPORT_FILE}|{RECORD_FILE}|{CARD_FILE}|{EVALUATION_FILE}"
 )
 MODULE_FILE = re.compile(r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)")  # of sentence-transformers
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class FolderContents:
     config: dict[str, Any]
     report: dict[str, Any]
     weights: dict[str, int]
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<FolderContents: {self.name}, {self.weight_bytes / 1e6:.2f} MB of weights>"
 
     @property
     def weight_bytes(self) -> int:
@@ -95,19 +103,24 @@ def save_folder(
     from .card import write_card_if_possible  # which reads folders by this module
 
     check_target(folder, overwrite, [source] if source else ())
+    shard = shard_bytes(max_shard_size)
+    check_room(folder, int(report.totals["stored_bytes"]))
     with whole_folder(folder, is_compressed if overwrite else None, _keep) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        model.save_pretrained(partial, max_shard_size=shard)
         if tokenizer is not None:
             clamp_length(tokenizer, model.config).save_pretrained(partial)
             _forget_paths(partial / "tokenizer_config.json")
-        if source is not None:
-            copy_companions(source, partial)
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
-        (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
+        with _accessory("Not all files that come with the base were copied"):
+            if source is not None:
+                copy_companions(source, partial)
+        with _accessory(f"{REPORT_FILE} was not written"):
+            text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+            (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
         write_record(partial, model)
         check_saved(partial, model)
-        if _keep_notes(folder / CARD_FILE, partial / CARD_FILE):
-            write_card_if_possible(partial, name=folder.resolve().name, base=source)
+        with _accessory("No model card was written; `hf-offline-compress card` writes one later"):
+            if _keep_notes(folder / CARD_FILE, partial / CARD_FILE):
+                write_card_if_possible(partial, name=folder.resolve().name, base=source)
     return folder
 
 
@@ -153,6 +166,15 @@ def _keep_notes(old: Path, new: Path) -> bool:
     if notes is not None:  # its metadata is of what the old folder was made from
         new.write_text(f"---\n---\n{BEGIN}\n{notes}{END}\n", "utf-8")
     return True
+
+
+@contextmanager
+def _accessory(lost: str) -> Iterator[None]:
+    """Do what the model can be used without: where it fails, whatever the reason, the model is kept and that is said."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: %s", lost, " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def _forget_paths(file: Path) -> None:

@@ -165,6 +165,13 @@ class Plan:
     rest: str
     wider: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return one line."""
+        return (
+            f"<Plan: {self.architecture} with recipe {self.recipe.name}, {len(self.groups)} groups, "
+            f"{self.file_bytes / 1e6:.2f} MB>"
+        )
+
     @property
     def parameters(self) -> int:
         """Number of weights in the chosen matrices."""
@@ -307,7 +314,8 @@ def make_plan(
     """
     family = family_of(config)
     architecture = architecture or architecture_of(config, family)
-    dtype = str(dtype or config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtype = (dtype or own.replace("float64", "float32")).removeprefix("torch.")
     if dtype not in STORAGES:
         raise CompressionError(f"The dtype '{dtype}' is not supported; supported are {listing(STORAGES)}.")
     skeleton = family.skeleton(config, architecture)

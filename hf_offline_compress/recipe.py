@@ -10,9 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from .arguments import real
 from .errors import CompressionError, listing
 from .families import KINDS, SHORTHANDS, Matrix
 from .structures import FLOATS, INTEGERS, STRUCTURES, Structure
@@ -174,8 +176,8 @@ def parse_bytes(value: object) -> int:
     Raises:
         CompressionError: it is neither.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[bB]?)\s*", str(value))
     if not match or match[2].lower() not in UNITS:
         raise CompressionError(f"The size {value!r} is unknown; give bytes, or a number with kB, MB or GB, e.g. 6MB.")
@@ -330,7 +332,7 @@ class Recipe:
             raise CompressionError(f"{listing(asked)} were given; they exclude each other, so give one.")
         budget = self.budget
         if ratio is not None:
-            changes["ratio"], budget = _number(ratio, "ratio"), None
+            changes["ratio"], budget = real(ratio, "ratio"), None
         elif asked:
             budget = _budget({asked[0]: sizes[asked[0]]}, "The request")
         if grouping is not None:
@@ -466,7 +468,7 @@ def _rule(content: object, label: str) -> Rule:
         if key in values:
             values[key] = _names(values[key], key)
     if "ratio" in values:
-        values["ratio"] = _number(values["ratio"], "ratio")
+        values["ratio"] = real(values["ratio"], "ratio")
     return Rule(**values)
 
 
@@ -475,7 +477,7 @@ def _budget(content: object, label: str) -> Budget:
     if values.get("max_bytes") is not None:
         values["max_bytes"] = parse_bytes(values["max_bytes"])
     if values.get("total_ratio") is not None:
-        values["total_ratio"] = _number(values["total_ratio"], "total_ratio")
+        values["total_ratio"] = real(values["total_ratio"], "total_ratio")
     return Budget(**values)
 
 
@@ -523,11 +525,9 @@ def _build(cls: Any, options: Mapping[str, Any], label: str) -> Any:
         if is_dataclass(wanted):
             values[name] = _build(wanted, value, f"{label}'s {name}")
         elif get_args(wanted):
-            values[name] = tuple(
-                _number(item, name) for item in (value if isinstance(value, list | tuple) else [value])
-            )
+            values[name] = tuple(real(item, name) for item in (value if isinstance(value, list | tuple) else [value]))
         elif wanted is float:
-            values[name] = _number(value, name)
+            values[name] = real(value, name)
         elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
             raise CompressionError(f"{label} has {name}: {value!r}, which is not {_TYPES[wanted]}.")
         else:
@@ -561,12 +561,6 @@ def _names(content: object, label: str) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise CompressionError(f"`{label}` must be a name or a list of names, not {content!r}.")
     return tuple(name.strip() for name in names if name.strip())
-
-
-def _number(value: object, label: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CompressionError(f"`{label}` must be a number, not {value!r}.")
-    return value
 
 
 def _plain(value: Any) -> Any:

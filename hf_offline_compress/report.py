@@ -97,6 +97,14 @@ class Report:
     seconds: dict[str, float]
     versions: dict[str, str]
 
+    def __repr__(self) -> str:
+        """Return one line; `to_dict` has the rest."""
+        size, ratio = self.totals["stored_bytes"] / 1e6, self.totals["total_ratio"]
+        return (
+            f"<Report: {self.base['name']} ({self.architecture}) with recipe {self.recipe['name']}, {len(self.groups)} groups, "
+            f"{size:.2f} MB of tensors, {ratio:.2f} x smaller than in float32>"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON."""
         return asdict(self)

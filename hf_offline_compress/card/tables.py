@@ -25,7 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 def count(number: float) -> str:
     """Return a whole number with commas, e.g. "90,868,376"."""
-    return f"{int(number):,}"
+    return f"{int(number):,}" if isfinite(number) else NOTHING
 
 
 def value(number: object) -> str:
@@ -177,7 +177,7 @@ def group_table(inputs: CardInputs) -> str:
                 cell(group["storage"]),
                 count(group["stored_bytes"]),
                 f"{group['ratio']:.2f}",
-                f"{group['relative_error']:.4f}",
+                f"{group['relative_error']:.4f}" if isfinite(group["relative_error"]) else NOTHING,
             ]
         )
         if calibrated:
@@ -201,7 +201,8 @@ def chart(inputs: CardInputs) -> str:
 
 def bar(number: float, largest: float) -> str:
     """Return a bar of `WIDTH` characters at most, padded to that width."""
-    eighths = round(number / largest * WIDTH * 8) if largest > 0 else 0
+    share = number / largest if largest > 0 else 0.0
+    eighths = round(min(share, 1.0) * WIDTH * 8) if isfinite(share) else 0
     full, rest = divmod(eighths, 8)
     return ("█" * full + (EIGHTHS[rest] if rest else "")).ljust(WIDTH)
 
@@ -220,7 +221,7 @@ def _latency(found: dict[str, Any] | None) -> str:
 
 
 def _scaled(number: Any) -> str:
-    return NOTHING if number is None else f"{number / MEGA:.2f}"
+    return NOTHING if number is None or not isfinite(number) else f"{number / MEGA:.2f}"
 
 
 def _examples(evaluation: dict[str, Any]) -> str:

@@ -206,14 +206,15 @@ def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, mode
     command, recipe = reproduction(inputs, _first(facts.get("base_model")))
     bibtex, references = citations(report)
     auto, load = _loading(inputs, model_id)
+    _, load_trusting = _loading(inputs, model_id, ", trust_remote_code=True")
     folded = len(inputs.groups) > FOLD
     return {
         "title": inputs.name,
         "model_id": model_id,
         "summary": _summary(inputs, facts, inherited),
         "headline": tables.headline(inputs),
-        "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load.format(options=""),
-        "load_without": load.format(options=", trust_remote_code=True") if auto else _remote_loading(inputs, model_id),
+        "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load,
+        "load_without": load_trusting if auto else _remote_loading(inputs, model_id),
         "sentence_transformers": "modules.json" in inputs.files,
         "made": f"With hf-offline-compress {report['versions'].get('hf-offline-compress', '')}:".replace(" :", ":"),
         "command": command,
@@ -272,16 +273,16 @@ def _licence(facts: Mapping[str, Any], inherited: bool) -> str:
     return f"Its licence is {', '.join(names)}{', that of the base' if inherited else ''}."
 
 
-def _loading(inputs: CardInputs, model_id: str) -> tuple[str | None, str]:
+def _loading(inputs: CardInputs, model_id: str, options: str = "") -> tuple[str | None, str]:
     """Return the auto class that loads the model, if there is one, and the lines that load it."""
     own = inputs.config["architectures"][0]
     found = [name for name, cls in (inputs.config.get("auto_map") or {}).items() if cls.endswith(f".{own}")]
     auto = next((name for name in AUTO_CLASSES if name in found), None)
     imports = [auto] if auto else []
-    lines = [f'model = {auto or f"hf_offline_compress.{own}"}.from_pretrained("{model_id}"{{options}})']
+    lines = [f'model = {auto or f"hf_offline_compress.{own}"}.from_pretrained("{model_id}"{options})']
     if inputs.has_tokenizer:
         imports.append("AutoTokenizer")
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{model_id}"{{options}})')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{model_id}"{options})')
     head = [f"from transformers import {', '.join(imports)}", ""] if imports else []
     return auto, "\n".join([*head, *lines])
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..preflight import shard_bytes
 from ..recipe import DEFAULT_RECIPE, load_recipe, split_selectors
 from .options import (
     Allocation,
@@ -83,6 +84,7 @@ def compress(
         from ..folder import check_target, inspect_folder
 
         check_target(out, overwrite, [base])
+        shard_bytes(max_shard_size)
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
         calm(quiet)
         from ..compressor import compress as do
@@ -108,6 +110,7 @@ def compress(
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=not quiet,
+            target=out,
         )
         result.save(out, overwrite=overwrite, max_shard_size=max_shard_size)
         if as_json:

@@ -89,6 +89,13 @@ def _ended_by_signals(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Lines(logging.Handler):
+    """Prints what is logged as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {' '.join(self.format(record).split())}", file=sys.stderr)
+
+
 def calm(quiet: bool) -> None:
     """Keep transformers' own bars and notes out of the output; ours are warnings, of one line each, and none if quiet."""
     from transformers.utils import logging as transformers_logging
@@ -96,11 +103,7 @@ def calm(quiet: bool) -> None:
     transformers_logging.disable_progress_bar()
     if quiet:
         transformers_logging.set_verbosity_error()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    ours = logging.getLogger(__package__.partition(".")[0])
-    ours.handlers = [handler]
-    ours.setLevel(logging.ERROR if quiet else logging.WARNING)
+    logging.getLogger(__package__.partition(".")[0]).handlers = [_Lines(logging.ERROR if quiet else logging.WARNING)]
 
 
 def print_dense(items: list[tuple[str, int, str]]) -> None:

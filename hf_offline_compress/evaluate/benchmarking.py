@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..arguments import seed_of
 from ..errors import CompressionError, listing
 from .pair import Pair, find_pair
 from .processes import launched_processes
@@ -163,6 +164,7 @@ def benchmark_folder(
     where = launched_processes(device)
     if where.count > 1:
         raise CompressionError("A benchmark measures one model at a time; run it without accelerate launch.")
+    seed = seed_of(seed)
     pair = find_pair(folder, base, revision=revision)
     positions = int(pair.tokenizer.model_max_length)
     if max(lengths) > positions:

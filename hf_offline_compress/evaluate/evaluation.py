@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..arguments import seed_of
 from ..calibration_text import load_texts
 from ..errors import CompressionError, listing
 from .metrics import require
@@ -85,6 +86,7 @@ def evaluate_folder(
     loaded = load_texts(text, "evaluation text") if text is not None else None
     if text is not None and loaded is None:
         raise CompressionError("The evaluation text 'none' is no text; pass a file with one text a line.")
+    seed = seed_of(seed)
     pair = find_pair(folder, base, revision=revision)
     if write:
         check_writable(pair.folder)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from ..errors import CompressionError
+from ..preflight import found_device
 
 # Where launchers say how many processes there are: torchrun and accelerate, and the kinds of MPI.
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -83,12 +84,7 @@ def launched_processes(device: str | None = None) -> Processes:
     """
     import torch
 
-    try:
-        wanted = torch.device(device or "cpu")
-    except RuntimeError as error:
-        raise CompressionError(f"There is no device '{device}'; pass e.g. cpu or cuda.") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise CompressionError(f"The device '{device}' was asked for, and torch sees no GPU here; leave --device out.")
+    wanted = found_device(device)
     if all(int(os.environ.get(name, "1")) <= 1 for name in COUNTS):
         return Processes(device=str(wanted))
     if find_spec("accelerate") is None:
