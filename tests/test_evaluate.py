@@ -627,7 +627,7 @@ def test_code_in_the_folder_is_not_run(clean):
         ("body", {"task": "sst2", "data": "x.csv", "fine_tune": True}, "needs --train-data"),
         ("body", {"task": "sst2", "train_data": "x.csv"}, "Training data without --fine-tune"),
         ("body", {"task": "stsb", "fine_tune": True, "dtype": "bfloat16"}, "done in float32, not bfloat16"),
-        ("body", {"text": LINES, "device": "cuda"}, "torch sees no GPU here"),
+        ("body", {"text": LINES, "device": "cuda"}, "There is no device 'cuda' here"),
     ],
 )
 def test_wrong_requests(clean, kind, options, message):
