@@ -116,7 +116,7 @@ def test_factors_have_the_models_dtype():
             {**BERT, "dtype": "float16"},
             "'float32' does not go with a model in float16",
         ),
-        ({}, {**BERT, "dtype": "float64"}, "dtype 'float64' is not supported"),
+        ({}, {**BERT, "dtype": "float8"}, "dtype 'float8' is not supported"),
         ({}, {**BERT, "architectures": ["BertForPoetry"]}, "BertForPoetry"),
     ],
 )
