@@ -5,8 +5,10 @@ import torch
 from common import TEXTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
+import hf_offline_compress.solving as solving
 from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.runtime.storing_compressed import holding, holds
+from hf_offline_compress.solvers import solve_all
 
 LAYER = "bert.encoder.layer.1"
 
@@ -104,3 +106,15 @@ def test_what_was_saved_is_loaded_again(broken, tmp_path, monkeypatch):
     with pytest.raises(CompressionError, match=message):
         result.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_a_solver_gives_is_finite(value, monkeypatch):
+    def broken(problems):
+        found = solve_all(problems)
+        found[0].decoder["weight"][0, 0] = value
+        return found
+
+    monkeypatch.setattr(solving, "solve_all", broken)
+    with pytest.raises(CompressionError, match=r"Solving 'query_0' \(low_rank\) gave NaN or infinite values"):
+        quick(make_model("bert", "BertForMaskedLM"), "svd", ratio=4, modules="query", calibration=None)
