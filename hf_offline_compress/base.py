@@ -218,9 +218,13 @@ def _copy(source: Path, target: Path) -> None:
     if source.suffix != ".json":
         shutil.copyfile(source, target)
         return
-    content = source.read_text("utf-8")
-    if re.search(r'"_?name_or_path"', content):
+    try:
+        content = source.read_text("utf-8")
         values = json.loads(content)
+    except (ValueError, RecursionError):  # whoever reads it will say so
+        shutil.copyfile(source, target)
+        return
+    if re.search(r'"_?name_or_path"', content):
         if isinstance(values, dict):
             values = {key: value for key, value in values.items() if key not in ("name_or_path", "_name_or_path")}
             content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"

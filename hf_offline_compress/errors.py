@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -25,6 +27,26 @@ class UnsavedError(CompressionError):
         """Keep the result beside the message."""
         super().__init__(message)
         self.result = result
+
+
+@contextmanager
+def refusing(what: str, advice: str) -> Iterator[None]:
+    """Raise CompressionError for whatever a library raises over files that are none of ours; for a few lines only.
+
+    Args:
+        what: which files, and what cannot be done with them.
+        advice: what would work.
+    """
+    try:
+        yield
+    except CompressionError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 300 else f"{reason[:300]}…"
+        raise CompressionError(f"{what}: {reason.rstrip('.')}. {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import COMPANIONS, copy_companions, quiet_transformers
-from .errors import CompressionError, listing
+from .errors import CompressionError, listing, refusing
 from .families import FAMILIES, PARTS, Matrix, Skeleton
-from .files import check_target, keep_others, read_json, whole_folder
-from .folder import REPORT_FILE
+from .files import check_target, keep_others, whole_folder
+from .folder import ADVICE, REPORT_FILE, compressed_config
 from .recipe import STORAGES
-from .registration import MODEL_TYPES
+from .tensor_files import check_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,9 +78,15 @@ def check_export(
     Raises:
         CompressionError: it could not.
     """
-    config = _compressed_config(Path(folder))
+    config = compressed_config(Path(folder))
+    check_weights(Path(folder), ADVICE)
     if dtype is not None and dtype not in STORAGES:
         raise CompressionError(f"The dtype '{dtype}' is not supported; supported are {listing(STORAGES)}.")
+    if dtype is None and str(config.get("dtype") or "float32") not in STORAGES:
+        raise CompressionError(
+            f"The config.json of '{Path(folder).name}' names the dtype {config['dtype']!r}, which is not supported; pass "
+            f"--dtype (dtype=), one of {listing(STORAGES)}."
+        )
     _check_target(Path(folder), Path(out), overwrite)
     return config
 
@@ -103,9 +109,10 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
     from . import registration
 
     source = Path(folder)
-    config = _compressed_config(source)
+    config = compressed_config(source)
     name = str(config["architectures"][0])
-    with quiet_transformers():
+    what = f"'{source.name}' does not load as {name} from its config.json and weights"
+    with quiet_transformers(), refusing(what, ADVICE):
         compressed, info = registration.public(name).from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
@@ -176,15 +183,6 @@ def _weight(module: Any) -> Tensor:
 def _as_stored(weight: Tensor, matrix: Matrix) -> Tensor:
     """Return a weight [rows, columns] as the checkpoint keeps it."""
     return (weight.T if matrix.transposed else weight).contiguous()
-
-
-def _compressed_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config is None or config.get("model_type") not in MODEL_TYPES or not config.get("compression"):
-        raise CompressionError(
-            f"'{folder}' is no compressed model: export needs a folder that `hf-offline-compress compress` has written."
-        )
-    return config
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:

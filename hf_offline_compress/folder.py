@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from . import files
 from .base import COMPANIONS, clamp_length, copy_companions
 from .errors import CompressionError
+from .families import FAMILIES
 from .files import read_json, whole_folder
 from .preflight import check_room, shard_bytes
 from .registration import MODEL_TYPES
+from .schemas import CONFIG, EVALUATION, REPORT, check
+from .tensor_files import check_weights
 from .verifying.record import RECORD_FILE, read_record, write_record
 from .verifying.saved import check_saved
 
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "compression_report.json"
 CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
+EVALUATION_FORMAT = 1
+ADVICE = "Get the folder again from where it came, or compress the base anew."
 # What is written beside companions, and so is replaced with the folder.
 WRITTEN = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py|"
@@ -70,15 +76,71 @@ def inspect_folder(folder: str | Path) -> FolderContents:
         CompressionError: it is no folder that this package has written.
     """
     path = Path(folder)
-    config = read_json(path / "config.json")
-    report = read_json(path / REPORT_FILE)
-    if not is_compressed(path) or config is None or report is None:
-        raise CompressionError(
-            f"'{folder}' is no compressed folder: it needs a config.json of a compressed model and a {REPORT_FILE}. "
-            "`hf-offline-compress compress` writes such folders."
-        )
+    config = compressed_config(path)
+    report = _report(path)
+    check_weights(path, ADVICE)
     weights = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*.safetensors"))}
     return FolderContents(path.resolve().name, config, report, weights)
+
+
+def compressed_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a compressed folder.
+
+    Raises:
+        CompressionError: it is no compressed folder, or the file is damaged.
+    """
+    config = read_json(folder / "config.json")
+    if config is None or str(config.get("model_type")) not in MODEL_TYPES:
+        raise CompressionError(
+            f"'{folder}' is no compressed folder: it needs a config.json of a compressed model. "
+            "`hf-offline-compress compress` writes such folders."
+        )
+    title = f"The config.json of '{folder.name}'"
+    check(config, CONFIG, title, ADVICE)
+    family = FAMILIES[config["model_type"].removeprefix("compressed_")]
+    names = [f"Compressed{head}" for head in family.heads]
+    if not config["architectures"] or config["architectures"][0] not in names:
+        found = config["architectures"][0] if config["architectures"] else "none"
+        raise CompressionError(
+            f"{title} names '{found}' in architectures, which is no compressed {family.title}. {ADVICE}"
+        )
+    return config
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    title = f"The {REPORT_FILE} of '{folder.name}'"
+    if not (folder / REPORT_FILE).is_file():
+        raise CompressionError(
+            f"'{folder}' has no {REPORT_FILE}, which is written with every compressed folder. {ADVICE}"
+        )
+    report = read_json(folder / REPORT_FILE)
+    if report is None:
+        raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {ADVICE}")
+    check(report, REPORT, title, ADVICE)
+    if report["architecture"] not in {head for family in FAMILIES.values() for head in family.heads}:
+        raise CompressionError(
+            f"{title} names the architecture '{report['architecture']}', which this version does not know. {ADVICE}"
+        )
+    return report
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of a folder's evaluation.json; None if there is none.
+
+    Raises:
+        CompressionError: it is not of the form that `evaluate` writes.
+    """
+    file, title = folder / EVALUATION_FILE, f"The {EVALUATION_FILE} of '{folder.name}'"
+    advice = "Delete it, and evaluate again."
+    if not os.path.lexists(file):
+        return None
+    content = read_json(file)
+    if content is None:
+        raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {advice}")
+    if content.get("format_version") != EVALUATION_FORMAT:
+        raise CompressionError(f"{title} is not of format {EVALUATION_FORMAT}, which this version reads. {advice}")
+    check(content, EVALUATION, title, advice)
+    return content
 
 
 def check_target(folder: Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
@@ -174,6 +236,8 @@ def _accessory(lost: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if files.is_out_of_space(error):  # what follows would fail too
+            raise
         logger.warning("%s: %s", lost, " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
@@ -187,4 +251,4 @@ def _forget_paths(file: Path) -> None:
 def is_compressed(folder: Path) -> bool:
     """Return whether a folder is that of a compressed model, as its config.json says."""
     config = read_json(folder / "config.json")
-    return config is not None and config.get("model_type") in MODEL_TYPES
+    return config is not None and str(config.get("model_type")) in MODEL_TYPES

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CompressionError
-from ..folder import inspect_folder
-
-EVALUATION_FILE = "evaluation.json"
-EVALUATION_FORMAT = 1
+from ..folder import inspect_folder, read_evaluation
 
 
 @dataclass(frozen=True)
@@ -75,37 +70,12 @@ def read_inputs(folder: str | Path, *, name: str | None = None) -> CardInputs:
         CompressionError: it is no such folder, or its evaluation.json cannot be read.
     """
     contents, path = inspect_folder(folder), Path(folder)
-    if not contents.weights:
-        raise CompressionError(f"'{contents.name}' has no weights (*.safetensors), so nothing can be said of it.")
     files = {
         file.relative_to(path).as_posix(): file.stat().st_size
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name != "README.md"
     }
     return CardInputs(name or contents.name, contents.config, contents.report, read_evaluation(path), files)
-
-
-def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of a folder's evaluation.json; None if there is none.
-
-    Raises:
-        CompressionError: it is not JSON of the form that `evaluate` writes.
-    """
-    path = folder / EVALUATION_FILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CompressionError(
-            f"The {EVALUATION_FILE} of '{folder.name}' cannot be read: {error}. Delete it, and evaluate again."
-        ) from error
-    if not isinstance(content, dict) or content.get("format_version") != EVALUATION_FORMAT:
-        raise CompressionError(
-            f"The {EVALUATION_FILE} of '{folder.name}' is not of format {EVALUATION_FORMAT}, which this version reads; "
-            "delete it, and evaluate again."
-        )
-    return content
 
 
 def file_name(name: str, revision: object = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -110,8 +111,7 @@ def card_text(
     path = Path(folder) / CARD_FILE
     known: dict[str, Any] = inherited_metadata(base) if base is not None else {}
     notes = ""
-    if path.is_file():
-        old = path.read_text("utf-8")
+    if old := _earlier(path, overwrite):
         kept = free_section(old)
         if kept is not None:
             notes = kept
@@ -124,6 +124,23 @@ def card_text(
     given = {"license": license, "base_model": base_model, "language": list(language) if language else None}
     check_given(given)
     return render_card(inputs, {**known, **{k: v for k, v in given.items() if v}}, notes=notes, model_id=model_id)
+
+
+def _earlier(path: Path, overwrite: bool) -> str:
+    """Return the text of a README.md; empty where there is none, or none that can be read and it is to be replaced."""
+    if not os.path.lexists(path):
+        return ""
+    name = f"The {CARD_FILE} of '{path.parent.name}'"
+    if not path.is_file():
+        raise CompressionError(f"{name} is no file; move it away.")
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if overwrite:
+            return ""
+        raise CompressionError(
+            f"{name} cannot be read as text in UTF-8; move it away, or pass --overwrite (overwrite=True) to replace it."
+        ) from error
 
 
 def write_card_if_possible(folder: str | Path, **options: Any) -> Path | None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ..errors import CompressionError
+
 
 @dataclass
 class Held:
@@ -167,6 +169,12 @@ def _resident() -> int:
     return _peak() if found is None else found
 
 
+def failure(error: Exception) -> str:
+    """Return an error as a sentence."""
+    kind = "" if isinstance(error, CompressionError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:600]}"
+
+
 def main() -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -177,7 +185,7 @@ def main() -> None:
         try:
             content = work(**options)
         except Exception as error:
-            content = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            content = {"error": failure(error)}
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 

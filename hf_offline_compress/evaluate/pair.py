@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import BaseCheckpoint, clamp_length, load_tokenizer, quiet_transformers, resolve_base
-from ..errors import CompressionError, listing
+from ..errors import CompressionError, listing, refusing
 from ..families import CAUSAL_HEADS
 from ..folder import FolderContents, inspect_folder
 
@@ -76,7 +76,8 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
     """
     import torch
 
-    with quiet_transformers():
+    what = f"'{folder.name}' does not load as {model_class.__name__} from its config.json and weights"
+    with quiet_transformers(), refusing(what, "Get it again from where it came, or make it anew."):
         model, info = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
         )
@@ -118,9 +119,8 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
         revision = revision or said.get("revision")
     resolved = resolve_base(base, revision=revision)
     _check_sizes(contents, resolved)
-    tokenizer = load_tokenizer(
-        BaseCheckpoint(contents.name, Path(folder), contents.config, resolved.family)
-    ) or load_tokenizer(resolved)
+    own = BaseCheckpoint(contents.name, Path(folder), contents.config, resolved.family)
+    tokenizer = _tokenizer(own) or _tokenizer(resolved)
     if tokenizer is None:
         raise CompressionError(
             f"Neither '{contents.name}' nor '{resolved.name}' has a tokenizer; save one in either folder with save_pretrained."
@@ -132,6 +132,12 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
     # What is judged is placed by position: behind the last token there may be padding, before the first never.
     tokenizer.padding_side = "right"
     return Pair(Path(folder), contents, resolved, str(contents.report["architecture"]), tokenizer)
+
+
+def _tokenizer(checkpoint: BaseCheckpoint) -> Any:
+    what = f"The tokenizer of '{checkpoint.name}' (tokenizer.json, tokenizer_config.json) cannot be read"
+    with refusing(what, "Save it there again with save_pretrained."):
+        return load_tokenizer(checkpoint)
 
 
 def language_model_kind(architecture: str) -> str | None:

@@ -15,9 +15,7 @@ from typing import Any
 
 from ..errors import CompressionError, UnsavedError
 from ..files import write_whole
-
-EVALUATION_FILE = "evaluation.json"
-FORMAT_VERSION = 1
+from ..folder import EVALUATION_FILE, EVALUATION_FORMAT, read_evaluation
 
 
 @dataclass(frozen=True)
@@ -112,22 +110,8 @@ def read_evaluations(folder: str | Path) -> dict[str, Any]:
     Raises:
         CompressionError: the file is there but cannot be read.
     """
-    file = Path(folder) / EVALUATION_FILE
-    if not file.exists():
-        return {"format_version": FORMAT_VERSION, "evaluations": [], "benchmark": None}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        found, known = content["format_version"], isinstance(content["evaluations"], list)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompressionError(
-            f"The {EVALUATION_FILE} of '{Path(folder).name}' cannot be read; remove it, and evaluate again."
-        ) from error
-    if found != FORMAT_VERSION or not known:
-        raise CompressionError(
-            f"The {EVALUATION_FILE} of '{Path(folder).name}' has format {found}, and this version of the package reads format "
-            f"{FORMAT_VERSION}; remove it, and evaluate again."
-        )
-    return dict(content)
+    empty = {"format_version": EVALUATION_FORMAT, "evaluations": [], "benchmark": None}
+    return read_evaluation(Path(folder)) or empty
 
 
 def check_writable(folder: Path) -> None:

@@ -42,7 +42,7 @@ def _foreign_references(folder: Path) -> list[str]:
             continue
         try:
             content = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         targets = list(_targets(content.get("auto_map"))) if isinstance(content, dict) else []
         if name == "config.json" and not targets:

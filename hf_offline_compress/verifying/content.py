@@ -153,7 +153,7 @@ def _text(file: Path) -> str | None:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -165,7 +165,7 @@ def _header(file: Path) -> dict[str, Any] | None:
             if length > file.stat().st_size:
                 return None
             content = json.loads(stream.read(length))
-    except (OSError, struct.error, ValueError):
+    except (OSError, struct.error, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..probe import probe_inputs, probe_outputs
+from ..schemas import RECORD, mismatch
 from .files import folder_files
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text("utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"it has format version {content['format_version']}, this code reads {FORMAT_VERSION}")
-        for key in ("class", "dtype", "compressed_modules", "weights", "inputs", "outputs"):
-            content[key]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"it is damaged ({type(error).__name__})") from error
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"it has format version {content['format_version']}, this code reads {FORMAT_VERSION}")
+    if problem := mismatch(content, RECORD):
+        raise ValueError(f"it is damaged, {problem}")
     return dict(content)
 
 

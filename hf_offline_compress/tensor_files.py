@@ -1,0 +1,65 @@
+"""Headers of safetensors files: what tensors are in them, and whether they are whole. Neither torch nor data is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .errors import CompressionError
+
+INDEX_FILE = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+
+def check_weights(folder: Path, advice: str) -> None:
+    """Raise CompressionError unless a folder has weights, and all its weight files are whole.
+
+    Args:
+        folder: of a checkpoint.
+        advice: what to do, for the error.
+    """
+    index = folder / INDEX_FILE
+    names = _shards(index, advice) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise CompressionError(f"'{folder.name}' has no weights: there is no file {name} in it. {advice}")
+        if problem := damage(folder / name):
+            raise CompressionError(f"The {name} of '{folder.name}' {problem}. {advice}")
+
+
+def damage(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file, as the rest of a sentence; None if it is whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start.startswith((b"version ", b"<!DOCTYP", b"<!doctyp", b"<html")):
+            what = "a Git LFS pointer" if start.startswith(b"version") else "a web page"
+            return f"is {what}, not the weights: the download went wrong"
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST_HEADER + 1
+        if length > min(size - 8, LONGEST_HEADER):
+            return f"is no safetensors file, or is cut off: it has {size:,} bytes"
+        try:
+            spans = _spans(json.loads(stream.read(length)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return "has a header that cannot be read"
+    if any(one[1] != other[0] for one, other in pairwise([(0, 0), *spans])):
+        return "has a header that cannot be right: its tensors overlap, or leave gaps"
+    end = 8 + length + (spans[-1][1] if spans else 0)
+    if end != size:
+        return f"has {size:,} bytes, and its header says {end:,}: it is {'cut off' if size < end else 'longer'}"
+    return None if spans else "has no tensors"
+
+
+def _spans(header: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return where tensors begin and end, in order."""
+    return sorted(tuple(map(int, item["data_offsets"])) for name, item in header.items() if name != "__metadata__")  # type: ignore[misc]
+
+
+def _shards(index: Path, advice: str) -> list[str]:
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CompressionError(f"The {index.name} of '{index.parent.name}' cannot be read. {advice}") from error
