@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_offline_compress.card import CardInputs, inherited_metadata, read_inputs, render_card
-from hf_offline_compress.card.inputs import EVALUATION_FILE, read_evaluation
-from hf_offline_compress.folder import REPORT_FILE
+from hf_offline_compress.folder import EVALUATION_FILE, REPORT_FILE, read_evaluation
 
 KEPT = "card.json"  # what a card is written from beside report, evaluation and config
 LINES = 200

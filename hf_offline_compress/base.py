@@ -218,17 +218,16 @@ def _copy(source: Path, target: Path) -> None:
     if source.suffix != ".json":
         shutil.copyfile(source, target)
         return
-    try:
-        content = source.read_text("utf-8")
-        values = json.loads(content)
-    except (ValueError, RecursionError):  # whoever reads it will say so
-        shutil.copyfile(source, target)
-        return
-    if re.search(r'"_?name_or_path"', content):
+    content = source.read_bytes()
+    if re.search(rb'"_?name_or_path"', content):
+        try:
+            values = json.loads(content)
+        except (ValueError, RecursionError):  # whoever reads it will say so
+            values = None
         if isinstance(values, dict):
             values = {key: value for key, value in values.items() if key not in ("name_or_path", "_name_or_path")}
-            content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    target.write_text(content, "utf-8")
+            content = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    target.write_bytes(content)
 
 
 def _unpickle(source: Path, target: Path) -> None:
@@ -299,9 +298,9 @@ def _read_json(path: Path, label: str, wanted: type = dict) -> Any:
     except FileNotFoundError as error:
         raise CompressionError(f"{label} has no {path.name}: it is no transformers checkpoint.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CompressionError(f"{label} has a {path.name} that cannot be read: {error}.") from error
+        raise CompressionError(f"{label} has a {path.name} that cannot be read: {error}. Get it again.") from error
     if not isinstance(content, wanted):
-        raise CompressionError(f"{label} has a {path.name} that is not a JSON {wanted.__name__}.")
+        raise CompressionError(f"{label} has a {path.name} that is not a JSON {wanted.__name__}. Get it again.")
     return content
 
 

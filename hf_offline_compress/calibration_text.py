@@ -300,7 +300,7 @@ def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> C
     if not texts:
         raise CompressionError(f"The {purpose} '{source}' has no usable line; it needs at least one text.")
     if source != "bundled" and (doubt := _doubt(texts)):
-        logger.warning("The %s text '%s' %s", purpose, source, doubt)
+        logger.warning("The %s text '%s' %s", purpose.removesuffix(" text"), source, doubt)
     return CalibrationText(texts, source)
 
 

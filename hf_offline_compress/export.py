@@ -13,7 +13,7 @@ from .base import COMPANIONS, copy_companions, quiet_transformers
 from .errors import CompressionError, listing, refusing
 from .families import FAMILIES, PARTS, Matrix, Skeleton
 from .files import check_target, keep_others, whole_folder
-from .folder import ADVICE, REPORT_FILE, compressed_config
+from .folder import ADVICE, REPORT_FILE, check_fit, compressed_config
 from .recipe import STORAGES
 from .tensor_files import check_weights
 
@@ -114,11 +114,12 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
     what = f"'{source.name}' does not load as {name} from its config.json and weights"
     with quiet_transformers(), refusing(what, ADVICE):
         compressed, info = registration.public(name).from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    check_fit(info, what, ADVICE)
     if missing := sorted(info["missing_keys"]):
         raise CompressionError(
-            f"'{source.name}' has no weights for {listing(missing[:3])} of {name}: the folder is damaged; compress again."
+            f"{what}: {listing(missing[:3])}{' …' if len(missing) > 3 else ''} are missing. {ADVICE}"
         )
     stock = getattr(transformers, name.removeprefix(PREFIX))
     model_type = str(config["model_type"]).removeprefix(TYPE_PREFIX)

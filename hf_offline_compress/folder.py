@@ -107,6 +107,22 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_fit(info: dict[str, Any], what: str, advice: str, body: str = "") -> None:
+    """Raise CompressionError where weights have other shapes than config.json says.
+
+    Args:
+        info: what transformers says of loading, with `ignore_mismatched_sizes`.
+        what: for the error: which folder does not load.
+        advice: what to do, for the error.
+        body: how names begin that must fit; those of a new head need not.
+    """
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        if key.startswith(body):
+            raise CompressionError(
+                f"{what}: {key} has shape {list(stored)}, and config.json says {list(wanted)}. {advice}"
+            )
+
+
 def _report(folder: Path) -> dict[str, Any]:
     title = f"The {REPORT_FILE} of '{folder.name}'"
     if not (folder / REPORT_FILE).is_file():

@@ -11,6 +11,7 @@ from typing import Any
 from .errors import CompressionError
 
 INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
@@ -42,11 +43,15 @@ def damage(file: Path) -> str | None:
         if length > min(size - 8, LONGEST_HEADER):
             return f"is no safetensors file, or is cut off: it has {size:,} bytes"
         try:
-            spans = _spans(json.loads(stream.read(length)))
+            header = json.loads(stream.read(length))
+            dtypes = {item["dtype"] for name, item in header.items() if name != "__metadata__"}
+            spans = _spans(header)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return "has a header that cannot be read"
     if any(one[1] != other[0] for one, other in pairwise([(0, 0), *spans])):
         return "has a header that cannot be right: its tensors overlap, or leave gaps"
+    if unknown := sorted(map(str, dtypes - DTYPES)):
+        return f"holds numbers of the dtype {unknown[0]}, which no model here has"
     end = 8 + length + (spans[-1][1] if spans else 0)
     if end != size:
         return f"has {size:,} bytes, and its header says {end:,}: it is {'cut off' if size < end else 'longer'}"

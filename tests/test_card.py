@@ -27,10 +27,11 @@ from hf_offline_compress.card import (
 )
 from hf_offline_compress.card.citations import citations
 from hf_offline_compress.card.command import reproduction
-from hf_offline_compress.card.inputs import EVALUATION_FILE, CardInputs
+from hf_offline_compress.card.inputs import CardInputs
 from hf_offline_compress.card.limits import FACTORED, NOT_RESIZED
 from hf_offline_compress.card.metadata import pipeline_tag
 from hf_offline_compress.families import FAMILIES
+from hf_offline_compress.folder import EVALUATION_FILE
 from hf_offline_compress.recipe import preset_names
 from hf_offline_compress.structures import STRUCTURES, Kronecker, LowRank
 

@@ -185,8 +185,8 @@ def test_companions_travel_along(small, tmp_path):
 @pytest.mark.parametrize(
     "case,message",
     [
-        ("no folder", "no compressed model"),
-        ("dense", "no compressed model"),
+        ("no folder", "no compressed folder"),
+        ("dense", "no compressed folder"),
         ("dtype", "The dtype 'int3' is not supported"),
         ("in use", "is not empty; pass another, or --overwrite"),
         ("not ours", "was not written by an export"),

@@ -194,7 +194,7 @@ TAMPERED = {
         "weights",
         "extra.safetensors is not among",
     ),
-    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "formats", "not in the safetensors"),
+    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "formats", "no safetensors file"),
     "a pickle": (lambda f: torch.save({}, f / "optimizer.pt"), "formats", "optimizer.pt is a pickle"),
     "a pickle by content": (lambda f: torch.save({}, f / "scheduler"), "formats", "scheduler is a pickle"),
     "an old pickle": (lambda f: (f / "x").write_bytes(b"\x80\x04\x95."), "formats", "x is a pickle"),
@@ -306,4 +306,4 @@ def test_the_command_fails_if_a_check_does(folder):
     torch.save({}, folder / "optimizer.pt")
     run = run_cli("verify", folder)
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert "failed   formats" in run.stdout and "failed   paths" in run.stdout and "2 of 9 checks failed" in run.stdout
+    assert "failed   formats" in run.stdout and "failed   paths" in run.stdout and "2 of 10 checks failed" in run.stdout

@@ -13,7 +13,8 @@ from typing import Any
 from ..base import BaseCheckpoint, clamp_length, load_tokenizer, quiet_transformers, resolve_base
 from ..errors import CompressionError, listing, refusing
 from ..families import CAUSAL_HEADS
-from ..folder import FolderContents, inspect_folder
+from ..files import read_json
+from ..folder import FolderContents, check_fit, inspect_folder
 
 # What must be equal in the configs of a base and of what was made from it.
 SIZES = (
@@ -25,6 +26,8 @@ SIZES = (
     "n_head",
     "position_embedding_type",
 )
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,20 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
     import torch
 
     what = f"'{folder.name}' does not load as {model_class.__name__} from its config.json and weights"
-    with quiet_transformers(), refusing(what, "Get it again from where it came, or make it anew."):
+    advice = "Get it again from where it came, or make it anew."
+    options = {"ignore_mismatched_sizes": True, **options}  # what does not fit is named below
+    with quiet_transformers(), refusing(what, advice):
         model, info = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
         )
     prefix = f"{model.base_model_prefix}."
-    missing = sorted(
-        key for key in info["missing_keys"] if ".pooler." not in f".{key}" and (not new_head or key.startswith(prefix))
-    )
-    if missing:
+    check_fit(info, what, advice, prefix if new_head else "")
+    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")
+    if damaged := [key for key in missing if key.startswith(prefix)]:
+        raise CompressionError(
+            f"{what}: {listing(damaged[:3])}{' …' if len(damaged) > 3 else ''} are missing. {advice}"
+        )
+    if missing and not new_head:
         raise CompressionError(
             f"'{folder.name}' has no weights for {listing(missing[:3])}{' …' if len(missing) > 3 else ''} of "
             f"{model_class.__name__}; a head has to be there, or to be trained with --fine-tune."
@@ -135,7 +143,9 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
 
 
 def _tokenizer(checkpoint: BaseCheckpoint) -> Any:
-    what = f"The tokenizer of '{checkpoint.name}' (tokenizer.json, tokenizer_config.json) cannot be read"
+    files = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
+    broken = [name for name in files if name.endswith(".json") and read_json(checkpoint.folder / name) is None]
+    what = f"The tokenizer of '{checkpoint.name}' ({listing(broken or files)}) cannot be read"
     with refusing(what, "Save it there again with save_pretrained."):
         return load_tokenizer(checkpoint)
 
@@ -158,6 +168,6 @@ def _check_sizes(contents: FolderContents, base: BaseCheckpoint) -> None:
     for name in SIZES:
         if name in compressed and name in base.config and compressed[name] != base.config[name]:
             raise CompressionError(
-                f"'{base.name}' has {name} {base.config[name]}, and '{contents.name}' has {compressed[name]}; pass the base "
-                f"that it was made from ('{contents.report['base']['name']}')."
+                f"'{base.name}' has {name} {base.config[name]!r} in its config.json, and '{contents.name}' has "
+                f"{compressed[name]!r}; pass the base that it was made from ('{contents.report['base']['name']}')."
             )

@@ -57,16 +57,22 @@ def check_files(folder: str | Path) -> Verification:
 
 def _file_checks(folder: Path) -> tuple[list[Check], dict[str, Any] | None]:
     """Return the checks of the files, and the folder's record if it has a readable one."""
-    from ..folder import is_compressed
+    from ..folder import compressed_config, is_compressed
 
     if not is_compressed(folder):
         raise CompressionError(
             f"'{folder}' is no compressed folder: it needs a config.json of a compressed model. "
             "`hf-offline-compress compress` writes such folders."
         )
+    try:
+        compressed_config(folder)
+        config = Check("config", "passed", "config.json is that of a compressed model.")
+    except CompressionError as error:
+        config = Check("config", "failed", str(error))
     links = [f"{name} is a link to somewhere else" for name in outside_links(folder)]
     checks = [
         outcome("files", links, f"{len(folder_files(folder))} files, all in the folder itself."),
+        config,
         *content_checks(folder),
         code_check(folder),
         card_check(folder),

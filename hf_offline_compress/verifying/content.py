@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..tensor_files import damage
 from .checks import Check, outcome
 from .files import folder_files
 
@@ -55,7 +56,7 @@ def content_checks(folder: Path) -> list[Check]:
     texts = {name: text for name in names if (text := _text(folder / name)) is not None}
     values = {name: list(_values(name, text)) for name, text in texts.items()}
     headers = {name: _header(folder / name) for name in names if name.endswith(".safetensors")}
-    broken = [f"{name} is not in the safetensors format" for name, header in headers.items() if header is None]
+    broken = [f"{name} {problem}" for name in headers if (problem := damage(folder / name))]
     values |= {name: list(_strings(header.get("__metadata__"))) for name, header in headers.items() if header}
     pickles = [f"{name} is a pickle, which runs code when it is read" for name in names if _is_pickle(folder / name)]
     pickles += [

@@ -86,7 +86,9 @@ def _environment(home: Path) -> dict[str, str]:
 
 def _loading_check(name: str, found: dict[str, Any], record: dict[str, Any] | None) -> Check:
     if "error" in found:
-        return Check(name, "failed", f"It does not load: {found['error'][:300]}.")
+        return Check(
+            name, "failed", f"It does not load from its config.json, weights and tokenizer: {found['error'][:300]}."
+        )
     problems = [
         f"{len(found[kind])} {kind} keys, such as {found[kind][0]}" for kind in ("missing", "unexpected") if found[kind]
     ]
