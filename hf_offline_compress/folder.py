@@ -154,7 +154,9 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
     if content is None:
         raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {advice}")
     if content.get("format_version") != EVALUATION_FORMAT:
-        raise CompressionError(f"{title} is not of format {EVALUATION_FORMAT}, which this version reads. {advice}")
+        raise CompressionError(
+            f"{title} has format {content.get('format_version')!r}, and this version reads format {EVALUATION_FORMAT}. {advice}"
+        )
     check(content, EVALUATION, title, advice)
     return content
 

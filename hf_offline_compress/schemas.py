@@ -90,9 +90,9 @@ EVALUATION: dict[Any, Any] = {
     ],
     "benchmark?": (
         {
-            "device?": str,
-            "threads?": int,
-            "memory_kind": str,
+            "device?": TEXT,
+            "threads?": COUNT,
+            "memory_kind?": TEXT,
             "models": [
                 {
                     "name": str,
@@ -103,7 +103,8 @@ EVALUATION: dict[Any, Any] = {
                     "latency?": ([LATENCY], None),
                 }
             ],
-            "unavailable?": [{"name": str, "reason": str}],
+            "versions?": ({str: str}, None),
+            "unavailable?": ([{"name": str, "reason": str}], None),
         },
         None,
     ),

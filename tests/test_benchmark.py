@@ -125,7 +125,7 @@ def test_models_take_turns():
 
 def test_a_benchmark_as_a_user_types_it(tmp_path):
     folder, base = compressed(tmp_path, "gpt2", "GPT2LMHeadModel", DECODED)
-    write_evaluations(folder, benchmark={"models": [], "memory_kind": ""})
+    write_evaluations(folder, benchmark={"models": []})
     run = run_cli(
         "benchmark",
         folder,

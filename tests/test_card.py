@@ -560,7 +560,7 @@ def test_nothing_of_this_machine_is_in_it(made, inputs):
         ("", {"base_model": "tiny"}, "pass owner/name"),
         ("", {"base": "nowhere"}, "There is no folder 'nowhere' of the base"),
         ("{", {}, "cannot be read"),
-        ('{"format_version": 9}', {}, "is not of format 1"),
+        ('{"format_version": 9}', {}, "has format 9"),
         ("no folder", {}, "is no compressed folder"),
     ],
 )

@@ -643,7 +643,7 @@ def test_another_model_is_no_base(made, tmp_path):
     with pytest.raises(CompressionError, match="is BERT, and 'small' is a compressed_roberta"):
         pair.find_pair(folder, made("masked")[1])
     other = save_base(tmp_path / "other", "roberta", "RobertaModel", num_hidden_layers=2)
-    with pytest.raises(CompressionError, match="'other' has num_hidden_layers 2, and 'small' has 3"):
+    with pytest.raises(CompressionError, match="'other' has num_hidden_layers 2 in its config.json, and 'small' has 3"):
         pair.find_pair(folder, other)
     with pytest.raises(CompressionError, match="no compressed folder"):
         pair.find_pair(other, folder)
