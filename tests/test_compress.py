@@ -1,6 +1,7 @@
 """The main job on bases of every form, what it records, and what it refuses, with nothing written."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 
@@ -319,6 +320,26 @@ def test_overwriting_keeps_what_users_put_there(base, tmp_path):
     assert (out / "README.md").read_text() == "Mine alone."
     with pytest.raises(CompressionError, match="is, or lies in, the output folder"):
         replace(result, source=out / "plots").save(out, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("limit", [100, 3_000, 20_000])
+def test_a_disk_that_gets_full_while_saving(base, tmp_path, limit, overwrite):
+    """The first file that is too large is the weights', the code or one of the small ones."""
+    result = compress(base, "svd", modules="key", progress=False)
+    if overwrite:
+        result.save(tmp_path / "out")
+        before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(CompressionError, match="There is no space left to write '.*out'.*free some"):
+            result.save(tmp_path / "out", overwrite=overwrite)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if overwrite:
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert len(list(tmp_path.iterdir())) == overwrite
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
