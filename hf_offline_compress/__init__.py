@@ -17,6 +17,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .card import write_card
     from .compressor import CompressionResult, compress
+    from .evaluate import evaluate_folder
     from .export import export_folder
     from .folder import inspect_folder
     from .hub import Pushed, push_folder
@@ -37,6 +38,7 @@ __all__ = [
     "Verification",
     "__version__",
     "compress",
+    "evaluate_folder",
     "export_folder",
     "inspect_folder",
     "load_recipe",
@@ -49,6 +51,7 @@ __all__ = [
 _LAZY = {
     "compress": "compressor",
     "CompressionResult": "compressor",
+    "evaluate_folder": "evaluate",
     "export_folder": "export",
     "inspect_folder": "folder",
     "make_plan": "plan",
@@ -71,3 +74,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("Compressed"):
         return registration.public(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -34,6 +34,7 @@ from .memory import release_memory
 from .plan import Plan, make_plan
 from .precision import check_held, tell, wider_tensors
 from .preflight import check_room, found_device
+from .progress import stage
 from .recipe import DEFAULT_RECIPE, STORAGES, Recipe, load_recipe
 from .report import GroupReport, Report, totals, versions
 from .searching import loss_judge, search_ratio, searched_on
@@ -220,7 +221,8 @@ def compress(
     if isinstance(base, nn.Module):
         return compress_model(base, recipe, texts, tokenizer=tokenizer, dtype=dtype, device=device, **options)
 
-    source = resolve_base(base, revision=revision, token=token)
+    with stage("finding the base"):
+        source = resolve_base(base, revision=revision, token=token)
     architecture = resolve_architecture(source.config, auto_class)
     wanted = _dtype_name(dtype)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
@@ -230,7 +232,7 @@ def compress(
     if judging and max_loss is None:
         check_judged(architecture)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
-    with clock("load"):
+    with clock("load"), stage("loading the base"):
         model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
     return compress_model(
         model,
@@ -333,7 +335,7 @@ def compress_model(
                 if max_loss is None:
                     statistics.input_moments = measured()[0].input_moments
                 return solved(recipe)
-            with clock("build"):
+            with clock("build"), stage("building the compressed model"):
                 return sized, build_model(compute, sized, factors, source), reports
 
         search = None

@@ -14,6 +14,7 @@ from .errors import CompressionError, listing, refusing
 from .families import FAMILIES, PARTS, Matrix, Skeleton
 from .files import check_target, keep_others, whole_folder
 from .folder import ADVICE, REPORT_FILE, check_fit, compressed_config
+from .progress import stage
 from .recipe import STORAGES
 from .tensor_files import check_weights
 
@@ -60,9 +61,11 @@ def export_folder(folder: str | Path, out: str | Path, *, dtype: str | None = No
     """
     source, target = Path(folder), Path(out)
     config = check_export(source, target, dtype=dtype, overwrite=overwrite)
-    dense = dense_model(source, dtype=dtype or str(config.get("dtype") or "float32"))
+    with stage("loading and decoding"):
+        dense = dense_model(source, dtype=dtype or str(config.get("dtype") or "float32"))
     with whole_folder(target, _is_export if overwrite else None, _keep) as partial:
-        dense.save_pretrained(partial)
+        with stage(f"saving {target.name}"):
+            dense.save_pretrained(partial)
         copy_companions(source, partial)
         if (source / REPORT_FILE).is_file():
             shutil.copyfile(source / REPORT_FILE, partial / REPORT_FILE)

@@ -19,6 +19,7 @@ from .errors import CompressionError
 from .families import FAMILIES
 from .files import read_json, whole_folder
 from .preflight import check_room, shard_bytes
+from .progress import stage
 from .registration import MODEL_TYPES
 from .schemas import CONFIG, EVALUATION, REPORT, check
 from .tensor_files import check_weights
@@ -186,7 +187,8 @@ def save_folder(
     shard = shard_bytes(max_shard_size)
     check_room(folder, int(report.totals["stored_bytes"]))
     with whole_folder(folder, is_compressed if overwrite else None, _keep) as partial:
-        model.save_pretrained(partial, max_shard_size=shard)
+        with stage(f"saving {folder.name}"):
+            model.save_pretrained(partial, max_shard_size=shard)
         if tokenizer is not None:
             clamp_length(tokenizer, model.config).save_pretrained(partial)
             _forget_paths(partial / "tokenizer_config.json")
@@ -196,8 +198,9 @@ def save_folder(
         with _accessory(f"{REPORT_FILE} was not written"):
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
             (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
-        write_record(partial, model)
-        check_saved(partial, model)
+        with stage("loading what was saved, to check it"):
+            write_record(partial, model)
+            check_saved(partial, model)
         with _accessory("No model card was written; `hf-offline-compress card` writes one later"):
             if _keep_notes(folder / CARD_FILE, partial / CARD_FILE):
                 write_card_if_possible(partial, name=folder.resolve().name, base=source)

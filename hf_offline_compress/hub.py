@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .card import CARD_FILE
 from .errors import CompressionError
 from .hub_errors import ATTEMPTS, explain, is_broken_connection, is_passing, patiently, status_of
+from .progress import stage
 from .verifying import check_files, folder_files, verify_folder, write_record
 from .version import __version__
 
@@ -90,9 +91,11 @@ def push_folder(
     path = Path(folder)
     push = _Push(repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
     check_files(path)
-    push.prepare()
+    with stage("asking the Hub"):
+        push.prepare()
     _require_verified(path, trust_remote_code)
-    return push.upload(path, message or f"Upload compressed model (hf-offline-compress {__version__})", description)
+    with stage("uploading"):
+        return push.upload(path, message or f"Upload compressed model (hf-offline-compress {__version__})", description)
 
 
 def push_model(

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from .base import clamp_length
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, count_tokens, make_batches
@@ -16,6 +14,7 @@ from .families import MASKED_HEADS, Matrix
 from .importance import measure_importance
 from .memory import release_memory
 from .plan import Plan
+from .progress import bar as progress_bar
 from .sensitivity import measure_sensitivity
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def measure(
     """
 
     def bar(title: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        return lambda items: tqdm(items, desc=title, unit="batch", disable=not progress)
+        return lambda items: progress_bar(items, title, "batch", progress)
 
     masked = plan.architecture.endswith(MASKED_HEADS)
     positions = clamp_length(tokenizer, model.config.to_dict()).model_max_length

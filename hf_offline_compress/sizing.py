@@ -8,11 +8,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from .allocation import Choices, allocate
 from .calibration import Statistics
 from .plan import FLOAT32, Group, Plan
+from .progress import bar
 from .solvers import expected_errors
 from .structures import Size
 from .weighting import problem_of
@@ -41,7 +41,7 @@ def allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progre
     # Where everything would fit as it is, there is nothing to weigh: what is asked for is a compressed model.
     may_stay = allowed is not None and plan.reformed(dict.fromkeys([g.name for g in groups])).file_bytes > allowed
     state, found = model.state_dict(), []
-    for group in tqdm(groups, desc="allocating", unit="group", disable=not progress):
+    for group in bar(groups, "allocating", "group", progress):
         found.append(_gains(group, plan, state, statistics, may_stay))
     if allowed is None:
         budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in groups)

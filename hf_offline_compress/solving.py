@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .building import named_tensors, reconstructed, rounded_factors
 from .calibration import Statistics
 from .memory import release_memory
 from .plan import Group, Plan
 from .precision import wider_storage
+from .progress import bar as progress_bar
 from .report import GroupReport, group_report
 from .solvers import ANY_SIZES, BATCHED_SOLVERS, Factors, Problem, rounded_to_integers, solve_all
 from .weighting import problem_of
@@ -84,11 +84,11 @@ def solve_groups(
                 if last_use[matrix.inputs] == group.name:
                     statistics.input_moments.pop(matrix.inputs, None)
 
-    with tqdm(total=len(plan.groups), desc="compressing", unit="group", disable=not progress) as bar:
+    with progress_bar(None, "compressing", "group", progress, total=len(plan.groups)) as bar:
         for batch in batches:
 
             def step(share: float, before: float = bar.n, count: int = len(batch)) -> None:
-                bar.update(before + share * count - bar.n)
+                bar.update(int(before + share * count + 1e-6) - bar.n)  # whole groups
 
             solve_batch(batch, step)
             release_memory()  # what this batch took is gone; the next one is of another shape

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import benchmark, card, compress, evaluate, export, inspect, plan, push, verify
+from . import benchmark, card, compress, evaluate, export, inspect, plan, presets, push, verify
 from .options import app
 
 
@@ -31,4 +31,17 @@ def main() -> None:
     app(prog_name="hf-offline-compress")
 
 
-__all__ = ["app", "benchmark", "card", "compress", "evaluate", "export", "inspect", "main", "plan", "push", "verify"]
+__all__ = [
+    "app",
+    "benchmark",
+    "card",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "main",
+    "plan",
+    "presets",
+    "push",
+    "verify",
+]

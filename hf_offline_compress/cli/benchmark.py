@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..progress import stage
 from .evaluate import BaseOption
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, megabytes, print_json, print_table, run
@@ -43,7 +44,9 @@ def benchmark(
 
         batches, lengths = numbers("batch", batch), numbers("length", length)
         calm(quiet)
-        from ..evaluate.benchmarking import benchmark_folder
+
+        with stage("starting"):
+            from ..evaluate.benchmarking import benchmark_folder
 
         unsaved = None
         try:
@@ -71,7 +74,7 @@ def benchmark(
         if unsaved:
             raise unsaved
 
-    run(work, debug)
+    run(work, debug, quiet)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, Debug, Folder, app
+from .options import AsJson, Debug, Folder, Quiet, app
 from .output import print_json, run
 
 
@@ -40,6 +40,7 @@ def card(
     ] = False,
     stdout: Annotated[bool, typer.Option("--stdout", help="print the card and write nothing")] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the model card of FOLDER from its report and evaluations; your notes in it are kept."""
@@ -67,7 +68,9 @@ def card(
                     **({"text": text} if stdout else {}),
                 }
             )
-        else:
-            print(text if stdout else f"{folder / CARD_FILE}: written", end="" if stdout else "\n")
+        elif stdout:
+            print(text, end="")
+        elif not quiet:
+            print(f"{folder / CARD_FILE}: written")
 
-    run(work, debug)
+    run(work, debug, quiet)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
 
 from ..preflight import shard_bytes
+from ..progress import stage
 from ..recipe import DEFAULT_RECIPE, load_recipe, split_selectors
 from .options import (
     Allocation,
@@ -29,7 +31,8 @@ from .options import (
     TotalRatio,
     app,
 )
-from .output import calm, megabytes, print_json, run
+from .output import calm, print_json, run
+from .summary import print_summary
 
 
 @app.command()
@@ -83,11 +86,13 @@ def compress(
     def work() -> None:
         from ..folder import check_target, inspect_folder
 
+        started = time.monotonic()
         check_target(out, overwrite, [base])
         shard_bytes(max_shard_size)
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
         calm(quiet)
-        from ..compressor import compress as do
+        with stage("starting"):  # which takes seconds: torch is imported
+            from ..compressor import compress as do
 
         result = do(
             base,
@@ -116,11 +121,6 @@ def compress(
         if as_json:
             print_json(result.report.to_dict())
         elif not quiet:
-            totals, written = result.report.totals, inspect_folder(out).weight_bytes
-            print(
-                f"{out}: {megabytes(written)} of weights; the base would be {megabytes(totals['parameters'] * 4)} in float32 "
-                f"({totals['parameters'] * 4 / written:.2f} x smaller). "
-                f"{len(result.report.groups)} groups compressed at ratio {totals['ratio']:.2f}."
-            )
+            print_summary(out, base, result.report, inspect_folder(out).weight_bytes, time.monotonic() - started)
 
-    run(work, debug)
+    run(work, debug, quiet)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..progress import stage
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, print_json, print_table, run
 
@@ -98,7 +99,9 @@ def evaluate(
     def work() -> None:
         calm(quiet)
         from ..errors import CompressionError, UnsavedError
-        from ..evaluate.evaluation import evaluate_folder
+
+        with stage("starting"):
+            from ..evaluate.evaluation import evaluate_folder
         from ..evaluate.tasks import TaskSettings
         from ..evaluate.text_evaluation import TextSettings
 
@@ -152,7 +155,7 @@ def evaluate(
         if unsaved:
             raise unsaved
 
-    run(work, debug)
+    run(work, debug, quiet or not _is_main())
 
 
 def _split(names: str | None) -> list[str] | None:

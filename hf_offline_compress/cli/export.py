@@ -40,4 +40,4 @@ def export(
                 f"{out}: {megabytes(size)} of weights, a stock dense checkpoint with the weights that {folder} decodes."
             )
 
-    run(work, debug)
+    run(work, debug, quiet)

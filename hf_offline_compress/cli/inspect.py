@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from .options import AsJson, Debug, Folder, app
-from .output import megabytes, print_dense, print_json, print_table, run
+from .options import AsJson, Debug, Folder, Quiet, app
+from .output import megabytes, print_dense, print_field, print_json, print_table, print_text, run
 
 
 @app.command()
 def inspect(
     folder: Folder,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show what is in a compressed folder: plan, bytes, recipe, base, versions."""
@@ -30,26 +31,33 @@ def inspect(
                 }
             )
             return
+        if quiet:
+            return
         totals, calibration = report["totals"], report["calibration"]
         revision = f" at {report['base']['revision']}" if report["base"]["revision"] else ""
         text = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none"
         print(f"{contents.name}: {contents.config['architectures'][0]}")
-        print(f"base         {report['base']['name']}{revision} ({report['architecture']})")
-        print(f"recipe       {report['recipe']['name']}, seed {report['seed']}")
-        print(f"calibration  {text}")
+        print_field("base", [f"{report['base']['name']}{revision} ({report['architecture']})"])
+        print_field("recipe", [report["recipe"]["name"], f"seed {report['seed']}"])
+        print_field("calibration", [text])
         if report["validation"]:
-            print(f"validation   {report['validation']['source']}")
-        print(f"decoding     {contents.config['compression']['decoding']}")
-        print(
-            f"weights      {megabytes(contents.weight_bytes)} on disk, {totals['parameters']:,} parameters; "
-            f"{totals['parameters'] * 4 / contents.weight_bytes:.2f} x smaller than float32"
+            print_field("validation", [report["validation"]["source"]])
+        print_field("decoding", [contents.config["compression"]["decoding"]])
+        smaller = totals["parameters"] * 4 / contents.weight_bytes
+        print_field(
+            "weights",
+            [
+                f"{megabytes(contents.weight_bytes)} on disk",
+                f"{smaller:.2f} x smaller than float32",
+                f"{totals['parameters']:,} parameters",
+            ],
         )
-        print(f"versions     {', '.join(f'{name} {number}' for name, number in report['versions'].items())}\n")
+        print_field("versions", [f"{name} {number}" for name, number in report["versions"].items()])
+        print()
         rows = [
             (
                 group["name"],
                 f"{group['structure']} {group['size']}",
-                f"{group['rows']} x {group['columns']}",
                 f"{group['stored_bytes']:,}",
                 f"{group['ratio']:.2f}",
                 f"{group['relative_error']:.3f}",
@@ -57,7 +65,8 @@ def inspect(
             )
             for group in report["groups"]
         ]
-        print_table(("group", "structure", "matrix", "bytes", "ratio", "error", "calibrated"), rows)
+        print_table(("group", "structure", "bytes", "ratio", "error", "on text"), rows)
+        print_text("error: of the weights, relative; on text: the same, weighted by the calibration text's inputs.")
         print_dense([(item["name"], item["parameters"], item["reason"]) for item in report["dense"]])
 
-    run(work, debug)
+    run(work, debug, quiet)

@@ -17,7 +17,7 @@ HELP = {
 app = typer.Typer(
     help="Make BERT, RoBERTa and GPT-2 models several times smaller, offline; AutoModel loads the result.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -25,7 +25,13 @@ app = typer.Typer(
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="the model to compress: a Hub id or a local folder", show_default=False)
 ]
-RecipeOption = Annotated[str, typer.Option(help=f"a preset ({', '.join(preset_names())}) or a YAML file")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file; `presets` says what they are",
+        autocompletion=preset_names,
+    ),
+]
 Ratio = Annotated[float | None, typer.Option(help=HELP["ratio"], show_default=False)]
 Modules = Annotated[str | None, typer.Option(help=HELP["modules"] + "; with commas between", show_default=False)]
 GroupingOption = Annotated[str | None, typer.Option(help=HELP["grouping"], show_default=False)]

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,20 +17,23 @@ import typer
 
 from ..errors import CompressionError, is_out_of_memory
 from ..files import is_out_of_space
+from ..progress import alive, showing, stage
+
+WIDTH = 80
 
 
 class Terminated(KeyboardInterrupt):
     """The process was told to end, by SIGTERM or because its terminal closed."""
 
 
-def run(work: Callable[[], None], debug: bool) -> None:
-    """Do the work; an error is one line on stderr and exit code 1.
+def run(work: Callable[[], None], debug: bool, quiet: bool) -> None:
+    """Do the work; an error is one line on stderr and exit code 1. Unless quiet, it is never silent for long.
 
     A request to end is an exception wherever the work is, so that it leaves neither partial folders nor processes.
     """
     received: list[int] = []
     try:
-        with _ended_by_signals(received):
+        with _ended_by_signals(received), showing(not quiet), stage("working", at_once=False), alive():
             work()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,24 +110,47 @@ def calm(quiet: bool) -> None:
     logging.getLogger(__package__.partition(".")[0]).handlers = [_Lines(logging.ERROR if quiet else logging.WARNING)]
 
 
+def print_text(text: str, indent: str = "") -> None:
+    """Print a sentence in lines of 80 columns; what has no blanks is not cut."""
+    print(textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
+def print_field(name: str, items: Sequence[str]) -> None:
+    """Print a name and, beside it, what it has: with commas between, and broken only there."""
+    kept = [item.replace(" ", "\0") for item in items]
+    lines = textwrap.wrap(", ".join(kept), WIDTH - 13, break_long_words=False, break_on_hyphens=False)
+    for label, line in zip([name, *[""] * len(lines)], lines, strict=False):
+        print(f"{label.ljust(13)}{line}".replace("\0", " "))
+
+
 def print_dense(items: list[tuple[str, int, str]]) -> None:
-    """Print what stays dense, one line a reason."""
+    """Print what stays dense, one entry a reason."""
     print("\nstays dense:")
     for reason in dict.fromkeys(reason for _, _, reason in items):
         chosen = [(name, count) for name, count, why in items if why == reason]
         names = ", ".join(name for name, _ in chosen[:4]) + (f", … {len(chosen)} in all" if len(chosen) > 4 else "")
-        print(f"  {names}: {sum(count for _, count in chosen):,} parameters; {reason}")
+        print_text(f"  {names}: {sum(count for _, count in chosen):,} parameters; {reason}", indent="    ")
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print columns: the first to the left, the others to the right."""
+    """Print columns: the first to the left, the others to the right.
+
+    Names in the first column are cut in the middle where the table would be wider than 80 columns.
+    """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths[0] = min(widths[0], max(12, WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     for row in [header, *rows]:
         cells = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            _cut(cell, width).ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join(cells).rstrip())
+
+
+def _cut(name: str, width: int) -> str:
+    """Return a name of at most so many letters, its end kept."""
+    tail = width * 2 // 3
+    return name if len(name) <= width else f"{name[: width - tail - 1]}…{name[-tail:]}"
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from .options import (
     GroupingOption,
     MaxBytes,
     Modules,
+    Quiet,
     Ratio,
     RecipeOption,
     Revision,
@@ -22,7 +23,7 @@ from .options import (
     TotalRatio,
     app,
 )
-from .output import megabytes, print_dense, print_json, print_table, run
+from .output import megabytes, print_dense, print_json, print_table, print_text, run
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -43,6 +44,7 @@ def plan(
     dtype: Dtype = None,
     revision: Revision = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show what compress would do, from the base's config alone."""
@@ -64,10 +66,10 @@ def plan(
         outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)
         if as_json:
             print_json(_plan_json(name, outcome))
-        else:
+        elif not quiet:
             _print_plan(name, outcome)
 
-    run(work, debug)
+    run(work, debug, quiet)
 
 
 def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
@@ -101,29 +103,54 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
 
 
 def _print_plan(name: str, outcome: Plan) -> None:
-    print(f"{name} ({outcome.architecture}, {outcome.dtype}) with recipe {outcome.recipe.name}\n")
+    print_text(f"{name} ({outcome.architecture}, {outcome.dtype}) with recipe {outcome.recipe.name}")
+    print()
     rows = [
         (
-            group.name,
-            str(len(group.matrices)),
+            group.name if len(group.matrices) == 1 else f"{group.name}, {len(group.matrices)} matrices",
             f"{group.rows} x {group.columns}",
             group.structure.name,
             str(group.shown_size),
-            f"{group.parameters * 4:,}",
             f"{group.stored_bytes:,}",
             f"{group.ratio:.2f}",
         )
         for group in outcome.groups
     ]
-    print_table(("group", "matrices", "rows x columns", "structure", "size", "float32 bytes", "bytes", "ratio"), rows)
-    if outcome.recipe.allocation == "by_gain":
-        print(
-            "\nThe sizes are those of a uniform allocation: what each group gains a byte is known only once it is measured"
-        )
-        print("on text. compress then moves bytes between the groups, within the ratio as a whole.")
+    print_table(("group", "rows x columns", "structure", "size", "bytes", "ratio"), rows)
+    units = {group.structure.name: group.structure.unit for group in outcome.groups}
+    print()
+    print_text(f"size: {', '.join(f'{unit} ({structure})' for structure, unit in units.items())}.")
+    print_text("ratio: bytes in float32, over the bytes here.")
     print_dense([(item.name, item.parameters, item.reason) for item in outcome.dense])
     total = outcome.skeleton.total * 4
-    chosen = f"{megabytes(outcome.parameters * 4)} -> {megabytes(outcome.stored_bytes)}"
-    whole = f"{megabytes(total)} -> {megabytes(outcome.total_stored_bytes)}"
-    print(f"\nchosen matrices: {chosen} (ratio {outcome.ratio:.2f})")
-    print(f"whole model:     {whole} (total ratio {outcome.total_ratio:.2f})")
+    by_gain = outcome.recipe.allocation == "by_gain"
+    print(f"\nchosen matrices  {megabytes(outcome.parameters * 4)} -> {_chosen(outcome, by_gain)}")
+    print(f"whole model      {megabytes(total)} -> {_whole(outcome, by_gain)}")
+    if by_gain:
+        print()
+        print_text(
+            "The sizes above are only where compress starts: it measures on text what each group gains from a byte, moves "
+            f"bytes between groups{', and fills the budget' if outcome.recipe.budget else ''}."
+        )
+
+
+def _chosen(outcome: Plan, by_gain: bool) -> str:
+    """Return what compress will write for the matrices that were chosen."""
+    if by_gain and outcome.recipe.budget:
+        return "what the budget leaves for them"
+    if by_gain:  # it spends all that the ratios allow
+        allowed = sum(group.parameters * 4 / group.rule.ratio for group in outcome.groups)
+        return f"at most {megabytes(allowed)}"
+    return f"{megabytes(outcome.stored_bytes)} (ratio {outcome.ratio:.2f})"
+
+
+def _whole(outcome: Plan, by_gain: bool) -> str:
+    """Return what compress will write in all: exactly, or what it will not exceed."""
+    total, budget = outcome.skeleton.total, outcome.recipe.budget
+    if by_gain and budget:
+        allowed = budget.allowed(total)
+        return f"at most {megabytes(allowed)} (total ratio {total * 4 / allowed:.2f})"
+    size = outcome.file_bytes
+    if by_gain:
+        size += int(sum(group.parameters * 4 / group.rule.ratio for group in outcome.groups)) - outcome.stored_bytes
+    return f"{'at most ' if by_gain else ''}{megabytes(size)} (total ratio {total * 4 / size:.2f})"

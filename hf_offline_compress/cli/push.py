@@ -65,4 +65,4 @@ def push(
             else:
                 print(f"'{pushed.repo_id}' has all of it already: {pushed.url}")
 
-    run(work, debug)
+    run(work, debug, quiet)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Debug, Folder, app
+from .options import AsJson, Debug, Folder, Quiet, app
 from .output import print_json, run
 
 TrustFolder = Annotated[
@@ -19,6 +19,7 @@ def verify(
     folder: Folder,
     trust_remote_code: TrustFolder = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Check a compressed folder before it is published; exit code 1 if a check fails."""
@@ -29,7 +30,7 @@ def verify(
         verification = verify_folder(folder, trust_remote_code=trust_remote_code)
         if as_json:
             print_json(verification.to_dict())
-        else:
+        elif not quiet:
             width = max(len(check.name) for check in verification.checks)
             for check in verification.checks:
                 print(f"{check.status.ljust(7)}  {check.name.ljust(width)}  {check.sentence}")
@@ -38,4 +39,4 @@ def verify(
         if not verification.passed:
             raise typer.Exit(1)
 
-    run(work, debug)
+    run(work, debug, quiet)

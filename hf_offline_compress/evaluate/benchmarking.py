@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..arguments import seed_of
 from ..errors import CompressionError, listing
+from ..progress import bar, stage
 from .pair import Pair, find_pair
 from .processes import launched_processes
 from .records import check_writable, library_versions, saving, write_evaluations
@@ -225,7 +224,7 @@ def _start(
                 unavailable.append({"name": name, "reason": "torch's dynamic quantization runs on the CPU only"})
             else:
                 workers[kind] = Worker(name, settings)  # they import side by side
-        for kind in tqdm(list(workers), desc="starting", unit="model", disable=not progress):
+        for kind in bar(list(workers), "starting", "model", progress):
             workers[kind].wait_until_ready()
         for kind in list(workers):
             if reason := _missing(workers[kind], kind):
@@ -263,9 +262,7 @@ def _measure(
         loaded[name] = worker.ask("memory")["now"]
     times: dict[str, dict[Cell, list[float]]] = {name: {cell: [] for cell in cells} for name in workers}
     for cell in cells:
-        for turn in tqdm(
-            range(-WARM_UP, repeats), desc=f"{cell.batch} x {cell.length}", unit="round", disable=not progress
-        ):
+        for turn in bar(range(-WARM_UP, repeats), f"{cell.batch} x {cell.length}", "round", progress):
             # Each round begins with another model, so that none is always behind the same one.
             names = [*workers][turn % len(workers) :] + [*workers][: turn % len(workers)]
             for name in names:
@@ -274,9 +271,10 @@ def _measure(
                     times[name][cell].append(spent)
     memory = {name: worker.ask("memory")["peak"] for name, worker in workers.items()}
     loads: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for _ in range(LOADS):
-        for name, worker in workers.items():
-            loads[name].append(worker.ask("load"))
+    with stage("loading each model again, to time it"):
+        for _ in range(LOADS):
+            for name, worker in workers.items():
+                loads[name].append(worker.ask("load"))
     return [
         {
             "name": MODELS[name],

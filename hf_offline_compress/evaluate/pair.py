@@ -15,6 +15,7 @@ from ..errors import CompressionError, listing, refusing
 from ..families import CAUSAL_HEADS
 from ..files import read_json
 from ..folder import FolderContents, check_fit, inspect_folder
+from ..progress import stage
 
 # What must be equal in the configs of a base and of what was made from it.
 SIZES = (
@@ -82,7 +83,7 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
     what = f"'{folder.name}' does not load as {model_class.__name__} from its config.json and weights"
     advice = "Get it again from where it came, or make it anew."
     options = {"ignore_mismatched_sizes": True, **options}  # what does not fit is named below
-    with quiet_transformers(), refusing(what, advice):
+    with stage(f"loading {folder.name}"), quiet_transformers(), refusing(what, advice):
         model, info = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
         )
@@ -125,7 +126,8 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
         base = str(said["name"])
     if str(base) == said["name"] and not Path(base).is_dir():
         revision = revision or said.get("revision")
-    resolved = resolve_base(base, revision=revision)
+    with stage("finding the base"):
+        resolved = resolve_base(base, revision=revision)
     _check_sizes(contents, resolved)
     own = BaseCheckpoint(contents.name, Path(folder), contents.config, resolved.family)
     tokenizer = _tokenizer(own) or _tokenizer(resolved)

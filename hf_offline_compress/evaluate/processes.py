@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from tqdm.auto import tqdm
-
 from ..errors import CompressionError
 from ..preflight import found_device
+from ..progress import bar
 
 # Where launchers say how many processes there are: torchrun and accelerate, and the kinds of MPI.
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -54,8 +53,8 @@ class Processes:
             progress: show one, in the main process.
         """
         mine = range(self.index, len(items), self.count)
-        bar = tqdm(mine, desc=desc, unit="batch", disable=not (progress and self.is_main))
-        results = [(i, work(items[i])) for i in bar]
+        shown = bar(mine, desc, "batch", progress and self.is_main)
+        results = [(i, work(items[i])) for i in shown]
         if self.count > 1:
             from accelerate.utils import gather_object
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CompressionError
 from ..families import family_of
+from ..progress import stage
 from .agreement import sentence_embeddings
 from .classification import class_order, classifier_logits, predictions, texts_of
 from .fine_tuning import train
@@ -58,7 +59,8 @@ def evaluate_task(
         raise CompressionError(f"Fine-tuning is done in float32, not {dtype}; leave --dtype out.")
     settings = task_settings.for_task(task, pair.tokenizer.model_max_length)
     method = "fine-tuned" if fine_tune else _zero_shot_method(pair, task)
-    splits = load_splits(task, data, columns, limit)
+    with stage("reading the task's data"):
+        splits = load_splits(task, data, columns, limit)
     training = load_training(task, train_data, columns, settings.limit) if fine_tune else None
     found: dict[str, Scores] = {}
     seconds: dict[str, float] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompressionError
+from ..progress import stage
 from .card import card_check
 from .checks import Check, Verification, outcome
 from .code import code_check
@@ -31,7 +32,8 @@ def verify_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Ver
         CompressionError: it is no folder of a compressed model.
     """
     path = Path(folder)
-    checks, record = _file_checks(path)
+    with stage("checking the files"):
+        checks, record = _file_checks(path)
     code = next(check for check in checks if check.name == "code")
     if code.status == "failed" and trust_remote_code:
         noted = Check("code", "passed", f"It is run because you said so, although it is not ours: {code.sentence}")
@@ -41,7 +43,8 @@ def verify_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Ver
             Check("loading", "skipped", "It was not loaded, because of the files that cannot be trusted to be data.")
         ]
     else:
-        loading = load_checks(path, record, run_code=code.status == "passed" or trust_remote_code)
+        with stage("loading in fresh processes, with the package and without it"):
+            loading = load_checks(path, record, run_code=code.status == "passed" or trust_remote_code)
     return Verification(path.resolve().name, (*checks, *loading))
 
 

@@ -1,0 +1,73 @@
+"""What `compress` says in the end: where the bytes went, what that costs, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import WIDTH, megabytes, print_table, print_text
+
+if TYPE_CHECKING:
+    from ..report import GroupReport, Report
+
+
+def print_summary(out: Path, base: str, report: Report, written: int, seconds: float) -> None:
+    """Print a line for each kind of matrices, one for the whole, and the next command.
+
+    Args:
+        out: the folder.
+        base: as it was given on the command line.
+        report: of the compression.
+        written: bytes of all weight files.
+        seconds: that all of it took, loading and saving too.
+    """
+    kinds: dict[str, list[GroupReport]] = {}
+    for group in report.groups:
+        kinds.setdefault(group.kind, []).append(group)
+    rows = [
+        (
+            kind,
+            f"{sum(group.stored_bytes for group in groups):,}",
+            f"{sum(group.parameters for group in groups) * 4 / sum(group.stored_bytes for group in groups):.2f}",
+            f"{sum(group.seconds for group in groups):.1f}",
+            f"{expected_loss(groups):.3%}",
+        )
+        for kind, groups in kinds.items()
+    ]
+    dense = report.totals["parameters"] * 4
+    left = dense - report.totals["compressed_parameters"] * 4
+    rest = written - sum(group.stored_bytes for group in report.groups)
+    rows.append(("everything else", f"{rest:,}", f"{left / rest:.2f}", "", ""))
+    rows.append(("whole model", f"{written:,}", f"{dense / written:.2f}", f"{seconds:.1f}", ""))
+    print_table(("", "bytes", "ratio", "seconds", "expected loss"), rows)
+    on_text = any(group.calibrated_error is not None for group in report.groups)
+    print()
+    print(f"{out}: {megabytes(written)} of weights, {dense / written:.2f} x smaller than the base in float32")
+    print_text(
+        "expected loss: the share of these layers' outputs (squared) that changes on the calibration text"
+        if on_text
+        else "expected loss: the share of these weights (squared) that changes; no text was used"
+    )
+    if report.search:
+        print(f"loss on held-out text: {_searched_loss(report.search):.2%}")
+    print(f"\nnext, beside the base on text of your own:\n{_next(out, base)}")
+
+
+def expected_loss(groups: list[GroupReport]) -> float:
+    """Return the mean squared relative error of groups, on real inputs where they are known."""
+    errors = [group.relative_error if group.calibrated_error is None else group.calibrated_error for group in groups]
+    weights = [group.parameters for group in groups]
+    return sum(error**2 * weight for error, weight in zip(errors, weights, strict=True)) / sum(weights)
+
+
+def _searched_loss(search: dict[str, Any]) -> float:
+    """Return the loss of the size that was chosen: the largest ratio within what is allowed."""
+    trials = [trial for trial in search["trials"] if trial["loss"] <= search["max_loss"]]
+    return float(max(trials, key=lambda trial: trial["total_ratio"])["loss"])
+
+
+def _next(out: Path, base: str) -> str:
+    parts = [f"hf-offline-compress evaluate {shlex.quote(str(out))}", f"--base {shlex.quote(base)}", "--text FILE"]
+    line = "  " + " ".join(parts)
+    return line if len(line) <= WIDTH else "  " + " \\\n    ".join(parts)
