@@ -130,3 +130,8 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
     command = [sys.executable, "-m", "hf_offline_compress", *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, check=False)
+
+
+def error_of(stderr: str) -> str:
+    """Return what stderr ends with: the error, without the stages that were told before it."""
+    return stderr[stderr.index("error: ") :].strip()

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from common import TEXTS, run_cli, save_base
+from common import TEXTS, error_of, run_cli, save_base
 
 from hf_offline_compress import load_recipe
 
@@ -178,7 +178,7 @@ def test_errors_are_one_line(base, tmp_path, arguments, code, message):
     run = run_cli(*filled)
     assert run.returncode == code and message in run.stderr
     assert "Traceback" not in run.stderr and run.stdout == ""
-    assert code != 1 or len(run.stderr.strip().splitlines()) == 1
+    assert code != 1 or len(error_of(run.stderr).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from common import HEADS, TEXTS, make_model, make_tokenizer, outputs_of, run_cli
+from common import HEADS, TEXTS, error_of, make_model, make_tokenizer, outputs_of, run_cli
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -240,4 +240,4 @@ def test_the_command(small, tmp_path):
     assert found["exported_from"] == small.name and found["architecture"] == "BertForMaskedLM"
     assert found["weight_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     again = run_cli("export", small, tmp_path / "out")
-    assert again.returncode == 1 and again.stderr.startswith("error: The output folder") and not again.stdout
+    assert again.returncode == 1 and error_of(again.stderr).startswith("error: The output folder") and not again.stdout

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from common import run_cli, save_base
+from common import error_of, run_cli, save_base
 from loopback_hub import COMMIT, loopback_hub
 from safetensors.torch import load_file
 
@@ -64,4 +64,4 @@ def test_plan_from_the_hub_fetches_the_config_alone(hub, tmp_path):
 )
 def test_what_the_hub_refuses(hub, tmp_path, arguments, message):
     run = online(hub, tmp_path / "home", "plan", *arguments)
-    assert run.returncode == 1 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert run.returncode == 1 and message in run.stderr and len(error_of(run.stderr).splitlines()) == 1, run.stderr

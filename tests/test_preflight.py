@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from common import TEXTS, make_model, make_tokenizer, save_base
+from common import TEXTS, error_of, make_model, make_tokenizer, save_base
 from typer.testing import CliRunner
 
 import hf_offline_compress.compressor as compressor
@@ -53,7 +53,7 @@ def test_before_any_work(base, tmp_path, monkeypatch, out, options, message):
     monkeypatch.setattr(compressor, "load_model", None)  # no weights are read
     before = sorted(tmp_path.rglob("*"))
     outcome = run(base, out, *options)
-    assert outcome.exit_code == 1 and len(outcome.stderr.strip().splitlines()) == 1
+    assert outcome.exit_code == 1 and len(error_of(outcome.stderr).splitlines()) == 1
     assert re.search(message, outcome.stderr), outcome.stderr
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import typer
-from common import outputs_of, run_cli, save_base
+from common import error_of, outputs_of, run_cli, save_base
 from huggingface_hub import constants
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 
@@ -388,7 +388,7 @@ def test_the_command_refuses_in_one_sentence(hub, folder, tmp_path):
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     for name, token, words in (("me/a/b", TOKEN, "no name of a repository"), ("me/x", "", "no token for the Hub")):
         run = run_cli("push", folder, name, **online, HF_TOKEN=token)
-        assert run.returncode == 1 and words in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+        assert run.returncode == 1 and words in run.stderr and len(error_of(run.stderr).splitlines()) == 1, run.stderr
 
 
 @pytest.mark.parametrize(

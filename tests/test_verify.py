@@ -7,7 +7,7 @@ import socket
 
 import pytest
 import torch
-from common import HEADS, make_model, make_tokenizer, run_cli, save_base
+from common import HEADS, error_of, make_model, make_tokenizer, run_cli, save_base
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress
@@ -298,7 +298,7 @@ def test_what_is_no_folder_of_ours(tmp_path):
         with pytest.raises(CompressionError, match="is no compressed folder"):
             verify_folder(place)
     run = run_cli("verify", tmp_path)
-    assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1
+    assert run.returncode == 1 and len(error_of(run.stderr).splitlines()) == 1
 
 
 def test_the_command_fails_if_a_check_does(folder):

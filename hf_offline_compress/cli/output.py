@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
     """The process was told to end, by SIGTERM or because its terminal closed."""
 
 
-def run(work: Callable[[], None], debug: bool, quiet: bool) -> None:
+def run(work: Callable[[], None], debug: bool, quiet: bool = False) -> None:
     """Do the work; an error is one line on stderr and exit code 1. Unless quiet, it is never silent for long.
 
     A request to end is an exception wherever the work is, so that it leaves neither partial folders nor processes.
