@@ -6,6 +6,8 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config, RobertaConfig
 
+from .bounds_compressed import check_groups, check_sizes
+
 FORMAT_VERSION = 4
 DECODINGS = ("cached", "on_the_fly")
 MINIMUM_TRANSFORMERS = (5, 20)
@@ -41,6 +43,7 @@ class CompressionConfigMixin:
 
     def validate_compression(self) -> None:
         """Raise ValueError where this code cannot build what `compression` describes."""
+        check_sizes(self)
         compression = self.compression
         if compression is None:
             return
@@ -50,8 +53,7 @@ class CompressionConfigMixin:
                 f"The compression format {version!r} is not the one this code reads ({FORMAT_VERSION}); "
                 "update hf-offline-compress."
             )
-        if not isinstance(compression.get("groups"), dict):
-            raise ValueError("`compression` needs `groups`, a mapping of names to groups.")
+        check_groups(compression)
         check_decoding(compression.get("decoding"), compression.get("max_decoded_bytes"))
 
 

@@ -54,10 +54,13 @@ class PackedNumbers(nn.Module):
 
     def pack(self, bits: dict[str, int], sharing: int) -> None:
         """Make packed tensors, still empty, in the place of parameters, of submodules too, by their names."""
+        parameters = dict(self.named_parameters())
         for name, width in bits.items():
+            if name not in parameters:
+                raise ValueError(f"A {type(self).__name__} has no '{name[:80]}' that could be kept as whole numbers.")
             path, _, leaf = name.rpartition(".")
             part: Any = self.get_submodule(path)
-            part._pack_one(leaf, width, sharing)
+            part._pack_one(leaf, width, min(sharing, parameters[name].numel()))
 
     def _pack_one(self, name: str, bits: int, sharing: int) -> None:
         parameter = self._parameters.pop(name)

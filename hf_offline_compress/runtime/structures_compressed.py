@@ -326,7 +326,8 @@ class QuantizedWeight(DecodedWeight):
 
     def make_tensors(self, group: dict[str, Any]) -> None:
         """Make codes, scales and zeros; see the base class."""
-        self.bits, self.group_size = group["bits"], group["group_size"]
+        # A group is no larger than a row: decoding pads to whole groups.
+        self.bits, self.group_size = group["bits"], min(group["group_size"], self.columns)
         parts = -(-self.columns // self.group_size)
         self.codes: Tensor
         self.zeros: Tensor

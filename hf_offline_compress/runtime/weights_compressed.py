@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bounds_compressed import check_group
 from .numbers_compressed import PackedNumbers, versions_of
 
 # Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
@@ -71,8 +72,12 @@ class CompressedWeight(PackedNumbers):
             decoder: the shared decoder; by default the weight has one of its own.
             bias: whether a linear layer adds a bias.
             padding_idx: of an embedding, the row that gets no gradient.
+
+        Raises:
+            ValueError: the group's sizes are out of all proportion to the weight's.
         """
         super().__init__()
+        check_group(group, rows, columns)
         self.rows, self.columns, self.padding_idx = rows, columns, padding_idx
         self.storage, self.decoding = group["storage"], "cached"
         self.make_tensors(group)
