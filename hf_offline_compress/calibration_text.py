@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CompressionError, listing
+from .errors import CompressionError, listing, needs_extra
 
 TOKENS = 16_384
 # Counting tokens takes no model, so there may be more of them.
@@ -354,9 +354,8 @@ def _from_datasets(spec: str, purpose: str) -> list[str]:
     try:
         import datasets
     except ImportError as error:
-        raise CompressionError(
-            f"'{spec}' is no local file, and reading it as a data set needs `pip install datasets`."
-        ) from error
+        reading = f"'{spec}' is no local file, and reading it as a data set"
+        raise CompressionError(needs_extra(reading, "datasets", "datasets")) from error
     name, config, split = [*spec.split(":"), "", ""][:3]
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

@@ -111,7 +111,8 @@ class CompressionResult:
         from .hub import push_folder
 
         with tempfile.TemporaryDirectory() as scratch:
-            folder = self.save(Path(scratch) / "model", max_shard_size=max_shard_size)
+            name = repo_id.rpartition("/")[2]  # the title of the card
+            folder = self.save(Path(scratch) / (name or "model"), max_shard_size=max_shard_size)
             return push_folder(
                 folder,
                 repo_id,

@@ -49,6 +49,11 @@ def refusing(what: str, advice: str) -> Iterator[None]:
         raise CompressionError(f"{what}: {reason.rstrip('.')}. {advice}") from error
 
 
+def needs_extra(what: str, package: str, extra: str) -> str:
+    """Return the sentence for a library that is not installed; how extras are installed stands in the README alone."""
+    return f"{what} needs {package}, which is not installed; the extra '{extra}' has it (see Install in the README)."
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out; torch's on a CPU is a plain RuntimeError."""
     return (

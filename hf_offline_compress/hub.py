@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .card import CARD_FILE
+from .card.snippets import with_model_id
 from .errors import CompressionError
 from .hub_errors import ATTEMPTS, explain, is_broken_connection, is_passing, patiently, status_of
 from .progress import stage
@@ -71,8 +72,9 @@ def push_folder(
 ) -> Pushed:
     """Verify a compressed folder and publish it as one commit of a model repository, which is made if it is not there.
 
-    An interrupted push can be repeated: weights that have arrived are not sent again. A card on the Hub keeps what its
-    readers' notes say. Nothing else in the repository is touched, but weights and code that the new ones replace.
+    An interrupted push can be repeated: weights that have arrived are not sent again. The snippets of the card that is
+    uploaded load the repository; the folder's own card stays. The user's notes in a card on the Hub are kept. Nothing else
+    in the repository is touched, but weights and code that the new ones replace.
 
     Args:
         folder: a compressed folder.
@@ -328,7 +330,8 @@ class _Push:
         for name in folder_files(folder):
             content: str | bytes = str(folder / name)
             if name == CARD_FILE:
-                content = self._with_published_notes((folder / name).read_text("utf-8")).encode()
+                card = with_model_id((folder / name).read_text("utf-8"), self.repo_id)
+                content = self._with_published_notes(card).encode()
             additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
         if not any(addition.path_in_repo == CARD_FILE for addition in additions):
             self.remarks.append(f"The folder has no {CARD_FILE}; `hf-offline-compress card` writes a model card.")

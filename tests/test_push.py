@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 import hf_offline_compress
 from hf_offline_compress import CompressionError, hub_errors, push_folder
 from hf_offline_compress import hub as publishing
+from hf_offline_compress.card.snippets import with_model_id
 from hf_offline_compress.card.writing import BEGIN, END
 from hf_offline_compress.cli.output import run
 from hf_offline_compress.verifying import Check, Verification, check_files, folder_files
@@ -90,6 +92,40 @@ def test_one_commit_of_exactly_the_folder(hub, folder, finished):
     assert hub.model("me/x").titles == ["First"] and not hub.model("me/x").private
     again = push_folder(folder, "me/x")
     assert not again.changed and again.commit == pushed.commit and len(hub.model("me/x").titles) == 1
+
+
+def test_snippets_of_the_published_card_load_the_repository(hub, folder, result):
+    """The card that is uploaded alone: the folder's own stays, and so does what users wrote, snippets too."""
+    hf_offline_compress.write_card(folder, overwrite=True)
+    local = (folder / "README.md").read_text()
+    notes = '```python\nAutoModel.from_pretrained("my-own")\n```\n'
+    local = local.replace(f"{BEGIN}\n", f"{BEGIN}\n{notes}")
+    (folder / "README.md").write_text(local)
+    push_folder(folder, "x")
+    card = published(hub)["README.md"].decode()
+    assert (folder / "README.md").read_text() == local and 'from_pretrained("out"' in local
+    assert card.count('from_pretrained("me/x"') == local.count('from_pretrained("out"') >= 4
+    assert "out" not in re.findall(r'\("([^"]*)"', card) and notes in card
+    assert not push_folder(folder, "me/x").changed
+    result.push_to_hub("me/y")
+    made = published(hub, "me/y")["README.md"].decode()
+    assert "\n# y\n" in made and 'from_pretrained("me/y")' in made and '("model"' not in made
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'AutoModel.from_pretrained("{}", trust_remote_code=True)',
+        'SentenceTransformer("{}")',
+        'get_class_from_dynamic_module("modeling_compressed.X", "{}", trust_remote_code=True)',
+    ],
+)
+def test_every_way_that_snippets_load_is_renamed(call):
+    card = f"{BEGIN}\n{END}\n```python\n{{}}\n```\n```bash\ncompress('{{}}')\n```\n"
+    ours = card.format(call.format("local"), call.format("local"))
+    assert with_model_id(ours, "me/x") == card.format(call.format("me/x"), call.format("local"))
+    theirs = ours.replace(BEGIN, "")
+    assert with_model_id(theirs, "me/x") == theirs
 
 
 def test_private_branch_and_pull_request(hub, folder):

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CompressionError
+from ..errors import CompressionError, needs_extra
 from ..files import write_whole
 from . import tables
 from .citations import citations
@@ -146,7 +146,7 @@ def _earlier(path: Path, overwrite: bool) -> str:
 def write_card_if_possible(folder: str | Path, **options: Any) -> Path | None:
     """Write a folder's card where Jinja2 is installed, and return its path; None where it is not. See `write_card`."""
     if find_spec("jinja2") is None:
-        logger.info("No model card was written: that needs `pip install 'hf-offline-compress[card]'`.")
+        logger.info("No model card was written. %s", needs_extra("A card", "Jinja2", "card"))
         return None
     return write_card(folder, **options)
 
@@ -200,9 +200,7 @@ def parse_card(text: str) -> ModelCard:
 def require_jinja() -> None:
     """Raise CompressionError if Jinja2 is not installed."""
     if find_spec("jinja2") is None:
-        raise CompressionError(
-            "Model cards need Jinja2, which is not installed; pip install 'hf-offline-compress[card]'."
-        )
+        raise CompressionError(needs_extra("A model card", "Jinja2", "card"))
 
 
 def _kept_metadata(text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import CompressionError, listing
+from ..errors import CompressionError, listing, needs_extra
 
 NEEDED = {"sklearn": "scikit-learn", "scipy": "scipy", "datasets": "datasets", "accelerate": "accelerate"}
 
@@ -19,9 +19,7 @@ def require(*modules: str) -> None:
     """Raise CompressionError if one of these modules is not installed."""
     missing = [NEEDED[module] for module in modules if find_spec(module) is None]
     if missing:
-        raise CompressionError(
-            f"This evaluation needs {listing(missing)}; `pip install 'hf-offline-compress[evaluate]'` gets it."
-        )
+        raise CompressionError(needs_extra("This evaluation", listing(missing), "evaluate"))
 
 
 def _accuracy(labels: Any, predictions: Any) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from ..errors import CompressionError
+from ..errors import CompressionError, needs_extra
 from ..preflight import found_device
 from ..progress import bar
 
@@ -87,10 +87,7 @@ def launched_processes(device: str | None = None) -> Processes:
     if all(int(os.environ.get(name, "1")) <= 1 for name in COUNTS):
         return Processes(device=str(wanted))
     if find_spec("accelerate") is None:
-        raise CompressionError(
-            "Several processes were launched, and sharing work needs accelerate; "
-            "`pip install 'hf-offline-compress[evaluate]'` gets it."
-        )
+        raise CompressionError(needs_extra("Sharing work among several processes", "accelerate", "evaluate"))
     from accelerate import PartialState
 
     # Without being told so, accelerate does not connect processes that have no GPU.

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from math import ceil
 from typing import Any, ClassVar
 
-from ..errors import CompressionError
+from ..errors import CompressionError, needs_extra
 from .base import GroupShape, Structure
 from .storage import Stored
 
@@ -35,9 +35,7 @@ class Tucker(Structure):
     def require(self) -> None:
         """Raise if tensorly is not installed; see the base class."""
         if find_spec("tensorly") is None:
-            raise CompressionError(
-                "The structure 'tucker' needs tensorly; `pip install 'hf-offline-compress[tucker]'` gets it."
-            )
+            raise CompressionError(needs_extra("The structure 'tucker'", "tensorly", "tucker"))
 
     def sides(self, shape: GroupShape) -> tuple[int, int, int]:
         """Return the tensor's sides: blocks of one member, rows of a block, columns."""
