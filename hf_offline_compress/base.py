@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CompressionError, listing
 from .families import Family, architecture_of, family_of
+from .files import belongs_to
+from .runtime.bounds_compressed import check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +40,7 @@ COMPANIONS = (
     "LICENSE.md",
     "NOTICE",
 )
+logger = logging.getLogger(__name__)
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -99,6 +103,15 @@ def read_config(
     Raises:
         CompressionError: there is no such folder or repository, or its config cannot be read.
     """
+    name, config = _named_config(base, revision, token)
+    try:
+        check_sizes(config)
+    except ValueError as error:
+        raise CompressionError(f"The config.json of '{name}' does not describe a model: {error}") from error
+    return name, config
+
+
+def _named_config(base: str | Path, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, Any]]:
     folder = Path(base)
     if folder.is_dir():
         return folder.resolve().name, _read_json(folder / "config.json", f"The folder '{base}'")
@@ -188,20 +201,30 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     """
     copied = []
     for name in COMPANIONS:
-        if (source / name).is_file() and not (target / name).exists():
+        if _is_own(source, source / name) and not (target / name).exists():
             _copy(source / name, target / name)
             copied.append(name)
     for folder in _module_folders(source):
         (target / folder).mkdir(parents=True, exist_ok=True)
         for file in sorted((source / folder).iterdir()):
-            if file.suffix in (".json", ".txt", ".safetensors"):
+            if file.suffix in (".json", ".txt", ".safetensors") and _is_own(source, file):
                 _copy(file, target / folder / file.name)
                 copied.append(f"{folder}/{file.name}")
         pickled, stored = source / folder / "pytorch_model.bin", target / folder / "model.safetensors"
-        if pickled.is_file() and not stored.exists():
+        if _is_own(source, pickled) and not stored.exists():
             _unpickle(pickled, stored)
             copied.append(f"{folder}/{stored.name}")
     return copied
+
+
+def _is_own(source: Path, file: Path) -> bool:
+    """Whether a file of a base is there, and is its own; a link to elsewhere on this disk is passed over, and said so."""
+    if not file.is_file():
+        return False
+    if not belongs_to(source, file):
+        logger.warning("'%s' of the base is a link to a file outside of it, and does not travel along.", file.name)
+        return False
+    return True
 
 
 def _module_folders(source: Path) -> list[str]:
@@ -297,7 +320,7 @@ def _read_json(path: Path, label: str, wanted: type = dict) -> Any:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CompressionError(f"{label} has no {path.name}: it is no transformers checkpoint.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CompressionError(f"{label} has a {path.name} that cannot be read: {error}. Get it again.") from error
     if not isinstance(content, wanted):
         raise CompressionError(f"{label} has a {path.name} that is not a JSON {wanted.__name__}. Get it again.")

@@ -23,6 +23,9 @@ TOKENS = 16_384
 COUNTED = 2**20
 COUNTED_AT_ONCE = 256
 LENGTH = 128
+# More than a token has, but for runs of one character.
+CHARACTERS = 64
+MOST_BYTES = 2**30
 BATCH_SIZE = 16
 MASKED = 0.15
 MOSTLY = 0.5
@@ -114,6 +117,11 @@ def load_texts(calibration: str | Path | Iterable[str] | None, purpose: str = "c
         return _texts(lines, "caller", purpose)
     path = Path(calibration)
     if path.is_file():
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise CompressionError(
+                f"The {purpose} file '{path.name}' has {size / 1e9:.1f} GB; texts are read whole, so at most "
+                f"{MOST_BYTES / 1e9:.1f} GB. Pass its first lines."
+            )
         try:
             return _texts(path.read_text("utf-8").splitlines(), path.name, purpose)
         except UnicodeDecodeError as error:
@@ -215,9 +223,18 @@ def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positio
     return counts
 
 
+def cut(text: str, tokens: int) -> str:
+    """Return the beginning of a text, enough for so many tokens.
+
+    Tokenizers cut what they have tokenized whole, and one line may be a whole book.
+    """
+    return text[: tokens * CHARACTERS]
+
+
 def _encoded(texts: Sequence[str], tokenizer: Any, positions: int) -> Any:
     """Return ids and special tokens of texts, each cut to the length that calibration has."""
-    return tokenizer(list(texts), truncation=True, max_length=min(LENGTH, positions), return_special_tokens_mask=True)
+    texts = [cut(text, LENGTH) for text in texts]
+    return tokenizer(texts, truncation=True, max_length=min(LENGTH, positions), return_special_tokens_mask=True)
 
 
 def padding_of(tokenizer: Any, vocabulary: int | None) -> int:

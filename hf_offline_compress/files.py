@@ -36,6 +36,16 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def belongs_to(folder: Path, path: Path) -> bool:
+    """Whether a path, links followed, lies in a folder, or in the blobs of its repository in the Hub's cache.
+
+    A folder that somebody else has made may link to anything on this disk; what it links to is not its content.
+    """
+    root, place = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs"
+    return place.is_relative_to(root) or (root.parent.name == "snapshots" and place.parent == blobs)
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text beside its place, then rename it.
 

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 from .arguments import real
 from .errors import CompressionError, listing
 from .families import KINDS, SHORTHANDS, Matrix
+from .parsing import MOST_YAML_BYTES, check_pattern, read_yaml
 from .structures import FLOATS, INTEGERS, STRUCTURES, Structure
 
 STORAGES = FLOATS
@@ -409,25 +410,26 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     Raises:
         CompressionError: there is no such preset or file, or the file is not a recipe.
     """
-    import yaml
-
     if isinstance(recipe, Recipe):
         return recipe
     if str(recipe) in preset_names():
         text, label = (files(__package__) / "recipes" / f"{recipe}.yaml").read_text("utf-8"), str(recipe)
     elif Path(recipe).is_file():
-        text, label = Path(recipe).read_text("utf-8"), Path(recipe).name
+        text, label = _read(Path(recipe)), Path(recipe).name
     else:
         raise CompressionError(
             f"There is no recipe '{recipe}': it is neither a YAML file nor a preset; presets are {listing(preset_names())}."
         )
+    return recipe_from_dict(read_yaml(text, f"The recipe file '{label}'"), label)
+
+
+def _read(file: Path) -> str:
+    """Return the beginning of a recipe file, up to what is more than one can have."""
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CompressionError(
-            f"The recipe file '{label}' is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
-    return recipe_from_dict(content, label)
+        with file.open("rb") as stream:
+            return stream.read(MOST_YAML_BYTES + 1).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompressionError(f"The recipe file '{file.name}' cannot be read as UTF-8 text: {error}.") from error
 
 
 def recipe_from_dict(content: object, label: str = "recipe") -> Recipe:
@@ -582,7 +584,4 @@ def _check_selectors(selectors: tuple[str, ...]) -> None:
                 f"The kind of modules '{selector}' is unknown; known are {listing((*KINDS, *SHORTHANDS))}, "
                 r"or a regular expression that matches whole module names, e.g. 'encoder\.layer\.[0-5]\..*'."
             )
-        try:
-            re.compile(selector)
-        except re.error as error:
-            raise CompressionError(f"'{selector}' is not a valid regular expression: {error}.") from error
+        check_pattern(selector)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CompressionError
+from ..parsing import read_yaml
 from .inputs import CardInputs, file_name
 
 if TYPE_CHECKING:
@@ -43,12 +44,15 @@ def inherited_metadata(base: str | Path) -> dict[str, Any]:
         base: a local folder, of a checkpoint or of the Hub's cache.
     """
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     path = Path(base) / "README.md"
     if not path.is_file():
         return {}
     try:
         text = path.read_text("utf-8-sig")
+        if block := REGEX_YAML_BLOCK.search(text):
+            read_yaml(block[2], "The base's card")
         found = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
     except Exception:  # a card may hold anything; one that cannot be read says nothing
         return {}

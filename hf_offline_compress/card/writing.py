@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CompressionError, needs_extra
 from ..files import write_whole
+from ..parsing import read_yaml
 from . import tables
 from .citations import citations
 from .command import TEXTS, reproduction
@@ -190,10 +191,14 @@ def parse_card(text: str) -> ModelCard:
     """Return a card, parsed.
 
     Raises:
-        ValueError: its metadata is no YAML, or results in it are not of the Hub's form.
+        CompressionError: its metadata is no YAML, or larger than metadata can be.
+        ValueError: results in it are not of the Hub's form.
     """
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+    if block := REGEX_YAML_BLOCK.search(text):
+        read_yaml(block[2], "The card's metadata")
     return ModelCard(text)
 
 

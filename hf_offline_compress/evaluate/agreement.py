@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base import clamp_length
-from ..calibration_text import padding_of
+from ..calibration_text import cut, padding_of
 from .processes import ALONE, Processes
 
 
@@ -43,7 +43,7 @@ def sentence_embeddings(
 
     def embed(chosen: list[int]) -> Tensor:
         encoded = tokenizer(
-            [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            [cut(texts[i], limit) for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(base.device)
         # A tokenizer may have a token for padding that the model has not.
         padding = padding_of(tokenizer, model.config.vocab_size)

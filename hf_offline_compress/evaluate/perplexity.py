@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base import clamp_length
-from ..calibration_text import padding_of
+from ..calibration_text import cut, padding_of
 from ..errors import CompressionError
 from ..families import CAUSAL_HEADS
 from .processes import ALONE, Processes
@@ -28,6 +28,8 @@ from .processes import ALONE, Processes
 # A batch is cut so that its logits take no more room than this, as long as it has more than one sequence.
 LOGITS_BYTES = 128 * 2**20
 PLACES_AT_ONCE = 128
+# What is tokenized at once: lines, and characters of a text.
+TEXTS_AT_ONCE, PIECE = 256, 2**18
 
 
 @dataclass(frozen=True)
@@ -162,16 +164,18 @@ def tokenized_lines(
     found = [line for line in found if line]
     # A line that fills the block is long enough, however short that is.
     least = max(1, min(min_tokens, block - tokenizer.num_special_tokens_to_add()))
-    encoded = tokenizer(found or [""], truncation=True, max_length=block, return_special_tokens_mask=True)
     special = torch.tensor(tokenizer.all_special_ids)
     lines = []
-    for i, (ids, added) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
-        if len(ids) - sum(added) < least:
-            continue
-        tokens = torch.tensor(ids)
-        words = _words(encoded.word_ids(i), torch.isin(tokens, special).tolist())
-        if words:
-            lines.append((tokens, words))
+    for start in range(0, len(found), TEXTS_AT_ONCE):
+        some = [cut(line, block) for line in found[start : start + TEXTS_AT_ONCE]]
+        encoded = tokenizer(some, truncation=True, max_length=block, return_special_tokens_mask=True)
+        for i, (ids, added) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
+            if len(ids) - sum(added) < least:
+                continue
+            tokens = torch.tensor(ids)
+            words = _words(encoded.word_ids(i), torch.isin(tokens, special).tolist())
+            if words:
+                lines.append((tokens, words))
     if not lines:
         raise CompressionError(
             f"None of the {len(found)} lines of the text has {min_tokens} tokens that the tokenizer knows; pass longer "
@@ -257,14 +261,26 @@ def causal_windows(
     kept = [text for text in _listed(texts) if text.strip()]
     between = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids: list[int] = []
-    for i, tokens in enumerate(tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []):
+    for i, text in enumerate(kept):
         ids += [between] if i and between is not None else []
-        ids += tokens
+        for piece in _pieces(text):
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise CompressionError(
             f"The text has {len(ids)} tokens, and a perplexity needs at least 2; pass a longer text."
         )
     return list(_windows(torch.tensor(ids), block, stride)), len(kept)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces that begin with white space: a tokenizer keeps far more of a text than its tokens."""
+    start = 0
+    while len(text) - start > PIECE:
+        end = max(text.rfind(" ", start + 1, start + PIECE), text.rfind("\n", start + 1, start + PIECE))
+        end = end if end > start else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _windows(ids: Tensor, block: int, stride: int) -> Iterable[tuple[Tensor, Tensor]]:

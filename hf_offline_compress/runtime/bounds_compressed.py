@@ -11,16 +11,33 @@ STORAGES = ("float32", "float16", "bfloat16")
 PARTS = ("query", "key", "value")
 # Hidden units of a decoder, as a multiple of its columns.
 MOST_HIDDEN = 64
-# Fields of a stock config that say how large a model is, by the names that all families understand.
+# Fields of a stock config that say how large a model is, by the names that families have for them.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 SIZES = (
+    *LAYERS,
     "vocab_size",
     "hidden_size",
-    "num_hidden_layers",
+    "embedding_size",
+    "word_embed_proj_dim",
+    "n_embd",
+    "d_model",
+    "dim",
+    "head_dim",
     "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "n_head",
+    "n_heads",
     "intermediate_size",
+    "ffn_dim",
+    "hidden_dim",
+    "n_inner",
     "max_position_embeddings",
+    "n_positions",
     "type_vocab_size",
+    "num_labels",
 )
+NONE_IS_FINE = ("type_vocab_size", "num_labels")
 
 # A field: what it must be, and whether a value is that.
 Field = tuple[str, Callable[[Any], bool]]
@@ -91,8 +108,8 @@ def check_sizes(values: Mapping[str, Any] | Any) -> None:
     for name in SIZES:
         value = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
         if value is not None:
-            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
-            _check({name: value}, {name: _whole(0 if name == "type_vocab_size" else 1, most)}, "The config")
+            most = MOST_LAYERS if name in LAYERS else MOST
+            _check({name: value}, {name: _whole(0 if name in NONE_IS_FINE else 1, most)}, "The config")
 
 
 def check_groups(compression: Mapping[str, Any]) -> None:

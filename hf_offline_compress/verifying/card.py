@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..errors import CompressionError
+from ..parsing import read_yaml
 from .checks import Check
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -13,7 +15,6 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def card_check(folder: Path) -> Check:
     """Return whether README.md is a card that the Hub would take: metadata that parse, of the types that it asks for."""
-    import yaml
     from huggingface_hub import ModelCard
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -26,12 +27,12 @@ def card_check(folder: Path) -> Check:
         if block is None:
             sentence = "README.md has no metadata: it must begin with a YAML block between two lines of ---."
             return Check("card", "failed", sentence)
-        data = yaml.safe_load(block[2]) or {}
+        data = read_yaml(block[2], "its metadata block") or {}
         problem = _metadata_problem(data) if isinstance(data, dict) else "the metadata must be names and values"
         if problem:
             return Check("card", "failed", f"In README.md {problem}.")
         ModelCard(str(ModelCard(text)))  # also as it would be written back
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, CompressionError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         return Check("card", "failed", f"README.md is no model card that can be read: {reason}.")
     return Check("card", "passed", "README.md parses, and its metadata have the types that the Hub asks for.")

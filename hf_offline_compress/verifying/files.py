@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..files import belongs_to
+
 _PARTIAL = re.compile(r"\.(partial|tmp|incomplete|lock|swp)$|~$")
 
 
@@ -20,8 +22,6 @@ def _passed_over(path: Path) -> bool:
 
 
 def outside_links(folder: Path) -> list[str]:
-    """Return the files of a folder that are links to somewhere else; a download in the Hub's cache has none."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs"
-    places = {name: (folder / name).resolve() for name in folder_files(folder)}
-    return [name for name, place in places.items() if not place.is_relative_to(root) and place.parent != blobs]
+    """Return what in a folder is a link to somewhere else; a download in the Hub's cache has nothing of that."""
+    links = [path for path in folder.rglob("*") if path.is_symlink() and not _passed_over(path.relative_to(folder))]
+    return sorted(path.relative_to(folder).as_posix() for path in links if not belongs_to(folder, path))
