@@ -6,24 +6,25 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CompressionError, listing
-from .families import Family, architecture_of, family_of
+from .base_files import check_base_texts, check_base_weights, read_base_json
+from .downloading import MODULE, cached_name, check_id, fetch_file, fetch_files
+from .errors import CompressionError, listing, refusing
+from .families import FAMILIES, Family, architecture_of, family_of
 from .files import belongs_to
 from .runtime.bounds_compressed import check_sizes
+from .schemas import TEXT, mismatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What users of a checkpoint rely on beside config and weights. A list of what is wanted, so that nothing else of a
-# folder (optimizer states, logs, secrets) is ever published with the model.
-COMPANIONS = (
-    "generation_config.json",
+# All that transformers' tokenizers read, fast, slow, and of SentencePiece.
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,6 +32,30 @@ COMPANIONS = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "entity_vocab.json",
+    "target_vocab.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "prophetnet.tokenizer",
+)
+# What users of a checkpoint rely on beside config and weights. A list of what is wanted, so that nothing else of a
+# folder (optimizer states, logs, secrets) is ever published with the model.
+COMPANIONS = (
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "modules.json",
     "sentence_bert_config.json",
@@ -41,8 +66,14 @@ COMPANIONS = (
     "NOTICE",
 )
 logger = logging.getLogger(__name__)
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?"
+# Of a repository; its README is read for licence and languages alone. A module's folder may hold the model itself.
+WANTED = re.compile(
+    rf"({MODULE}/)?({WEIGHTS}|{'|'.join(map(re.escape, ('config.json', 'README.md', *COMPANIONS)))})"
+    rf"|{MODULE}/[^/]+\.(json|txt|safetensors|bin)"
+)
+ADVICE = "Get it again from where it came, or save the model anew with save_pretrained."
+UNWRAPPED = {r"^module\.": ""}  # what DataParallel puts before the names of weights
 
 
 @dataclass(frozen=True)
@@ -103,48 +134,98 @@ def read_config(
     Raises:
         CompressionError: there is no such folder or repository, or its config cannot be read.
     """
-    name, config = _named_config(base, revision, token)
+    found = _locate(base, revision, token)
+    return found.name, found.config
+
+
+@dataclass(frozen=True)
+class _Located:
+    """What is known of a base before its weights: how it is called, its config, and in which of its folders that lies."""
+
+    name: str
+    config: dict[str, Any]
+    inner: str
+    commit: str | None
+
+
+def _locate(base: str | Path, revision: str | None, token: str | bool | None) -> _Located:
+    folder = _folder(base)
+    if folder is None:
+        name, commit = str(base), None
+    else:
+        name, commit = cached_name(folder) or (folder.resolve().name, None)
+
+    def find(file: str) -> Path | None:
+        if folder is None:
+            return fetch_file(name, file, revision, token)
+        return folder / file if (folder / file).is_file() else None
+
+    file, inner = find("config.json"), ""
+    config = read_base_json(file, name) if file else {}
+    if not config.get("model_type") and (inner_file := _inner_config(find, name)):
+        config, inner = read_base_json(inner_file, name), inner_file.parent.name
+    elif file is None:
+        where = f"The folder '{base}'" if folder else f"'{name}' on the Hub"
+        raise CompressionError(f"{where} has no config.json: it is no transformers checkpoint.")
     try:
         check_sizes(config)
     except ValueError as error:
         raise CompressionError(f"The config.json of '{name}' does not describe a model: {error}") from error
-    return name, config
+    return _Located(name, _typed(config, name), inner, commit)
 
 
-def _named_config(base: str | Path, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, Any]]:
-    folder = Path(base)
-    if folder.is_dir():
-        return folder.resolve().name, _read_json(folder / "config.json", f"The folder '{base}'")
-    _check_id(base)
-    path = _from_hub(
-        str(base), lambda hub: hub.hf_hub_download(str(base), "config.json", revision=revision, token=token)
+def _folder(base: str | Path) -> Path | None:
+    """Return a base's folder; None where it can only be a repository."""
+    try:
+        if str(base) and Path(base).is_dir():
+            return Path(base)
+    except (OSError, ValueError):  # names that are too long, or no names
+        pass
+    check_id(str(base))
+    return None
+
+
+def _inner_config(find: Callable[[str], Path | None], name: str) -> Path | None:
+    """Return the config.json of the model's own folder, e.g. 0_Transformer, in sentence-transformers' first version."""
+    file = find("modules.json")
+    modules = read_base_json(file, name, list) if file else []
+    path = str(modules[0].get("path") or "") if modules and isinstance(modules[0], dict) else ""
+    return find(f"{path}/config.json") if re.fullmatch(MODULE, path) else None
+
+
+def _typed(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a config with a model_type; where it has none, that of its architecture."""
+    if problem := mismatch(config, {"model_type?": TEXT, "architectures?": ([str], None)}):
+        raise CompressionError(f"The config.json of '{name}' cannot be used: {problem}. {ADVICE}")
+    if config.get("model_type"):
+        return config
+    first = next(iter(config.get("architectures") or []), None)
+    for model_type, family in FAMILIES.items():
+        if first in family.heads:
+            return {**config, "model_type": model_type}
+    raise CompressionError(
+        f"The config.json of '{name}' has no model_type, and no known class among its architectures to tell it by; add one "
+        f'to it, e.g. "model_type": "{next(iter(FAMILIES))}".'
     )
-    return str(base), _read_json(Path(path), f"The repository '{base}'")
 
 
 def resolve_base(base: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> BaseCheckpoint:
     """Return a base with all its files on this disk; from the Hub, only those that are needed are fetched.
 
     Raises:
-        CompressionError: there is no such base, it cannot be compressed, or it has no weights.
+        CompressionError: there is no such base, it cannot be compressed, it has no weights, or its files are damaged.
     """
-    name, config = read_config(base, revision=revision, token=token)
-    family = family_of(config)
-    folder, commit = Path(base), None
-    if not folder.is_dir():
-
-        def fetch(hub: Any) -> str:
-            names = hub.list_repo_files(str(base), revision=revision, token=token)
-            return str(hub.snapshot_download(str(base), revision=revision, token=token, allow_patterns=_wanted(names)))
-
-        folder = Path(_from_hub(str(base), fetch))
-        commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    if not any((folder / file).is_file() for file in (*SAFETENSORS, *PICKLES)):
-        raise CompressionError(
-            f"'{name}' has no weights: none of {listing((*SAFETENSORS, *PICKLES))} is there. "
-            "Save a model with save_pretrained, or pass another base."
-        )
-    return BaseCheckpoint(name, folder, config, family, commit)
+    found = _locate(base, revision, token)
+    family = family_of(found.config)
+    folder, commit = _folder(base), found.commit
+    if folder is None:
+        folder = fetch_files(found.name, WANTED, revision, token)
+        commit = (cached_name(folder) or (None, None))[1]
+    check_base_texts(folder, found.name, COMPANIONS)
+    check_base_weights(folder / found.inner, found.name)
+    for each in _module_folders(folder):
+        check_base_texts(folder / each, found.name, [*COMPANIONS, "config.json"])
+    return BaseCheckpoint(found.name, folder / found.inner, found.config, family, commit)
 
 
 def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTrainedModel:
@@ -160,9 +241,14 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
     """
     import transformers
 
+    from .folder import check_fit  # which reads companions by this module
+
     stock = getattr(transformers, architecture)
-    with quiet_transformers():
-        model, info = stock.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
+    what = f"'{base.name}' does not load as {architecture} from its config.json and weights"
+    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "key_mapping": UNWRAPPED}
+    with quiet_transformers(), refusing(what, ADVICE):
+        model, info = stock.from_pretrained(base.folder, dtype=dtype, ignore_mismatched_sizes=True, **options)
+    check_fit(info, what, ADVICE)
     # transformers itself only warns of what it has filled at random; a pooler is often left out and never used.
     missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")
     if missing:
@@ -174,13 +260,33 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
 
 
 def load_tokenizer(base: BaseCheckpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Return the base's tokenizer, or None if it has none."""
-    from transformers import AutoTokenizer
+    """Return the base's tokenizer, whichever AutoTokenizer finds; None if there is none.
 
-    if not any((base.folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    Raises:
+        CompressionError: its files cannot be read, or its vocabulary is not there.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    files = [file for file in TOKENIZER_FILES if (base.folder / file).is_file()]
+    if not files:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
-    return clamp_length(tokenizer, base.config)
+    what = f"The tokenizer of '{base.name}' ({listing(files)}) cannot be read"
+    advice = "Get these files again, save a tokenizer there with save_pretrained, or pass tokenizer=."
+    config = AutoConfig.for_model(base.family.model_type)  # of the class alone, which some files leave out
+    with refusing(what, advice):
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        tokenizer = clamp_length(tokenizer, base.config)
+    if not known:  # transformers makes one of special tokens alone where it finds no vocabulary
+        wanted = sorted(set(tokenizer.vocab_files_names.values()))
+        raise CompressionError(
+            f"The tokenizer of '{base.name}' ({listing(files)}) has no vocabulary: {type(tokenizer).__name__} reads "
+            f"{listing(wanted)}. Get what is missing, or name the class that its files are of, as tokenizer_class in "
+            "tokenizer_config.json."
+        )
+    return tokenizer
 
 
 def clamp_length(tokenizer: Any, config: Any) -> Any:
@@ -197,24 +303,48 @@ def clamp_length(tokenizer: Any, config: Any) -> Any:
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy what users rely on beside config and weights, into a folder where it is not yet; return the names.
 
-    Weights of sentence-transformers' own modules that are pickled are stored as safetensors.
+    Weights of sentence-transformers' own modules that are pickled are stored as safetensors. Where the model lies in a
+    folder of such a pipeline, as in its first version, the pipeline comes along, with the model in its root.
     """
     copied = []
+    root = pipeline_root(source)
+    inner = source.resolve().name if root != source else None
     for name in COMPANIONS:
-        if _is_own(source, source / name) and not (target / name).exists():
-            _copy(source / name, target / name)
+        place = next((folder for folder in (source, root) if _is_own(root, folder / name)), None)
+        if place is not None and not (target / name).exists():
+            _copy(place / name, target / name)
             copied.append(name)
-    for folder in _module_folders(source):
+    if inner and "modules.json" in copied:
+        _move_model_to_root(target / "modules.json", inner)
+    for folder in _module_folders(root):
+        if folder == inner:
+            continue
         (target / folder).mkdir(parents=True, exist_ok=True)
-        for file in sorted((source / folder).iterdir()):
-            if file.suffix in (".json", ".txt", ".safetensors") and _is_own(source, file):
+        for file in sorted((root / folder).iterdir()):
+            if file.suffix in (".json", ".txt", ".safetensors") and _is_own(root, file):
                 _copy(file, target / folder / file.name)
                 copied.append(f"{folder}/{file.name}")
-        pickled, stored = source / folder / "pytorch_model.bin", target / folder / "model.safetensors"
-        if _is_own(source, pickled) and not stored.exists():
+        pickled, stored = root / folder / "pytorch_model.bin", target / folder / "model.safetensors"
+        if _is_own(root, pickled) and not stored.exists():
             _unpickle(pickled, stored)
             copied.append(f"{folder}/{stored.name}")
     return copied
+
+
+def pipeline_root(source: Path) -> Path:
+    """Return the folder of the pipeline that a base's folder is a module of, e.g. 0_Transformer; else the base's own."""
+    place = source.resolve()
+    within = re.fullmatch(MODULE, place.name) and place.name in _module_folders(place.parent)
+    return place.parent if within else source
+
+
+def _move_model_to_root(file: Path, folder: str) -> None:
+    """Say in a modules.json that the model, which lay in a folder, lies in the root, as it does today."""
+    modules = json.loads(file.read_text("utf-8-sig"))
+    for module in modules:
+        if module.get("path") == folder:
+            module |= {"path": "", "type": "sentence_transformers.models.Transformer"}
+    file.write_text(json.dumps(modules, indent=2) + "\n", "utf-8")
 
 
 def _is_own(source: Path, file: Path) -> bool:
@@ -231,7 +361,7 @@ def _module_folders(source: Path) -> list[str]:
     """Return the folders of a sentence-transformers pipeline, as its modules.json names them."""
     if not (source / "modules.json").is_file():
         return []
-    modules = _read_json(source / "modules.json", f"The folder '{source.name}'", list)
+    modules = read_base_json(source / "modules.json", source.name, list)
     paths = [str(module.get("path") or "") for module in modules if isinstance(module, dict)]
     return [path for path in paths if re.fullmatch(r"[\w-]+", path) and (source / path).is_dir()]
 
@@ -260,71 +390,6 @@ def _unpickle(source: Path, target: Path) -> None:
 
     state = torch.load(source, map_location="cpu", weights_only=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, target)
-
-
-def _wanted(names: list[str]) -> list[str]:
-    """Return the files of a repository that are needed: safetensors where there are any, else pickled weights.
-
-    Its README is read for licence and languages alone.
-    """
-    weights = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-    if not any(re.fullmatch(weights, name) for name in names):
-        weights = r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"
-    module = r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors|bin)"
-    return [
-        name
-        for name in names
-        if name in ("config.json", "README.md", *COMPANIONS)
-        or re.fullmatch(weights, name)
-        or re.fullmatch(module, name)
-    ]
-
-
-def _check_id(base: str | Path) -> None:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)) or str(base).startswith((".", "/")):
-        raise CompressionError(
-            f"There is no folder '{base}', and it is no Hub id either (name or owner/name, e.g. bert-base-uncased)."
-        )
-
-
-def _from_hub(name: str, fetch: Any) -> str:
-    """Call `fetch` with huggingface_hub, and turn its errors into sentences."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        return str(fetch(huggingface_hub))
-    except errors.GatedRepoError as error:
-        raise CompressionError(f"'{name}' is gated: ask for access on its page, and pass a token.") from error
-    except errors.RevisionNotFoundError as error:
-        raise CompressionError(f"'{name}' has no such revision on the Hub.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CompressionError(
-            f"There is neither a folder nor a repository on the Hub named '{name}' (a private one needs a token)."
-        ) from error
-    except errors.EntryNotFoundError as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            raise CompressionError(
-                f"There is no folder '{name}', and the Hub cannot be reached for a repository of that name, "
-                "which is not in the local cache either."
-            ) from error
-        raise CompressionError(f"'{name}' on the Hub has no config.json: it is no transformers checkpoint.") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise CompressionError(
-            f"'{name}' could not be fetched from the Hub: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def _read_json(path: Path, label: str, wanted: type = dict) -> Any:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CompressionError(f"{label} has no {path.name}: it is no transformers checkpoint.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CompressionError(f"{label} has a {path.name} that cannot be read: {error}. Get it again.") from error
-    if not isinstance(content, wanted):
-        raise CompressionError(f"{label} has a {path.name} that is not a JSON {wanted.__name__}. Get it again.")
-    return content
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files
-from .base import COMPANIONS, clamp_length, copy_companions
+from .base import COMPANIONS, clamp_length, copy_companions, pipeline_root
 from .errors import CompressionError
 from .families import FAMILIES
 from .files import read_json, whole_folder
@@ -203,7 +203,9 @@ def save_folder(
             check_saved(partial, model)
         with _accessory("No model card was written; `hf-offline-compress card` writes one later"):
             if _keep_notes(folder / CARD_FILE, partial / CARD_FILE):
-                write_card_if_possible(partial, name=folder.resolve().name, base=source)
+                write_card_if_possible(
+                    partial, name=folder.resolve().name, base=pipeline_root(source) if source else None
+                )
     return folder
 
 

@@ -99,7 +99,7 @@ def test_sizes_of_a_base_are_checked_before_anything_is_made(tmp_path, name, val
 
 def test_json_that_is_nested_too_deep(tmp_path):
     (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000)
-    with pytest.raises(CompressionError, match=r"config\.json that cannot be read"):
+    with pytest.raises(CompressionError, match=r"config\.json .* cannot be read"):
         read_config(tmp_path)
 
 

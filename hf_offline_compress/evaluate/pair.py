@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base import BaseCheckpoint, clamp_length, load_tokenizer, quiet_transformers, resolve_base
+from ..base import (
+    TOKENIZER_FILES,
+    UNWRAPPED,
+    BaseCheckpoint,
+    clamp_length,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_base,
+)
+from ..base_files import check_base_texts
 from ..errors import CompressionError, listing, refusing
 from ..families import CAUSAL_HEADS
-from ..files import read_json
 from ..folder import FolderContents, check_fit, inspect_folder
 from ..progress import stage
 
@@ -27,8 +35,6 @@ SIZES = (
     "n_head",
     "position_embedding_type",
 )
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
 
     what = f"'{folder.name}' does not load as {model_class.__name__} from its config.json and weights"
     advice = "Get it again from where it came, or make it anew."
-    options = {"ignore_mismatched_sizes": True, **options}  # what does not fit is named below
+    options = {"ignore_mismatched_sizes": True, "key_mapping": UNWRAPPED, **options}  # what does not fit is named below
     with stage(f"loading {folder.name}"), quiet_transformers(), refusing(what, advice):
         model, info = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
@@ -130,7 +136,8 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
         resolved = resolve_base(base, revision=revision)
     _check_sizes(contents, resolved)
     own = BaseCheckpoint(contents.name, Path(folder), contents.config, resolved.family)
-    tokenizer = _tokenizer(own) or _tokenizer(resolved)
+    check_base_texts(own.folder, own.name, TOKENIZER_FILES)
+    tokenizer = load_tokenizer(own) or load_tokenizer(resolved)
     if tokenizer is None:
         raise CompressionError(
             f"Neither '{contents.name}' nor '{resolved.name}' has a tokenizer; save one in either folder with save_pretrained."
@@ -142,14 +149,6 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
     # What is judged is placed by position: behind the last token there may be padding, before the first never.
     tokenizer.padding_side = "right"
     return Pair(Path(folder), contents, resolved, str(contents.report["architecture"]), tokenizer)
-
-
-def _tokenizer(checkpoint: BaseCheckpoint) -> Any:
-    files = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
-    broken = [name for name in files if name.endswith(".json") and read_json(checkpoint.folder / name) is None]
-    what = f"The tokenizer of '{checkpoint.name}' ({listing(broken or files)}) cannot be read"
-    with refusing(what, "Save it there again with save_pretrained."):
-        return load_tokenizer(checkpoint)
 
 
 def language_model_kind(architecture: str) -> str | None:
