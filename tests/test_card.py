@@ -439,6 +439,39 @@ def test_snippets_load_the_model(made, inputs, monkeypatch):
     assert 'from_pretrained("me/tiny"' in render_card(inputs, model_id="me/tiny")
 
 
+def test_a_sentence_encoder_is_one_on_the_hub(inputs):
+    changed = copy.deepcopy(inputs)
+    changed.files["modules.json"] = 10
+    card = render_card(changed)
+    data = parse_card(card).data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert {"sentence-transformers", "transformers"} <= set(data.tags)
+    first = re.search(r"```python\n(.*?)```", section(card, "Load it"), re.DOTALL)[1]
+    assert 'SentenceTransformer("tiny-small")' in first and "AutoModel" not in first
+
+
+@pytest.mark.parametrize(
+    "rest,asked,said",
+    [
+        (None, None, "nothing else is changed"),
+        ("float32", None, "nothing else is changed"),
+        ("float16", None, "everything else is kept in half precision"),
+        (None, "bfloat16", "everything else is kept in bfloat16"),
+    ],
+)
+def test_what_is_said_of_the_rest(inputs, rest, asked, said):
+    changed = copy.deepcopy(inputs)
+    changed.config["compression"]["rest"] = rest
+    changed.report["options"] = {"dtype": asked}
+    found = {text for text in ("nothing else is", "everything else is") if text in render_card(changed)}
+    assert said in render_card(changed) and len(found) == 1
+
+
+def test_the_chart_is_seen_without_unfolding(inputs):
+    text = section(render_card(inputs), "What was compressed")
+    assert text.index("</details>") < text.index("```text")
+
+
 def test_a_head_that_no_auto_class_knows(tmp_path):
     folder = saved(tmp_path / "double", make_model("gpt2", "GPT2DoubleHeadsModel"), "svd")
     card = render_card(read_inputs(folder))

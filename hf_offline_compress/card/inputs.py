@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..base import TOKENIZER_FILES
 from ..folder import inspect_folder, read_evaluation
 
 
@@ -54,9 +55,14 @@ class CardInputs:
         return file_name(str(self.report["base"]["name"]), self.report["base"].get("revision"))
 
     @property
+    def is_sentence_encoder(self) -> bool:
+        """Whether it is a model of sentence-transformers."""
+        return "modules.json" in self.files
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer is in the folder."""
-        return any(name in self.files for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+        return any(name in self.files for name in TOKENIZER_FILES)
 
 
 def read_inputs(folder: str | Path, *, name: str | None = None) -> CardInputs:

@@ -84,8 +84,10 @@ def card_data(inputs: CardInputs, known: Mapping[str, Any]) -> ModelCardData:
         license=known.get("license"),
         license_name=known.get("license_name"),
         license_link=known.get("license_link"),
-        library_name="transformers",
-        pipeline_tag=pipeline_tag(inputs.report["architecture"]),
+        library_name="sentence-transformers" if inputs.is_sentence_encoder else "transformers",
+        pipeline_tag="sentence-similarity"
+        if inputs.is_sentence_encoder
+        else pipeline_tag(inputs.report["architecture"]),
         base_model=known.get("base_model"),
         base_model_relation="quantized" if known.get("base_model") else None,
         tags=[*dict.fromkeys([*_tags(inputs), *(known.get("tags") or [])])],
@@ -139,7 +141,8 @@ def _is_id(name: str) -> bool:
 def _tags(inputs: CardInputs) -> list[str]:
     structures = dict.fromkeys(group["structure"].replace("_", "-") for group in inputs.groups)
     family = str(inputs.config["model_type"]).removeprefix("compressed_")
-    sentences = ["sentence-transformers"] if "modules.json" in inputs.files else []
+    # Both libraries load it; the Hub shows the snippet of library_name alone, and finds others by their tag.
+    sentences = ["sentence-transformers", "transformers"] if inputs.is_sentence_encoder else []
     return ["hf-offline-compress", "compressed", *structures, family, *sentences]
 
 

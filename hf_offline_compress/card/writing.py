@@ -235,7 +235,7 @@ def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, mode
         "headline": tables.headline(inputs),
         "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load,
         "load_without": load_trusting if auto else _remote_loading(inputs, model_id),
-        "sentence_transformers": "modules.json" in inputs.files,
+        "sentence_transformers": inputs.is_sentence_encoder,
         "made": f"With hf-offline-compress {report['versions'].get('hf-offline-compress', '')}:".replace(" :", ":"),
         "command": command,
         "recipe": recipe.rstrip() if recipe else None,
@@ -267,8 +267,8 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool) -> s
     dense = totals["parameters"] * tables.FLOAT32
     sentences = [
         f"This is {shown}{revision} ({report['architecture']}, {tables.count(totals['parameters'])} parameters), made smaller "
-        f"without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and nothing else "
-        "is changed.",
+        f"without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and "
+        f"{_rest(inputs)}.",
         f"The recipe is `{tables.cell(recipe['name'])}`"
         + (f": {_sentence(recipe)}" if recipe.get("description") else "."),
         f"The weights take {inputs.weight_bytes / tables.MEGA:.2f} MB on disk, {dense / inputs.weight_bytes:.2f} times less than "
@@ -276,6 +276,14 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool) -> s
         _licence(facts, inherited),
     ]
     return "\n".join(sentences)
+
+
+def _rest(inputs: CardInputs) -> str:
+    """Return how what is no compressed matrix is kept: as it was, or in a narrower dtype that was asked for."""
+    asked = (inputs.report.get("options") or {}).get("dtype")
+    dtype = inputs.config["compression"].get("rest") or asked
+    narrow = {"float16": "half precision", "bfloat16": "bfloat16"}.get(str(dtype))
+    return f"everything else is kept in {narrow}" if narrow else "nothing else is changed"
 
 
 def _sentence(recipe: Mapping[str, Any]) -> str:
