@@ -328,8 +328,8 @@ def test_decoded_weights_are_no_state(max_bytes, tmp_path):
     assert again.config.compression.get("max_decoded_bytes") == max_bytes
     again.set_decoding("on_the_fly")
     assert decoded(again) == 0 and "max_decoded_bytes" not in again.config.compression
-    # Caches are for inference only.
-    duplicate(torch.tensor([[5, 6, 7]]))
+    # Caches are for evaluation only.
+    duplicate.train()(torch.tensor([[5, 6, 7]]))
     assert decoded(duplicate) == 0
 
 

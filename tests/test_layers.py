@@ -213,7 +213,55 @@ def test_the_cache_is_no_state():
     assert layer.to(torch.float64)._cache is None
 
 
-def test_no_cache_while_gradients_are_on_or_when_told():
+@every_entry
+def test_gradients_are_exact_whether_the_weight_is_kept_or_not(entry):
+    """In evaluation the decoded weight is used with gradients on too; in training it is decoded at every step."""
+    layer, _ = make("linear", entry)
+    set_decoding([layer], "cached")
+    x = torch.randn(3, COLUMNS)
+    with torch.no_grad():
+        expected = layer.eval()(x)
+    cached = getattr(layer, "_cache", None)
+    gradients = []
+    for mode in (False, True):
+        layer.train(mode)
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        out = layer(inputs)
+        if not mode and cached is not None:
+            assert layer._cache is not None
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
+        assert getattr(layer, "_cache", None) is None  # a step may follow
+        gradients.append([inputs.grad, *(parameter.grad for parameter in layer.parameters())])
+    for kept, decoded in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, decoded)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_needs_no_gradient_is_decoded_once(mode, monkeypatch):
+    layer, _ = make("linear", "autoencoder")
+    layer.eval()
+    calls, decode = [], layer.dense_weight
+    monkeypatch.setattr(layer, "dense_weight", lambda: calls.append(1) or decode())
+    with mode():
+        for _ in range(3):
+            layer(torch.randn(2, COLUMNS))
+        layer.requires_grad_(False).train()
+        for _ in range(3):
+            layer(torch.randn(2, COLUMNS))
+    assert len(calls) <= 2  # a change of mode drops what was kept
+
+
+def test_what_was_kept_in_inference_mode_does_not_stop_gradients():
+    layer, _ = make("linear", "autoencoder")
+    with torch.inference_mode():
+        layer.eval()(torch.randn(2, COLUMNS))
+    layer(torch.randn(2, COLUMNS, requires_grad=True)).sum().backward()
+    assert layer.latents.grad is not None
+
+
+def test_no_cache_in_training_or_when_told():
     layer, _ = make("linear", "autoencoder")
     layer(torch.randn(2, COLUMNS))
     assert layer._cache is None
@@ -221,6 +269,28 @@ def test_no_cache_while_gradients_are_on_or_when_told():
     with torch.no_grad():
         layer(torch.randn(2, COLUMNS))
     assert layer._cache is None
+
+
+@pytest.mark.parametrize("entry", ["autoencoder", "quantized", "trellis_of_classes", "low_rank_packed"])
+def test_changes_that_torch_does_not_count_are_seen_once_what_was_kept_is_dropped(entry):
+    """Weights that are exchanged through `.data`, as moving averages are."""
+    layer, _ = make("linear", entry)
+    set_decoding([layer], "cached")
+    x = torch.randn(2, COLUMNS)
+    drops = {
+        "forget": layer.forget,
+        "train": lambda: layer.train().eval(),
+        "load": lambda: layer.load_state_dict(layer.state_dict()),
+        "move": lambda: layer.to(torch.float64).to(torch.float32),
+    }
+    with torch.no_grad():
+        layer.eval()
+        for name, drop in drops.items():
+            layer(x)
+            for parameter in layer.parameters():
+                parameter.data = parameter.data * 1.5
+            drop()
+            torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight(), layer.bias), msg=name)
 
 
 def test_a_compiled_layer_sees_what_training_changed():

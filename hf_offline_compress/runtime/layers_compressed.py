@@ -88,8 +88,12 @@ class TiedHead(nn.Module):
     def __init__(self, embedding: CompressedEmbedding, bias: nn.Parameter | None) -> None:
         """Make a head on `embedding`, which stays the property of the base model."""
         super().__init__()
-        self.__dict__["_embedding"] = embedding
+        self.refer_to(embedding)
         self.bias = bias
+
+    def refer_to(self, embedding: Any) -> None:
+        """Use an embedding, which stays the property of the base model: the reference is unregistered."""
+        self.__dict__["_embedding"] = embedding
 
     @property
     def weight(self) -> Tensor:

@@ -19,9 +19,10 @@ from .configuration_compressed import (
     check_decoding,
 )
 from .layers_compressed import TiedHead
+from .numbers_compressed import PackedNumbers
 from .storing_compressed import holding
 from .structures_compressed import LinearDecoder
-from .substitution_compressed import compressed_modules, substitute
+from .substitution_compressed import compressed_modules, relink, substitute
 from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
 
 _STOCK_NAMES: dict[type[PreTrainedConfig], str] = {
@@ -86,6 +87,22 @@ class CompressedModelMixin:
             if max_bytes is not None:
                 self.config.compression["max_decoded_bytes"] = max_bytes
         set_decoding(self.compressed_modules().values(), decoding, max_bytes)
+
+    def forget_decoded(self: Any) -> None:
+        """Drop all decoded weights, so that they are decoded anew at the next use.
+
+        Needed after weights were changed in a way that torch does not count, by assigning to their `.data`.
+        """
+        for module in self.modules():
+            if isinstance(module, PackedNumbers):
+                module.forget()
+
+    def _replicate_for_data_parallel(self: Any) -> Any:
+        """Return a replica for `nn.DataParallel`, in which references between modules lead to the replica's own."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica._forward_pre_hooks = replica._forward_pre_hooks.copy()
+        replica.register_forward_pre_hook(_refer_to_own)  # its submodules are replicated after it
+        return replica
 
     def resize_token_embeddings(
         self: Any,
@@ -193,6 +210,11 @@ class CompressedModelMixin:
             key = (state[name].data_ptr(), dtype)
             state[name] = cast.setdefault(key, state[name].to(dtype))
         return state
+
+
+def _refer_to_own(replica: Any, inputs: Any) -> None:
+    """Let the modules of a replica refer to its own decoders and embedding, not to the original's."""
+    relink(replica)
 
 
 def _compressed(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:

@@ -1,7 +1,7 @@
 """Parameters that are kept as whole numbers of few bits, with a scale and a zero for so many of them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,12 +42,72 @@ def in_order(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, 0).flatten()
 
 
+class _Kept(torch.autograd.Function):
+    """A tensor that was made from others and kept: used as it is, and made anew where a gradient is really taken."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Tensor, make: Callable[[], Tensor], forget: Callable[[], None], *sources: Tensor
+    ) -> Tensor:
+        """Return what was kept."""
+        ctx.make, ctx.forget = make, forget
+        ctx.save_for_backward(*sources)  # sources that change in between are an error, as elsewhere in torch
+        return kept.view_as(kept)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradients of the sources, of which the tensor is made anew."""
+        sources = ctx.saved_tensors
+        wanted = [source for source, needed in zip(sources, ctx.needs_input_grad[3:], strict=True) if needed]
+        ctx.forget()  # a step of training may follow, which a compiled graph would not notice
+        with torch.enable_grad():
+            made = ctx.make()
+        found = torch.autograd.grad(made, wanted, gradients[0], create_graph=torch.is_grad_enabled(), allow_unused=True)
+        given = iter(found)
+        return None, None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[3:])
+
+
+def with_gradient(
+    kept: Tensor, make: Callable[[], Tensor], forget: Callable[[], None], sources: Sequence[Tensor]
+) -> Tensor:
+    """Return a kept tensor so that gradients reach what it was made from, if any are on and asked for.
+
+    Args:
+        kept: what `make` returned without gradients, [...].
+        make: makes it anew.
+        forget: drops it; called when a gradient is taken.
+        sources: the tensors that `make` reads.
+    """
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        made: Tensor = _Kept.apply(kept, make, forget, *sources)
+        return made
+    return kept
+
+
+def is_stuck(kept: Tensor) -> bool:
+    """Whether a tensor that was kept in inference mode cannot be used any more, since gradients are on."""
+    return torch.is_grad_enabled() and kept.is_inference()
+
+
+def may_keep(module: nn.Module, sources: Sequence[Tensor]) -> bool:
+    """Whether what is made of a module's tensors may be kept for the next use.
+
+    Not under offloading hooks, where tensors come and go between calls; not in replicas of `nn.DataParallel`, which last
+    for one call; and not where the next step of training will change it.
+    """
+    if "_hf_hook" in module.__dict__ or "_is_replica" in module.__dict__ or any(source.is_meta for source in sources):
+        return False
+    if not torch.is_grad_enabled() or not any(source.requires_grad for source in sources):
+        return True
+    return not module.training and not torch.compiler.is_compiling()
+
+
 class PackedNumbers(nn.Module):
     """A module some of whose parameters may be packed: they are read by their names as ever, and cannot be trained.
 
     Attributes:
         keep: keep unpacked parameters for the next use. Like decoded weights they are a cache: not copied, not saved,
-            not used while gradients are on, and made anew when what they are made from has changed.
+            not used in training, and made anew when what they are made from has changed.
     """
 
     keep = False
@@ -88,6 +148,17 @@ class PackedNumbers(nn.Module):
         self.forget()
         return super()._apply(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> Any:
+        """Forget the cache on the way into training, and out of it: weights may have been exchanged in between."""
+        if mode or self.training:
+            self.forget()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the cache when other numbers are loaded."""
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def packed(self) -> tuple[str, ...]:
         """The names of the parameters that are packed."""
@@ -109,19 +180,24 @@ class PackedNumbers(nn.Module):
 
     def _numbers(self, name: str) -> Tensor:
         bits, sharing, shape = self.__dict__["_packed"][name]
-        codes, zeros = self._buffers[f"{name}_codes"], self._buffers[f"{name}_zeros"]
-        scales = self._parameters[f"{name}_scales"]
-        assert codes is not None and zeros is not None and scales is not None
-        kept = self.__dict__["_unpacked"]
-        if not self.keep or torch.is_grad_enabled() or "_hf_hook" in self.__dict__ or codes.is_meta:
-            kept.pop(name, None)
+        # By attribute: replicas of `nn.DataParallel` have no parameters, but tensors by their names.
+        codes, scales, zeros = sources = tuple(getattr(self, f"{name}_{part}") for part in ("codes", "scales", "zeros"))
+
+        def make() -> Tensor:
             return unpack_numbers(codes, scales, zeros, bits, sharing, shape)
+
+        kept = self.__dict__["_unpacked"]
+        if not self.keep or not may_keep(self, sources):
+            if "_is_replica" not in self.__dict__:  # a replica has the original's dictionary
+                kept.pop(name, None)
+            return make()
         if torch.compiler.is_compiling():
-            return kept[name][1] if name in kept else unpack_numbers(codes, scales, zeros, bits, sharing, shape)
-        key = versions_of((codes, scales, zeros))
-        if name not in kept or kept[name][0] != key:
-            kept[name] = (key, unpack_numbers(codes, scales, zeros, bits, sharing, shape))
-        return kept[name][1]
+            return kept[name][1] if name in kept else make()
+        key = versions_of(sources)
+        if name not in kept or kept[name][0] != key or is_stuck(kept[name][1]):
+            with torch.no_grad():
+                kept[name] = (key, make())
+        return with_gradient(kept[name][1], make, self.forget, sources)
 
 
 class PackableLinear(PackedNumbers, nn.Linear):

@@ -50,8 +50,21 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             _swap(root, member, module, group, decoders.get(name))
     if decoders:
         setattr(base, DECODERS, nn.ModuleDict(decoders))
+        for weight in compressed_modules(model).values():
+            shared = weight.__dict__.get("_shared_decoder")
+            weight.__dict__["_decoder_name"] = next((n for n, decoder in decoders.items() if decoder is shared), None)
     set_decoding(compressed_modules(model).values(), compression["decoding"], compression.get("max_decoded_bytes"))
     _tie(model)
+
+
+def relink(model: PreTrainedModel) -> None:
+    """Let unregistered references lead to the modules of this very model, where it was copied module by module."""
+    embedding, base = model.get_input_embeddings(), model.base_model
+    for module in model.modules():
+        if (name := module.__dict__.get("_decoder_name")) is not None:
+            module.__dict__["_shared_decoder"] = getattr(base, DECODERS)[name]
+        if isinstance(module, TiedHead):
+            module.refer_to(embedding)
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CompressedWeight]:

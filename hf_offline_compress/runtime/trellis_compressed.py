@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .packing_compressed import packed_length, spanned_bytes, unpack
 from .weights_compressed import DecodedWeight
@@ -286,8 +287,8 @@ class TrellisWeight(DecodedWeight):
     def reset_parameters(self, std: float) -> None:
         """Fill with random values; see the base class."""
         super().reset_parameters(std)
-        nn.init.constant_(self.scale_range, math.log2(std))
-        self.scale_range.data[1] = 0
+        # Both by a function that leaves alone what a checkpoint has filled.
+        init.copy_(self.scale_range, self.scale_range.new_tensor([math.log2(std), 0.0]))
         if self.outliers:
             nn.init.zeros_(self.outlier_values)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bounds_compressed import check_group
-from .numbers_compressed import PackedNumbers, versions_of
+from .numbers_compressed import PackedNumbers, is_stuck, may_keep, versions_of, with_gradient
 
 # Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
 DECODED_AT_ONCE = 2**22
@@ -200,14 +200,16 @@ def set_decoding(modules: Iterable[CompressedWeight], decoding: str, max_bytes: 
                 part.keep = decoding == "cached" and budget is None and not decoded
                 part.forget()
         if isinstance(module, DecodedWeight):
-            module.budget, module._cache = budget, None
+            module.budget = budget
+            module.forget()
 
 
 class DecodedWeight(CompressedWeight):
     """A weight that has to be decoded before it is applied: once, or on every use.
 
-    The decoded weight is a cache: it is no buffer, it is not copied or saved, it is not used while gradients are on, and
-    it is made anew when a parameter has changed.
+    The decoded weight is a cache: it is no buffer, it is not copied or saved, it is not used in training, and it is made
+    anew when a parameter has changed. In evaluation with gradients on it is used, and decoded anew only if a gradient is
+    really taken.
 
     Attributes:
         budget: bytes that all decoded weights of the model may take, if they are bounded.
@@ -223,10 +225,10 @@ class DecodedWeight(CompressedWeight):
         """Leave the cache out of copies and pickles."""
         return {**super().__getstate__(), "_cache": None}
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Forget the cache when the module changes dtype or device."""
+    def forget(self) -> None:
+        """Drop the decoded weight."""
+        super().forget()
         self._cache = None
-        return super()._apply(*args, **kwargs)
 
     def some_rows(self, ids: Tensor) -> Tensor:
         """Return rows of Ŵ by their indices, [...] → [..., columns], decoding little else."""
@@ -234,7 +236,8 @@ class DecodedWeight(CompressedWeight):
 
     def row_block(self, start: int, stop: int) -> Tensor:
         """Return rows of Ŵ from `start` to before `stop`, [stop − start, columns], decoding little else."""
-        return self.some_rows(torch.arange(start, stop, device=next(self.parameters()).device))
+        device = next(tensor for tensor in self._sources() if tensor.is_floating_point()).device
+        return self.some_rows(torch.arange(start, stop, device=device))
 
     def project(self, x: Tensor) -> Tensor:
         """Return x Ŵᵀ; see the base class.
@@ -265,29 +268,31 @@ class DecodedWeight(CompressedWeight):
             return self.some_rows(ids)
         return F.embedding(ids, self.dense_weight() if cached is None else cached)
 
+    def _sources(self) -> list[Tensor]:
+        """Return the tensors that the weight is made from, and its bias; this must be quick: no walk over submodules."""
+        own = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
+        if "_former_parameters" in self.__dict__:  # a replica of `nn.DataParallel` has no parameters
+            own += self.__dict__["_former_parameters"].values()
+        decoder = self.__dict__.get("_shared_decoder") or self.decoder
+        return own if decoder is None else [*own, *decoder.parameters()]
+
     def _cached(self, fill: bool = True) -> Tensor | None:
         """Return the decoded weight, or None where it must not be kept; without `fill`, only if it is there already."""
-        # Under offloading hooks, parameters come and go between calls.
-        if self.decoding != "cached" or torch.is_grad_enabled() or "_hf_hook" in self.__dict__:
+        sources = self._sources() if self.decoding == "cached" else []
+        if self.decoding != "cached" or not may_keep(self, sources):
             self._cache = None  # a step of training may follow, which a compiled graph would not notice
             return None
         if torch.compiler.is_compiling():
             return self._cache[1] if self._cache else None
-        # This runs before every use, so it must be quick: no walk over submodules.
-        tensors = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        decoder = self.__dict__.get("_shared_decoder") or self.decoder
-        if decoder is not None:
-            tensors += decoder.parameters()
-        if any(t.is_meta for t in tensors):
-            return None
-        key = (versions_of(tensors), torch.is_autocast_enabled(tensors[0].device.type))
-        if self._cache is not None and self._cache[0] == key:
-            return self._cache[1]
-        self._cache = None
-        size = self.rows * self.columns * tensors[0].element_size()
-        if not fill or (self.budget is not None and size > self.budget.left()):
-            return None
-        weight = self.dense_weight()
-        if self.budget is None or self.budget.admit(weight):
+        key = (versions_of(sources), torch.is_autocast_enabled(sources[0].device.type))
+        if self._cache is None or self._cache[0] != key or is_stuck(self._cache[1]):
+            self._cache = None
+            size = self.rows * self.columns * sources[0].element_size()
+            if not fill or (self.budget is not None and size > self.budget.left()):
+                return None
+            with torch.no_grad():
+                weight = self.dense_weight()
+            if self.budget is not None and not self.budget.admit(weight):
+                return with_gradient(weight, self.dense_weight, self.forget, sources)
             self._cache = (key, weight)
-        return weight
+        return with_gradient(self._cache[1], self.dense_weight, self.forget, sources)
