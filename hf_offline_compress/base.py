@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from .downloading import MODULE, cached_name, check_id, fetch_file, fetch_files
 from .errors import CompressionError, listing, refusing
 from .families import FAMILIES, Family, architecture_of, family_of
 from .files import belongs_to
+from .runtime.architectures_compressed import Architecture, token_limit
 from .runtime.bounds_compressed import check_sizes
 from .schemas import TEXT, mismatch
 
@@ -201,7 +202,7 @@ def _typed(config: dict[str, Any], name: str) -> dict[str, Any]:
         return config
     first = next(iter(config.get("architectures") or []), None)
     for model_type, family in FAMILIES.items():
-        if first in family.heads:
+        if first and family.owns(first):
             return {**config, "model_type": model_type}
     raise CompressionError(
         f"The config.json of '{name}' has no model_type, and no known class among its architectures to tell it by; add one "
@@ -249,14 +250,31 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
     with quiet_transformers(), refusing(what, ADVICE):
         model, info = stock.from_pretrained(base.folder, dtype=dtype, ignore_mismatched_sizes=True, **options)
     check_fit(info, what, ADVICE)
-    # transformers itself only warns of what it has filled at random; a pooler is often left out and never used.
-    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")
+    # transformers itself only warns of what it has filled at random.
+    missing = drop_absent(model, base.family.entry, info["missing_keys"])
     if missing:
         raise CompressionError(
             f"'{base.name}' has no weights for {listing(missing[:3])}{' …' if len(missing) > 3 else ''} of {architecture}; "
             f"pass the auto_class that it was saved from, e.g. auto_class='AutoModel'."
         )
     return model.eval()
+
+
+def drop_absent(model: Any, entry: Architecture, missing: Iterable[str]) -> list[str]:
+    """Take out of a base model the modules that its checkpoint lacks, and return what else is missing.
+
+    Args:
+        model: a stock model, with what was missing filled at random.
+        entry: its architecture.
+        missing: full names of parameters.
+    """
+    if model.base_model is not model:  # heads use what they have
+        return sorted(missing)
+    optional = tuple(f"{part}." for part in entry.optional)
+    for name in missing:
+        if name.startswith(optional):
+            setattr(model, name.split(".")[0], None)
+    return sorted(name for name in missing if not name.startswith(optional))
 
 
 def load_tokenizer(base: BaseCheckpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -292,10 +310,7 @@ def load_tokenizer(base: BaseCheckpoint, *, trust_remote_code: bool = False) -> 
 def clamp_length(tokenizer: Any, config: Any) -> Any:
     """Return the tokenizer, told how many positions the model has if it claims to know no limit."""
     values = config if isinstance(config, dict) else config.to_dict()
-    positions = values.get("max_position_embeddings") or values.get("n_positions")
-    if positions:
-        if "roberta" in str(values.get("model_type")):
-            positions -= (values.get("pad_token_id") or 0) + 1  # RoBERTa counts positions from behind the padding's
+    if positions := token_limit(values):
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 

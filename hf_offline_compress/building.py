@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .base import BaseCheckpoint, quiet_transformers
-from .families import PARTS
 from .plan import Group, Plan
 from .solvers import Factors
 
@@ -86,9 +85,11 @@ def build_model(
     from .registration import register
     from .runtime.modeling_compressed import compressed_class
 
-    register()
+    register(plan.model_type)
     target: Any = compressed_class(type(model))
     inherited = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_INHERITED}
+    if model.get_output_embeddings() is not None:
+        inherited["tie_word_embeddings"] = plan.skeleton.tied
     config = target.config_class(**inherited, compression=plan.runtime())
     config.architectures = [target.__name__]
     if source is not None:
@@ -120,20 +121,16 @@ def _untouched(model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor]) -
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     prefix = plan.skeleton.prefix
     compressed = [matrix for group in plan.groups for matrix in group.matrices]
-    for matrix in compressed:
-        at = f"{prefix if matrix.in_base else ''}{matrix.module}"
-        if not matrix.part:
-            state.pop(f"{at}.weight")
-    fused = {matrix.module for matrix in compressed if matrix.part}
-    chosen = {matrix.name for matrix in compressed}
-    for matrix in (m for m in plan.skeleton.matrices if m.module in fused):
-        at = f"{prefix}{matrix.module}"
-        if matrix.name not in chosen:
-            state[f"{prefix}{matrix.name}.weight"] = matrix.dense(state, prefix).contiguous()
-        start = PARTS.index(str(matrix.part)) * matrix.rows
-        state[f"{prefix}{matrix.name}.bias"] = state[f"{at}.bias"][start : start + matrix.rows].clone()
-    for module in fused:
-        del state[f"{prefix}{module}.weight"], state[f"{prefix}{module}.bias"]
+    fused = plan.skeleton.fused_with(compressed)
+    for matrix in fused:
+        if matrix not in compressed:
+            state[f"{matrix.full_name(prefix)}.weight"] = matrix.dense(state, prefix).contiguous()
+        if matrix.bias:
+            state[f"{matrix.full_name(prefix)}.bias"] = matrix.dense_bias(state, prefix).clone()
+    for matrix in (*fused, *compressed):
+        state.pop(f"{matrix.full_module(prefix)}.weight", None)
+    for matrix in fused:
+        state.pop(f"{matrix.full_module(prefix)}.bias", None)
     if plan.skeleton.tied and any(m.kind == "word_embeddings" for m in compressed):
         for target, origin in (model._tied_weights_keys or {}).items():
             if origin == f"{prefix}{plan.skeleton.word_embeddings}.weight":

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .sensitivity import Sensitivity
 
 
+# How names of heads end that choose among several texts.
+CHOICES = "ForMultipleChoice"
+
+
 @dataclass
 class Statistics:
     """What calibration measured.
@@ -24,6 +28,7 @@ class Statistics:
         input_moments: name of the inputs (`Matrix.inputs`) → E[x xᵀ] [columns, columns], float32.
         token_counts: how often each token was looked up, [tokens], float64.
         sensitivity: what errors at outputs do to the model; measured only if asked for.
+        word_embeddings: name of the matrix whose sensitivity is that of every embedding.
         importance: what is asked for (`Objective.importance`, `.parameter_wise`) → name of a matrix → importance of its
             rows [rows], or of its parameters [rows, columns].
     """
@@ -31,6 +36,7 @@ class Statistics:
     input_moments: dict[str, Tensor] = field(default_factory=dict)
     token_counts: Tensor | None = None
     sensitivity: Sensitivity | None = None
+    word_embeddings: str | None = None
     importance: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -66,7 +72,8 @@ def collect(
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             # [sequences, length, columns] → [tokens, columns]; poolers and classifiers see [sequences, columns]
-            x = x[mask] if mask is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
+            # and relative positions are no places of the text
+            x = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
             x = x.float()
             if name not in sums:
                 sums[name] = x.new_zeros(x.shape[1], x.shape[1])
@@ -89,7 +96,10 @@ def collect(
     try:
         for batch in progress(batches) if handles else ():
             mask = batch.attention_mask.bool().to(device)
-            runner(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
+            ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
+            if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
+                ids, attended = ids[None], attended[None]
+            runner(input_ids=ids, attention_mask=attended)
     finally:
         for handle in handles:
             handle.remove()

@@ -29,6 +29,7 @@ from .calibration_text import CalibrationRecord, CalibrationText, load_texts, wa
 from .errors import CompressionError, listing
 from .families import family_of
 from .folder import save_folder
+from .layout import layout_of_model
 from .measuring import measure
 from .memory import release_memory
 from .plan import Plan, make_plan
@@ -290,7 +291,10 @@ def compress_model(
     config = model.config.to_dict()
     family = family_of(config)
     architecture = type(model).__name__
-    plan = make_plan(config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype))
+    layout = layout_of_model(model)
+    plan = make_plan(
+        config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype), skeleton=layout
+    )
     if (texts or validation) and tokenizer is None:
         raise CompressionError(
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
@@ -305,7 +309,7 @@ def compress_model(
 
     try:
         wider = wider_tensors(plan, compute.state_dict())
-        plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider)
+        plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, skeleton=layout)
 
         def measured() -> tuple[Statistics, CalibrationRecord | None]:
             if texts is None:
@@ -316,7 +320,7 @@ def compress_model(
         statistics, record = measured()
 
         def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
-            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider)
+            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, skeleton=layout)
             # Moments are dropped as they are used, to save memory; whoever searches needs them again.
             known = (
                 statistics if max_loss is None else replace(statistics, input_moments=dict(statistics.input_moments))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from .base import COMPANIONS, copy_companions, quiet_transformers
 from .errors import CompressionError, listing, refusing
-from .families import FAMILIES, PARTS, Matrix, Skeleton
+from .families import FAMILIES, Skeleton
 from .files import check_target, keep_others, whole_folder
 from .folder import ADVICE, REPORT_FILE, check_fit, compressed_config
 from .progress import stage
 from .recipe import STORAGES
+from .runtime.architectures_compressed import CLASS_PREFIX, TYPE_PREFIX
 from .tensor_files import check_weights
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ WRITTEN = re.compile(
     rf"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{EXPORT_FILE}|{REPORT_FILE}|"
     r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)"
 )
-PREFIX = "Compressed"
-TYPE_PREFIX = "compressed_"
 # Fields of a compressed model's config that a stock one does not have, or has of its own.
 NOT_CARRIED = (
     "model_type",
@@ -124,7 +123,7 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
         raise CompressionError(
             f"{what}: {listing(missing[:3])}{' …' if len(missing) > 3 else ''} are missing. {ADVICE}"
         )
-    stock = getattr(transformers, name.removeprefix(PREFIX))
+    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX))
     model_type = str(config["model_type"]).removeprefix(TYPE_PREFIX)
     values = {key: value for key, value in compressed.config.to_dict().items() if key not in NOT_CARRIED}
     stock_config = stock.config_class(**values)
@@ -160,21 +159,19 @@ def dense_state(model: PreTrainedModel, skeleton: Skeleton) -> dict[str, Tensor]
     from .runtime.weights_compressed import CompressedWeight
 
     kept = {name: tensor for name, tensor in model.state_dict().items() if name in skeleton.parameters}
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, list[Any]] = {}
     with torch.no_grad():
         for matrix in skeleton.matrices:
-            name = f"{skeleton.prefix if matrix.in_base else ''}{matrix.module}"
+            name = matrix.full_module(skeleton.prefix)
             module: Any = model.get_submodule(name)
             if isinstance(module, FusedLinear):
-                parts.setdefault(name, {})[str(matrix.part)] = module[str(matrix.part)]
+                parts.setdefault(name, []).append(module[str(matrix.part)])
+                # [out, in] of each part so far, one below the other, as the fused layer has them
+                kept[f"{name}.weight"] = matrix.as_stored(torch.cat([_weight(part) for part in parts[name]]))
+                if matrix.bias:
+                    kept[f"{name}.bias"] = torch.cat([part.bias for part in parts[name]])
             elif isinstance(module, CompressedWeight):
-                kept[f"{name}.weight"] = _as_stored(module.dense_weight(), matrix)
-        for name, found in parts.items():
-            matrix = next(m for m in skeleton.matrices if name.endswith(m.module) and m.part)
-            # [out, in] of each part, one below the other, as the fused layer has them
-            weight = torch.cat([_weight(found[part]) for part in PARTS])
-            kept[f"{name}.weight"] = _as_stored(weight, matrix)
-            kept[f"{name}.bias"] = torch.cat([found[part].bias for part in PARTS])
+                kept[f"{name}.weight"] = matrix.as_stored(module.dense_weight())
     return {name: tensor.detach() for name, tensor in kept.items()}
 
 
@@ -182,11 +179,6 @@ def _weight(module: Any) -> Tensor:
     """Return the weight [out, in] of a linear layer, compressed or not."""
     weight: Tensor = module.dense_weight() if hasattr(module, "dense_weight") else module.weight
     return weight
-
-
-def _as_stored(weight: Tensor, matrix: Matrix) -> Tensor:
-    """Return a weight [rows, columns] as the checkpoint keeps it."""
-    return (weight.T if matrix.transposed else weight).contiguous()
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:

@@ -1,18 +1,27 @@
-"""The architectures that can be compressed: every parameter of every head, read off the config alone.
+"""The architectures that can be compressed, and what the rest of the package sees of one: parameters and matrices.
 
-Nothing here imports torch. A family lists, for a `config.json`, all parameters with their shapes and which of them are
-weight matrices of a *kind*. The kinds have the same names in all families; a matrix is always seen as [out, in] (an
-embedding as [tokens, width]), so GPT-2's transposed Conv1D and its fused c_attn are turned and cut here, once.
+The kinds have the same names in all families; a matrix is always seen as [out, in] (an embedding as [tokens, width]), so
+transposed and fused layers are turned and cut here, and joined again, and nowhere else. No torch is needed until a layout
+is asked for; see `layout.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from .errors import CompressionError, listing
+from .runtime.architectures_compressed import (
+    ARCHITECTURES,
+    CLASS_PREFIX,
+    QUERY_KEY_VALUE,
+    TYPE_PREFIX,
+    Architecture,
+)
 from .structures import Shape
 
 KINDS = (
@@ -26,16 +35,24 @@ KINDS = (
     "position_embeddings",
     "pooler",
     "head",
+    "gate",
+    "embedding_projection",
+    "position_query",
+    "position_key",
 )
-# How names of classes end that predict masked tokens, or the next one.
-MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
-CAUSAL_HEADS = ("LMHeadModel", "ForCausalLM")
+_ATTENTION = ("query", "key", "value", "attention_output", "position_query", "position_key")
+_FEED_FORWARD = ("intermediate", "output", "gate")
 SHORTHANDS = {
-    "attention": ("query", "key", "value", "attention_output"),
-    "feed_forward": ("intermediate", "output"),
-    "linears": ("query", "key", "value", "attention_output", "intermediate", "output"),
+    "attention": _ATTENTION,
+    "feed_forward": _FEED_FORWARD,
+    "linears": (*_ATTENTION, *_FEED_FORWARD),
     "all": KINDS,
 }
+# Kinds of one module's neighbours that are applied to the same inputs.
+SAME_INPUTS = (QUERY_KEY_VALUE, ("gate", "intermediate"))
+# How names of classes end that predict masked tokens, or the next one.
+_MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+_CAUSAL_HEADS = ("LMHeadModel", "ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -53,8 +70,9 @@ class Matrix:
         embedding: whether its rows are looked up.
         bias: whether its module has a bias.
         transposed: whether the checkpoint keeps it as [in, out].
-        part: of a fused module, the part that this matrix is (see `PARTS`).
+        part: of a fused module, the part that this matrix is.
         heads: attention heads that the rows are cut into; 1 where they are not.
+        start: of a part, its first row in the fused module.
     """
 
     module: str
@@ -69,24 +87,34 @@ class Matrix:
     transposed: bool = False
     part: str | None = None
     heads: int = 1
+    start: int = 0
 
     @property
     def name(self) -> str:
         """The module's path, and behind it the part; what regular expressions of a recipe are matched against."""
         return f"{self.module}.{self.part}" if self.part else self.module
 
+    def full_name(self, prefix: str) -> str:
+        """Return the name with the base model's prefix where it lies in the base."""
+        return f"{prefix if self.in_base else ''}{self.name}"
+
+    def full_module(self, prefix: str) -> str:
+        """Return the stock module's path with the base model's prefix where it lies in the base."""
+        return f"{prefix if self.in_base else ''}{self.module}"
+
     def dense(self, state: Mapping[str, Any], prefix: str) -> Any:
         """Return the matrix [rows, columns] as a view into a checkpoint's tensors."""
-        weight = state[f"{prefix if self.in_base else ''}{self.module}.weight"]
+        weight = state[f"{self.full_module(prefix)}.weight"]
         weight = weight.T if self.transposed else weight
-        if self.part:
-            start = PARTS.index(self.part) * self.rows
-            weight = weight[start : start + self.rows]
-        return weight
+        return weight[self.start : self.start + self.rows] if self.part else weight
 
+    def dense_bias(self, state: Mapping[str, Any], prefix: str) -> Any:
+        """Return its bias [rows] as a view into a checkpoint's tensors; only if it has one."""
+        return state[f"{self.full_module(prefix)}.bias"][self.start : self.start + self.rows]
 
-# The parts of a fused module, in the order of its outputs.
-PARTS = ("query", "key", "value")
+    def as_stored(self, weight: Any) -> Any:
+        """Return a weight [rows, columns], or all parts of a fused one, as the checkpoint keeps it."""
+        return (weight.T if self.transposed else weight).contiguous()
 
 
 @dataclass
@@ -95,10 +123,11 @@ class Skeleton:
 
     Attributes:
         prefix: what parameters of the base model begin with, e.g. ``"bert."``; empty for a base model.
-        parameters: full name → shape of every stored parameter (tied ones once, under the input's name).
-        matrices: those that belong to a kind.
-        tied: whether the word embeddings also serve as the head's output matrix.
         word_embeddings: module of the word embeddings, without the prefix.
+        tied: whether the word embeddings also serve as the head's output matrix.
+        parameters: full name → shape of every stored parameter (tied ones once, under the input's name).
+        matrices: those that belong to a kind, of the base model first.
+        absent: modules of the base model that this one lacks.
     """
 
     prefix: str
@@ -106,302 +135,95 @@ class Skeleton:
     tied: bool = False
     parameters: dict[str, Shape] = field(default_factory=dict)
     matrices: list[Matrix] = field(default_factory=list)
-
-    def linear(
-        self,
-        module: str,
-        rows: int,
-        columns: int,
-        kind: str | None = None,
-        *,
-        layer: int | None = None,
-        inputs: str | None = None,
-        bias: bool = True,
-        transposed: bool = False,
-        fused: bool = False,
-        in_base: bool = True,
-        heads: int = 1,
-    ) -> None:
-        """Add a linear layer [rows, columns]; `fused` cuts it into `PARTS` of equal rows, each a matrix of its own."""
-        full = f"{self.prefix if in_base else ''}{module}"
-        self.parameters[f"{full}.weight"] = (columns, rows) if transposed else (rows, columns)
-        if bias:
-            self.parameters[f"{full}.bias"] = (rows,)
-        if kind is None:
-            return
-        for part in PARTS if fused else (None,):
-            self.matrices.append(
-                Matrix(
-                    module=module,
-                    kind=part or kind,
-                    layer=layer,
-                    rows=rows // len(PARTS) if part else rows,
-                    columns=columns,
-                    inputs=inputs or module,
-                    in_base=in_base,
-                    bias=bias,
-                    transposed=transposed,
-                    part=part,
-                    heads=heads,
-                )
-            )
-
-    def embedding(self, module: str, rows: int, columns: int, kind: str | None = None) -> None:
-        """Add an embedding [rows, columns]."""
-        self.parameters[f"{self.prefix}{module}.weight"] = (rows, columns)
-        if kind:
-            self.matrices.append(Matrix(module, kind, None, rows, columns, inputs=module, embedding=True, bias=False))
-
-    def norm(self, module: str, width: int, *, in_base: bool = True) -> None:
-        """Add a layer norm."""
-        full = f"{self.prefix if in_base else ''}{module}"
-        self.parameters |= {f"{full}.weight": (width,), f"{full}.bias": (width,)}
-
-    def output_embeddings(self, module: str, vocabulary: int, width: int, *, bias: str | None, tied: bool) -> None:
-        """Add a language model's output matrix, unless it is `tied` to the word embeddings; `bias` names its bias."""
-        self.tied = tied
-        if bias:
-            self.parameters[bias] = (vocabulary,)
-        if not tied:
-            self.linear(module, vocabulary, width, "head", bias=bias is not None, in_base=False)
+    absent: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
         """Number of parameters, each stored once."""
         return sum(prod(shape) for shape in self.parameters.values())
 
+    @property
+    def unknown(self) -> dict[str, Shape]:
+        """Full name → shape of the parameters of two and more dimensions that are of no kind."""
+        known = {f"{matrix.full_module(self.prefix)}.weight" for matrix in self.matrices}
+        return {name: shape for name, shape in self.parameters.items() if len(shape) > 1 and name not in known}
+
+    def fused_with(self, chosen: Sequence[Matrix]) -> list[Matrix]:
+        """Return all parts of the fused modules that matrices lie in, chosen or not."""
+        modules = {matrix.module for matrix in chosen if matrix.part}
+        return [matrix for matrix in self.matrices if matrix.part and matrix.module in modules]
+
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: its config, its classes, and how its skeleton is built."""
+    """An architecture: its entry in the table, and the heads that the installed transformers has for it."""
 
     model_type: str
-    title: str
-    base_class: str
-    base_prefix: str
-    heads: tuple[str, ...]
-    build: Callable[[Mapping[str, Any], str, Skeleton], None]
-    word_embeddings: str
-    defaults: Mapping[str, Any]
+    entry: Architecture
+
+    @property
+    def title(self) -> str:
+        """How texts call it."""
+        return self.entry.title
+
+    @property
+    def base_class(self) -> str:
+        """The stock class without a head."""
+        return self.entry.base
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """Stock classes of the family: the base, those of auto classes, and those that no auto class has."""
+        from transformers.models.auto import modeling_auto
+
+        found = [self.entry.base]
+        for name, mapping in vars(modeling_auto).items():
+            if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES"):
+                classes = mapping.get(self.model_type, ())
+                found += [classes] if isinstance(classes, str) else list(classes)
+        return tuple(name for name in dict.fromkeys((*found, *self.entry.heads)) if self.owns(name))
+
+    def owns(self, architecture: str) -> bool:
+        """Return whether a class is named as the family's are; known without transformers."""
+        stem = re.escape(self.entry.base.removesuffix("Model"))
+        return re.fullmatch(rf"{stem}(Model|LMHeadModel|For[A-Z]\w+)", architecture) is not None or (
+            architecture in self.entry.heads
+        )
 
     def skeleton(self, config: Mapping[str, Any], architecture: str) -> Skeleton:
         """Return the parameters of `architecture` (a stock class name) under `config` (the contents of config.json).
 
         Raises:
-            CompressionError: the architecture is not one of this family's, or the config lacks a size.
+            CompressionError: the architecture is not one of this family's, or the config does not describe one.
         """
         if architecture not in self.heads:
             raise CompressionError(
                 f"'{architecture}' is not an architecture of {self.title} that can be compressed; "
                 f"known: {listing(self.heads)}. Pass auto_class to choose one."
             )
-        prefix = "" if architecture == self.base_class else f"{self.base_prefix}."
-        skeleton = Skeleton(prefix, self.word_embeddings)
-        values = {**self.defaults, **{name: value for name, value in config.items() if value is not None}}
-        values["num_labels"] = len(values["id2label"]) if "id2label" in values else values.get("num_labels", 2)
-        self.build(values, architecture, skeleton)
-        return skeleton
+        from .layout import layout_of_config
+
+        return layout_of_config(self.entry, config, architecture)
 
 
-def _encoder(c: Mapping[str, Any], skeleton: Skeleton, *, pooler: bool) -> None:
-    """Add the body that BERT and RoBERTa have in common."""
-    width, inner = c["hidden_size"], c["intermediate_size"]
-    skeleton.embedding("embeddings.word_embeddings", c["vocab_size"], width, "word_embeddings")
-    skeleton.embedding("embeddings.position_embeddings", c["max_position_embeddings"], width, "position_embeddings")
-    skeleton.embedding("embeddings.token_type_embeddings", c["type_vocab_size"], width)
-    skeleton.norm("embeddings.LayerNorm", width)
-    for i in range(c["num_hidden_layers"]):
-        at = f"encoder.layer.{i}"
-        for kind in PARTS:
-            skeleton.linear(
-                f"{at}.attention.self.{kind}",
-                width,
-                width,
-                kind,
-                layer=i,
-                inputs=f"{at}.attention.self",
-                heads=c["num_attention_heads"],
-            )
-        skeleton.linear(f"{at}.attention.output.dense", width, width, "attention_output", layer=i)
-        skeleton.norm(f"{at}.attention.output.LayerNorm", width)
-        if c["is_decoder"] and c["add_cross_attention"]:
-            for kind in PARTS:
-                skeleton.linear(f"{at}.crossattention.self.{kind}", width, width)
-            skeleton.linear(f"{at}.crossattention.output.dense", width, width)
-            skeleton.norm(f"{at}.crossattention.output.LayerNorm", width)
-        skeleton.linear(f"{at}.intermediate.dense", inner, width, "intermediate", layer=i)
-        skeleton.linear(f"{at}.output.dense", width, inner, "output", layer=i)
-        skeleton.norm(f"{at}.output.LayerNorm", width)
-    if pooler:
-        skeleton.linear("pooler.dense", width, width, "pooler")
+FAMILIES = {model_type: Family(model_type, entry) for model_type, entry in ARCHITECTURES.items()}
 
 
-def _head(skeleton: Skeleton, module: str, rows: int, columns: int, *, bias: bool = True) -> None:
-    skeleton.linear(module, rows, columns, "head", bias=bias, in_base=False)
+def objective_of(architecture: str) -> Literal["masked", "causal", "discriminative"] | None:
+    """Return what a stock class, or the compressed one of it, was trained to tell of tokens: those masked, or the next.
+
+    A discriminative one tells whether a token was replaced; None stands for all others.
+    """
+    if any(architecture.removeprefix(CLASS_PREFIX) in entry.discriminative for entry in ARCHITECTURES.values()):
+        return "discriminative"
+    if architecture.endswith(_CAUSAL_HEADS):
+        return "causal"
+    return "masked" if architecture.endswith(_MASKED_HEADS) else None
 
 
-def _bert(c: Mapping[str, Any], architecture: str, skeleton: Skeleton) -> None:
-    width, head = c["hidden_size"], architecture.removeprefix("Bert")
-    poolers = ("Model", "ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice")
-    _encoder(c, skeleton, pooler=head in poolers)
-    if head in ("ForPreTraining", "ForMaskedLM", "LMHeadModel"):
-        _head(skeleton, "cls.predictions.transform.dense", width, width)
-        skeleton.norm("cls.predictions.transform.LayerNorm", width, in_base=False)
-        skeleton.output_embeddings(
-            "cls.predictions.decoder",
-            c["vocab_size"],
-            width,
-            bias="cls.predictions.bias",
-            tied=c["tie_word_embeddings"],
-        )
-    if head in ("ForPreTraining", "ForNextSentencePrediction"):
-        _head(skeleton, "cls.seq_relationship", 2, width)
-    if head in ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"):
-        _head(skeleton, "classifier", 1 if head == "ForMultipleChoice" else c["num_labels"], width)
-    if head == "ForQuestionAnswering":
-        _head(skeleton, "qa_outputs", c["num_labels"], width)
-
-
-def _roberta(c: Mapping[str, Any], architecture: str, skeleton: Skeleton) -> None:
-    width, head = c["hidden_size"], architecture.removeprefix("Roberta")
-    _encoder(c, skeleton, pooler=head in ("Model", "ForMultipleChoice"))
-    if head in ("ForMaskedLM", "ForCausalLM"):
-        _head(skeleton, "lm_head.dense", width, width)
-        skeleton.norm("lm_head.layer_norm", width, in_base=False)
-        skeleton.output_embeddings(
-            "lm_head.decoder", c["vocab_size"], width, bias="lm_head.bias", tied=c["tie_word_embeddings"]
-        )
-    if head == "ForSequenceClassification":
-        _head(skeleton, "classifier.dense", width, width)
-        _head(skeleton, "classifier.out_proj", c["num_labels"], width)
-    if head in ("ForTokenClassification", "ForMultipleChoice"):
-        _head(skeleton, "classifier", 1 if head == "ForMultipleChoice" else c["num_labels"], width)
-    if head == "ForQuestionAnswering":
-        _head(skeleton, "qa_outputs", c["num_labels"], width)
-
-
-def _gpt2(c: Mapping[str, Any], architecture: str, skeleton: Skeleton) -> None:
-    width, head = c["n_embd"], architecture.removeprefix("GPT2")
-    inner = c.get("n_inner") or 4 * width
-    skeleton.embedding("wte", c["vocab_size"], width, "word_embeddings")
-    skeleton.embedding("wpe", c["n_positions"], width, "position_embeddings")
-    for i in range(c["n_layer"]):
-        at = f"h.{i}"
-        skeleton.norm(f"{at}.ln_1", width)
-        skeleton.linear(
-            f"{at}.attn.c_attn",
-            3 * width,
-            width,
-            "query",
-            layer=i,
-            transposed=True,
-            fused=True,
-            heads=c["n_head"],
-        )
-        skeleton.linear(f"{at}.attn.c_proj", width, width, "attention_output", layer=i, transposed=True)
-        skeleton.norm(f"{at}.ln_2", width)
-        if c["add_cross_attention"]:
-            skeleton.linear(f"{at}.crossattention.c_attn", 2 * width, width, transposed=True)
-            skeleton.linear(f"{at}.crossattention.q_attn", width, width, transposed=True)
-            skeleton.linear(f"{at}.crossattention.c_proj", width, width, transposed=True)
-            skeleton.norm(f"{at}.ln_cross_attn", width)
-        skeleton.linear(f"{at}.mlp.c_fc", inner, width, "intermediate", layer=i, transposed=True)
-        skeleton.linear(f"{at}.mlp.c_proj", width, inner, "output", layer=i, transposed=True)
-    skeleton.norm("ln_f", width)
-    if head in ("LMHeadModel", "DoubleHeadsModel"):
-        skeleton.output_embeddings("lm_head", c["vocab_size"], width, bias=None, tied=c["tie_word_embeddings"])
-    if head == "DoubleHeadsModel" and c["summary_use_proj"]:
-        # The model sets num_labels to 1 itself.
-        _head(skeleton, "multiple_choice_head.summary", 1 if c["summary_proj_to_labels"] else width, width)
-    if head == "ForSequenceClassification":
-        _head(skeleton, "score", c["num_labels"], width, bias=False)
-    if head == "ForTokenClassification":
-        _head(skeleton, "classifier", c["num_labels"], width)
-    if head == "ForQuestionAnswering":
-        _head(skeleton, "qa_outputs", 2, width)
-
-
-_ENCODER_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(
-            "bert",
-            "BERT",
-            "BertModel",
-            "bert",
-            (
-                "BertModel",
-                "BertForPreTraining",
-                "BertForMaskedLM",
-                "BertLMHeadModel",
-                "BertForNextSentencePrediction",
-                "BertForSequenceClassification",
-                "BertForMultipleChoice",
-                "BertForTokenClassification",
-                "BertForQuestionAnswering",
-            ),
-            _bert,
-            "embeddings.word_embeddings",
-            {**_ENCODER_DEFAULTS, "vocab_size": 30522},
-        ),
-        Family(
-            "roberta",
-            "RoBERTa",
-            "RobertaModel",
-            "roberta",
-            (
-                "RobertaModel",
-                "RobertaForMaskedLM",
-                "RobertaForCausalLM",
-                "RobertaForSequenceClassification",
-                "RobertaForMultipleChoice",
-                "RobertaForTokenClassification",
-                "RobertaForQuestionAnswering",
-            ),
-            _roberta,
-            "embeddings.word_embeddings",
-            {**_ENCODER_DEFAULTS, "vocab_size": 50265},
-        ),
-        Family(
-            "gpt2",
-            "GPT-2",
-            "GPT2Model",
-            "transformer",
-            (
-                "GPT2Model",
-                "GPT2LMHeadModel",
-                "GPT2DoubleHeadsModel",
-                "GPT2ForSequenceClassification",
-                "GPT2ForTokenClassification",
-                "GPT2ForQuestionAnswering",
-            ),
-            _gpt2,
-            "wte",
-            {
-                "vocab_size": 50257,
-                "n_positions": 1024,
-                "n_embd": 768,
-                "n_layer": 12,
-                "n_head": 12,
-                "add_cross_attention": False,
-                "tie_word_embeddings": True,
-                "summary_use_proj": True,
-                "summary_proj_to_labels": True,
-            },
-        ),
-    )
-}
+def is_language_model(architecture: str) -> bool:
+    """Return whether a stock class predicts tokens, masked ones or the next."""
+    return objective_of(architecture) in ("masked", "causal")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -411,7 +233,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         CompressionError: the model is compressed or quantized already, or its architecture is not supported.
     """
     model_type = config.get("model_type")
-    if config.get("compression") or str(model_type).startswith("compressed_"):
+    if config.get("compression") or str(model_type).startswith(TYPE_PREFIX):
         raise CompressionError(
             "This model is compressed already; pass the base model it was made from (`hf-offline-compress inspect` names it)."
         )

@@ -20,7 +20,7 @@ from .families import FAMILIES
 from .files import read_json, whole_folder
 from .preflight import check_room, shard_bytes
 from .progress import stage
-from .registration import MODEL_TYPES
+from .runtime.architectures_compressed import CLASS_PREFIX, MODEL_TYPES, TYPE_PREFIX
 from .schemas import CONFIG, EVALUATION, REPORT, check
 from .tensor_files import check_weights
 from .verifying.record import RECORD_FILE, read_record, write_record
@@ -98,9 +98,9 @@ def compressed_config(folder: Path) -> dict[str, Any]:
         )
     title = f"The config.json of '{folder.name}'"
     check(config, CONFIG, title, ADVICE)
-    family = FAMILIES[config["model_type"].removeprefix("compressed_")]
-    names = [f"Compressed{head}" for head in family.heads]
-    if not config["architectures"] or config["architectures"][0] not in names:
+    family = FAMILIES[config["model_type"].removeprefix(TYPE_PREFIX)]
+    named = config["architectures"][0] if config["architectures"] else ""
+    if not named.startswith(CLASS_PREFIX) or not family.owns(named.removeprefix(CLASS_PREFIX)):
         found = config["architectures"][0] if config["architectures"] else "none"
         raise CompressionError(
             f"{title} names '{found}' in architectures, which is no compressed {family.title}. {ADVICE}"
@@ -134,7 +134,7 @@ def _report(folder: Path) -> dict[str, Any]:
     if report is None:
         raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {ADVICE}")
     check(report, REPORT, title, ADVICE)
-    if report["architecture"] not in {head for family in FAMILIES.values() for head in family.heads}:
+    if not any(family.owns(report["architecture"]) for family in FAMILIES.values()):
         raise CompressionError(
             f"{title} names the architecture '{report['architecture']}', which this version does not know. {ADVICE}"
         )

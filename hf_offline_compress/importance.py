@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .calibration_text import Batch
 from .errors import CompressionError, listing
-from .families import CAUSAL_HEADS, Matrix
+from .families import Matrix, objective_of
 from .plan import no_head
 from .recipe import IMPORTANCES
 from .sensitivity import _frozen, _portions, _speaks
@@ -105,7 +105,7 @@ def _head(model: nn.Module, kind: str, mask_token: int | None) -> Literal["maske
         raise no_head(kind, name)
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "task"
-    if name.endswith(CAUSAL_HEADS):
+    if objective_of(name) == "causal":
         return "causal"
     if mask_token is None:
         raise CompressionError(f"The importance '{kind}' of {name}, a masked language model, needs its mask token.")
@@ -166,6 +166,8 @@ def _own_probability(model: Any, name: str, logits: Tensor, mask: Tensor) -> Ten
     """
     if name in POSITIONS:
         logits = logits.masked_fill(~mask, -torch.inf)
+    elif objective_of(type(model).__name__) == "discriminative":
+        return logits[mask].abs().sigmoid()
     elif logits.dim() == 3:
         logits = logits[mask]
     if getattr(model.config, "problem_type", None) == "multi_label_classification":

@@ -10,7 +10,7 @@ from .base import clamp_length
 from .calibration import Statistics, collect
 from .calibration_text import CalibrationRecord, CalibrationText, count_tokens, make_batches
 from .errors import CompressionError, listing
-from .families import MASKED_HEADS, Matrix
+from .families import Matrix, objective_of
 from .importance import measure_importance
 from .memory import release_memory
 from .plan import Plan
@@ -49,7 +49,7 @@ def measure(
     def bar(title: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return lambda items: progress_bar(items, title, "batch", progress)
 
-    masked = plan.architecture.endswith(MASKED_HEADS)
+    masked = objective_of(plan.architecture) == "masked"
     positions = clamp_length(tokenizer, model.config.to_dict()).model_max_length
     options: dict[str, Any] = {
         "positions": positions,
@@ -72,6 +72,7 @@ def measure(
     if plan.recipe.sensitive:
         asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]
         words = [m for m in plan.skeleton.matrices if m.kind == "word_embeddings"]
+        statistics.word_embeddings = plan.skeleton.word_embeddings
         # Positions are added to words: what is said of an error in one holds for the other.
         measured = [m for m in asked if not m.embedding] + (words if any(m.embedding for m in asked) else [])
         mixed = {m.name for g in plan.groups if any(s.mixes_outputs for s in g.rule.structures) for m in g.matrices}

@@ -12,11 +12,11 @@ from math import prod
 from typing import Any
 
 from .errors import CompressionError, listing
-from .families import Matrix, Skeleton, architecture_of, family_of
+from .families import KINDS, SHORTHANDS, Matrix, Skeleton, architecture_of, family_of
 from .recipe import STORAGES, Recipe, Rule, matches
 from .structures import INTEGERS, ITEM_BYTES, GroupShape, Shape, Size, Storage, Stored, Structure
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 DECODERS = "compression_decoders"
 FLOAT32 = 4
 # Heads that predict only from several inputs at once.
@@ -99,16 +99,14 @@ class Group:
 
     def member_tensors(self, matrix: Matrix, prefix: str) -> dict[str, Stored]:
         """Return the tensors of one member's own, by full name."""
-        at = f"{prefix if matrix.in_base else ''}{matrix.name}"
+        at = matrix.full_name(prefix)
         own = self.storage.kept(self.structure.member_tensors(self.size, self.shape))
         return {f"{at}.{name}": tensor for name, tensor in own.items()}
 
     def decoder_tensors(self, prefix: str) -> dict[str, Stored]:
         """Return the tensors that decode the members, by full name."""
         only = self.matrices[0]
-        at = (
-            f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{prefix if only.in_base else ''}{only.name}.decoder"
-        )
+        at = f"{prefix}{DECODERS}.{self.name}" if self.shared else f"{only.full_name(prefix)}.decoder"
         tensors = self.storage.kept(self.structure.decoder_tensors(self.size, self.shape))
         return {f"{at}.{name}": tensor for name, tensor in tensors.items()}
 
@@ -210,19 +208,20 @@ class Plan:
     def rest_tensors(self) -> dict[str, tuple[Shape, str]]:
         """Return full name → shape and dtype of every tensor that is stored for all else; parts of fused layers apart."""
         chosen = [matrix for group in self.groups for matrix in group.matrices]
-        gone = {f"{self.skeleton.prefix if m.in_base else ''}{m.module}.weight" for m in chosen}
+        prefix = self.skeleton.prefix
+        gone = {f"{matrix.full_module(prefix)}.weight" for matrix in chosen}
         rest = {name: shape for name, shape in self.skeleton.parameters.items() if name not in gone}
-        fused = {matrix.module for matrix in chosen if matrix.part}
-        for matrix in (m for m in self.skeleton.matrices if m.module in fused):
-            rest.pop(f"{self.skeleton.prefix}{matrix.module}.bias", None)
-            rest[f"{self.skeleton.prefix}{matrix.name}.bias"] = (matrix.rows,)
+        for matrix in self.skeleton.fused_with(chosen):
+            if matrix.bias:
+                rest.pop(f"{matrix.full_module(prefix)}.bias", None)
+                rest[f"{matrix.full_name(prefix)}.bias"] = (matrix.rows,)
             if matrix not in chosen:
-                rest[f"{self.skeleton.prefix}{matrix.name}.weight"] = (matrix.rows, matrix.columns)
+                rest[f"{matrix.full_name(prefix)}.weight"] = (matrix.rows, matrix.columns)
         return {name: (shape, self.wider.get(name, self.rest)) for name, shape in rest.items()}
 
     def dense_bytes(self, matrices: tuple[Matrix, ...]) -> int:
         """Return how many bytes matrices take that stay dense."""
-        names = [f"{self.skeleton.prefix if m.in_base else ''}{m.name}.weight" for m in matrices]
+        names = [f"{m.full_name(self.skeleton.prefix)}.weight" for m in matrices]
         return sum(
             m.rows * m.columns * STORAGES[self.wider.get(name, self.rest)]
             for m, name in zip(matrices, names, strict=True)
@@ -289,7 +288,13 @@ class Plan:
                 "shared": group.shared,
                 "members": members,
             }
-        return {"format_version": FORMAT_VERSION, "decoding": "cached", "rest": self.rest, "groups": groups}
+        return {
+            "format_version": FORMAT_VERSION,
+            "decoding": "cached",
+            "rest": self.rest,
+            "absent": list(self.skeleton.absent),
+            "groups": groups,
+        }
 
 
 def make_plan(
@@ -299,6 +304,7 @@ def make_plan(
     architecture: str | None = None,
     dtype: str | None = None,
     wider: Mapping[str, str] | None = None,
+    skeleton: Skeleton | None = None,
 ) -> Plan:
     """Return what `recipe` makes of the model that `config` describes.
 
@@ -308,6 +314,7 @@ def make_plan(
         architecture: stock class of the base; by default the one that the config names.
         dtype: of the compressed model; by default the config's, and float32 where that says nothing.
         wider: what needs a wider dtype than planned, known once the weights are; see `Plan`.
+        skeleton: of the base, where the model is at hand; by default that of the config.
 
     Raises:
         CompressionError: the architecture is not supported, nothing matches, or nothing would shrink.
@@ -318,7 +325,7 @@ def make_plan(
     dtype = (dtype or own.replace("float64", "float32")).removeprefix("torch.")
     if dtype not in STORAGES:
         raise CompressionError(f"The dtype '{dtype}' is not supported; supported are {listing(STORAGES)}.")
-    skeleton = family.skeleton(config, architecture)
+    skeleton = skeleton or family.skeleton(config, architecture)
     _check_matches(recipe, skeleton, architecture)
     _check_ratios(recipe, dtype)
     _check_importance(recipe, architecture, family.base_class)
@@ -357,8 +364,9 @@ def _sized_plan(
         closest = next((item for item in dense if item.reason.startswith(_TOO_SMALL)), dense[0])
         raise CompressionError(f"Nothing would shrink: {closest.name} {closest.reason}. Ask for another ratio.")
     total = draft.skeleton.total
+    dense += [Dense(name, prod(shape), "is of no kind") for name, shape in draft.skeleton.unknown.items()]
     rest = total - sum(group.parameters for group in groups) - sum(item.parameters for item in dense)
-    dense.append(Dense("everything else", rest, "norms, biases and other parameters of no kind"))
+    dense.append(Dense("everything else", rest, "norms and biases"))
     return replace(draft, groups=tuple(groups), dense=tuple(dense))
 
 
@@ -392,7 +400,9 @@ def _within_budget(draft: Plan, grouped: Sequence[tuple[Rule, tuple[Matrix, ...]
 
 def _check_matches(recipe: Recipe, skeleton: Skeleton, architecture: str) -> None:
     """Raise if a selector that the user wrote names no matrix of this model."""
-    for selector in {*recipe.modules, *(name for rule in recipe.rules for name in rule.modules)}:
+    # A rule may be for kinds that some architectures do not have, such as position embeddings.
+    ruled = {name for rule in recipe.rules for name in rule.modules} - {*KINDS, *SHORTHANDS}
+    for selector in {*recipe.modules} | ruled:
         if not any(matches(matrix, (selector,)) for matrix in skeleton.matrices):
             present = listing(dict.fromkeys(matrix.kind for matrix in skeleton.matrices))
             raise CompressionError(f"'{selector}' matches no weight matrix of this {architecture}; it has {present}.")
@@ -482,5 +492,6 @@ def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float |
 def _name(matrices: tuple[Matrix, ...]) -> str:
     first, last = matrices[0], matrices[-1]
     if first.layer is None:
-        return first.kind if first.kind != "head" else f"head_{first.module.replace('.', '_')}"
+        several = first.kind in ("head", "embedding_projection")
+        return f"{first.kind}_{first.module.replace('.', '_')}" if several else first.kind
     return f"{first.kind}_{first.layer}" if len(matrices) == 1 else f"{first.kind}_{first.layer}_{last.layer}"

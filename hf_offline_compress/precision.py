@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .building import reconstructed, rounded_factors
 from .errors import CompressionError, listing
-from .families import PARTS
 from .plan import Group, Plan
 from .runtime.storing_compressed import holding, holds
 from .solvers import Factors
@@ -42,10 +41,10 @@ def wider_tensors(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
         if dtype != narrow:
             wider[name] = str(dtype).removeprefix("torch.")
     for matrix in plan.skeleton.matrices:
-        at = f"{plan.skeleton.prefix if matrix.in_base else ''}{matrix.module}"
-        for leaf in ("weight", "bias") if matrix.part in PARTS else ():
+        at = matrix.full_module(plan.skeleton.prefix)
+        for leaf in ("weight", "bias") if matrix.part else ():
             if f"{at}.{leaf}" in wider:
-                wider[f"{at}.{matrix.part}.{leaf}"] = wider[f"{at}.{leaf}"]
+                wider[f"{matrix.full_name(plan.skeleton.prefix)}.{leaf}"] = wider[f"{at}.{leaf}"]
     return wider
 
 

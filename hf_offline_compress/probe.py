@@ -28,10 +28,7 @@ def probe_inputs(config: Any, head: str) -> dict[str, Any]:
         head: its class name; heads of several choices take [batch, choices, length], the others [batch, length].
     """
     pad: Any = getattr(config, "pad_token_id", None)
-    positions: Any = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", LENGTH)
-    if "roberta" in config.model_type:
-        positions -= (pad or 0) + 1  # counted from behind the padding's
-    length = min(LENGTH, positions)
+    length = min(LENGTH, getattr(config, "token_limit", None) or LENGTH)
     golden = (math.sqrt(5) - 1) / 2
     if pad is not None and pad >= config.vocab_size:  # a token that the tokenizer alone has
         pad = None

@@ -1,8 +1,8 @@
 """Registration with the Auto classes: complete, but only when it is needed.
 
-Registering imports torch and the modeling modules of three families, seconds that `--help` or `plan` have no use for.
+Registering imports torch and the modeling module of a family, seconds that `--help` or `inspect` have no use for.
 So the names of our model types are put into transformers' table of configs at once (or as soon as that table exists),
-and the classes behind them follow when one is first asked for, by `AutoConfig`, `AutoModel…` or `AutoTokenizer`.
+and the classes of a family follow when it is first asked for, by `AutoConfig`, `AutoModel…` or `AutoTokenizer`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPES = ("compressed_bert", "compressed_roberta", "compressed_gpt2")
+from .runtime.architectures_compressed import ARCHITECTURES, MODEL_TYPES, TYPE_PREFIX
+
 SUPPORTED_TRANSFORMERS = ((5, 20), (6, 0))
 _TABLE = "transformers.models.auto.configuration_auto"
 
@@ -33,25 +34,31 @@ def check_transformers() -> None:
         )
 
 
-def register() -> None:
-    """Register configs, models and tokenizers with the Auto classes; doing it again changes nothing."""
+def register(model_type: str | None = None) -> None:
+    """Register config, models and tokenizer of a stock model type with the Auto classes, by default of all.
+
+    Doing it again changes nothing.
+    """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto import modeling_auto, tokenization_auto
 
     from .runtime import configuration_compressed, modeling_compressed
 
-    for config_class in (
-        configuration_compressed.CompressedBertConfig,
-        configuration_compressed.CompressedRobertaConfig,
-        configuration_compressed.CompressedGPT2Config,
-    ):
+    for name in ARCHITECTURES if model_type is None else (model_type,):
+        if name in _REGISTERED:
+            continue
+        _REGISTERED.add(name)
+        config_class = configuration_compressed.config_class_of(name)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for name, model_class in modeling_compressed.auto_classes(config_class).items():
-            getattr(modeling_auto, name).register(config_class, model_class, exist_ok=True)
+        for auto, model_class in modeling_compressed.auto_classes(config_class).items():
+            getattr(modeling_auto, auto).register(config_class, model_class, exist_ok=True)
         stock = config_class.__mro__[2]
         if tokenizer_class := tokenization_auto.TOKENIZER_MAPPING.get(stock, None):
             chosen = next(cls for cls in reversed(_flat(tokenizer_class)) if cls is not None)
             AutoTokenizer.register(config_class, tokenizer_class=chosen, exist_ok=True)
+
+
+_REGISTERED: set[str] = set()
 
 
 def install() -> None:
@@ -65,21 +72,25 @@ def install() -> None:
 class _LazyConfigs(dict[str, Any]):
     """The table's registered configs, in which our entries are empty until one of them is read."""
 
-    def _resolve(self) -> None:
-        if any(dict.get(self, name) is None for name in MODEL_TYPES):
-            register()
-
     def __getitem__(self, key: str) -> Any:
         if key in MODEL_TYPES:
-            self._resolve()
+            register(key.removeprefix(TYPE_PREFIX))
         return super().__getitem__(key)
 
+    def _configs(self) -> None:
+        """Fill in the configs, without the models that they are of."""
+        from .runtime.configuration_compressed import config_class_of
+
+        for key in MODEL_TYPES:
+            if dict.get(self, key) is None:
+                self[key] = config_class_of(key.removeprefix(TYPE_PREFIX))
+
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        self._resolve()
+        self._configs()
         return super().values()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        self._resolve()
+        self._configs()
         return super().items()
 
 
@@ -118,10 +129,13 @@ def _flat(classes: Any) -> list[Any]:
 
 
 def public(name: str) -> Any:
-    """Return a compressed class by its name; importing one registers all."""
-    register()
+    """Return a compressed class by its name; importing one registers its family."""
     runtime = f"{__package__}.runtime"
-    for module in ("modeling_compressed", "configuration_compressed"):
-        if hasattr(found := importlib.import_module(f"{runtime}.{module}"), name):
-            return getattr(found, name)
+    for module in ("configuration_compressed", "modeling_compressed"):
+        found = getattr(importlib.import_module(f"{runtime}.{module}"), name, None)
+        if found is not None:
+            config_class = getattr(found, "config_class", found)
+            if getattr(config_class, "model_type", None) in MODEL_TYPES:
+                register(config_class.model_type.removeprefix(TYPE_PREFIX))
+            return found
     raise AttributeError(name)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .calibration_text import CalibrationText
 from .errors import CompressionError
-from .families import CAUSAL_HEADS, MASKED_HEADS
+from .families import is_language_model, objective_of
 from .plan import FLOAT32, Plan
 from .recipe import Recipe
 
@@ -66,13 +66,12 @@ def loss_judge(
 ) -> Callable[[Any], float]:
     """Return what gives a model's loss against the base: relative rise of perplexity, or 1 - agreement without a head."""
     chosen = list(texts.texts[:JUDGED])
-    if type(base).__name__.endswith((*MASKED_HEADS, *CAUSAL_HEADS)):
+    if is_language_model(type(base).__name__):
         from .evaluate.perplexity import perplexity
 
         def measured(model: Any) -> float:
-            options = (
-                {"block": BLOCK, "min_tokens": 8} if type(base).__name__.endswith(MASKED_HEADS) else {"block": BLOCK}
-            )
+            masked = objective_of(type(base).__name__) == "masked"
+            options = {"block": BLOCK, "min_tokens": 8} if masked else {"block": BLOCK}
             return perplexity(model, tokenizer, chosen, **options).perplexity
 
         reference = measured(base)

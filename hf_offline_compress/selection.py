@@ -11,7 +11,7 @@ from torch import Tensor
 from .calibration_text import CalibrationText
 from .errors import CompressionError
 from .evaluate.perplexity import perplexity
-from .families import CAUSAL_HEADS, MASKED_HEADS
+from .families import is_language_model
 from .plan import Group, Plan
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LENGTH = 128
 
 def check_judged(architecture: str) -> None:
     """Raise CompressionError if a stock class is no language model."""
-    if not architecture.endswith((*MASKED_HEADS, *CAUSAL_HEADS)):
+    if not is_language_model(architecture):
         raise CompressionError(
             f"Validation text chooses by perplexity, which {architecture} has none of: it is no language model. Leave the "
             "validation text out, or choose a head with auto_class."

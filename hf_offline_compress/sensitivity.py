@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calibration import add_gram_
+from .calibration import CHOICES, add_gram_
 from .calibration_text import Batch
-from .families import PARTS, Matrix
+from .families import Matrix, objective_of
 from .plan import SEVERAL_INPUTS
 
 # A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
@@ -80,7 +80,9 @@ def measure_sensitivity(
     mask: Tensor | None = None
 
     def accumulate(name: str, gradient: Tensor) -> None:
-        flat = gradient[mask] if gradient.dim() == 3 else gradient.reshape(-1, gradient.shape[-1])
+        # Relative positions are no places of the text, and poolers have none.
+        placed = mask is not None and gradient.shape[:-1] == mask.shape
+        flat = gradient[mask] if placed else gradient.reshape(-1, gradient.shape[-1])
         single = name in squares
         if name not in sums:
             sums[name] = flat.new_zeros(flat.shape[1:] if single else (flat.shape[1],) * 2, dtype=torch.float32)
@@ -89,21 +91,23 @@ def measure_sensitivity(
         else:
             add_gram_(sums[name], flat.float())
 
-    def watch(parts: dict[str | None, str]) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def watch(parts: list[Matrix]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:  # relative positions do not depend on the words
+                output = output.detach().requires_grad_()
+
             def backward(gradient: Tensor) -> None:
-                for part, name in parts.items():
-                    width = gradient.shape[-1] // len(PARTS)
-                    at = PARTS.index(part) * width if part else 0
-                    accumulate(name, gradient[..., at : at + width] if part else gradient)
+                for m in parts:
+                    accumulate(m.name, gradient[..., m.start : m.start + m.rows] if m.part else gradient)
 
             output.register_hook(backward)
+            return output
 
         return hook
 
-    by_module: dict[tuple[str, bool], dict[str | None, str]] = {}
+    by_module: dict[tuple[str, bool], list[Matrix]] = {}
     for matrix in wanted:
-        by_module.setdefault((matrix.module, matrix.in_base), {})[matrix.part] = matrix.name
+        by_module.setdefault((matrix.module, matrix.in_base), []).append(matrix)
     handles = [base.get_input_embeddings().register_forward_hook(_as_leaf)]
     handles += [
         (base if in_base else model).get_submodule(module).register_forward_hook(watch(parts))
@@ -111,6 +115,7 @@ def measure_sensitivity(
     ]
     generator = torch.Generator().manual_seed(seed)
     pooled = any(matrix.kind == "pooler" for matrix in wanted)
+    headed = _speaks(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
     tokens, curvature = 0, 0.0
     try:
         with torch.enable_grad(), _frozen(model):
@@ -119,7 +124,7 @@ def measure_sensitivity(
                 mask = batch.attention_mask.bool().to(device)
                 ids = batch.input_ids.to(device)
                 places = mask & (ids == mask_token) if mask_token is not None else mask
-                loss, at_logits = _probe(model, ids, mask, places, generator, pooled)
+                loss, at_logits = _probe(model, ids, mask, places, generator, headed, pooled)
                 loss.backward()
                 tokens += int(mask.sum())
                 curvature += at_logits
@@ -132,14 +137,22 @@ def measure_sensitivity(
 
 
 def _probe(
-    model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator, pooled: bool
+    model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator, headed: bool, pooled: bool
 ) -> tuple[Tensor, float]:
     """Return a scalar whose gradient is the probe's, and Σ g² at the logits of a language model."""
-    if _speaks(model):
+    if headed:
+        if type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
+            ids, mask = ids[None], mask[None]
         output = model(input_ids=ids, attention_mask=mask.long())
         loss, curvature = ids.new_zeros((), dtype=torch.float32), 0.0
+        discriminative = objective_of(type(model).__name__) == "discriminative"
         for name, logits in output.items():
             if not name.endswith("logits"):
+                continue
+            if discriminative:  # one number a token: whether it was replaced
+                told = logits[places].float()
+                drawn = torch.bernoulli(told.detach().sigmoid().cpu(), generator=generator).to(told)
+                loss = loss + F.binary_cross_entropy_with_logits(told, drawn, reduction="sum")
                 continue
             per_token = logits.dim() == 3
             chosen = (logits[places] if per_token else logits).float()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .calibration import Statistics
-from .families import FAMILIES
 from .plan import Group
 from .solvers import Problem
 
@@ -18,7 +17,6 @@ from .solvers import Problem
 TIMES_MORE = 3.0
 # Rows that the text says nothing of are not given up: they weigh this share of the mean.
 LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
-EMBEDDED_WORDS = {family.word_embeddings for family in FAMILIES.values()}
 
 
 def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: Statistics) -> Problem:
@@ -62,7 +60,7 @@ def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -
     counts, sensitivity = statistics.token_counts, statistics.sensitivity
     moments = None
     if sensitivity and group.rule.objective.sensitive:
-        (moments,) = (g for name, g in sensitivity.output_moments.items() if name in EMBEDDED_WORDS)
+        moments = sensitivity.output_moments[str(statistics.word_embeddings)]
     if matrix.kind != "word_embeddings" or counts is None:
         if moments is None:  # nothing to weigh positions by
             return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from inputs import inputs_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from hf_offline_compress.families import FAMILIES
+from hf_offline_compress.families import FAMILIES, objective_of
 from hf_offline_compress.structures import Autoencoder, Training
 
 WORDS = [
@@ -52,29 +53,49 @@ def nonlinear(**changes: Any) -> Autoencoder:
 
 
 HEADS = [(family.model_type, head) for family in FAMILIES.values() for head in family.heads]
-SIZES: dict[str, dict[str, Any]] = {
-    "bert": {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 40,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40},
+# Every head of a family with linear and of one with transposed, fused layers; and one head of each family.
+CORE = [(model_type, head) for model_type, head in HEADS if model_type in ("bert", "gpt2")]
+ONE_EACH = list(dict(HEADS).items())
+# By the names that configs have for it; each takes those that it knows.
+TINY: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "ffn_dim"), 64),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 40),
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "window_size": 4,
+    "relative_attention": True,
+    "position_buckets": 8,
+    "pos_att_type": ["p2c", "c2p"],
 }
-SIZES["roberta"] = SIZES["bert"]
+# Of a width that is not the layers', so that what lies between is there as well.
+NARROW_WORDS = {
+    **dict.fromkeys(("electra", "albert", "deberta-v2"), "embedding_size"),
+    "opt": "word_embed_proj_dim",
+}
+
+
+def tiny_sizes(model_type: str, layers: int = 3) -> dict[str, Any]:
+    """Return the options of a family's config that make it tiny."""
+    depth = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), layers)
+    patterns = {"attention_types": [[[("global", "local")[i % 2] for i in range(layers)], 1]]}
+    known = {f.name for f in fields(getattr(transformers, FAMILIES[model_type].entry.config))}
+    sizes = {name: value for name, value in {**TINY, **depth, **patterns}.items() if name in known}
+    return {**sizes, NARROW_WORDS[model_type]: 24} if model_type in NARROW_WORDS else sizes
 
 
 def make_tokenizer(model_type: str) -> Any:
     """Return a small tokenizer of the family's kind."""
-    if model_type == "bert":
+    entry = FAMILIES[model_type].entry
+    if not entry.causal and not entry.positions_from_padding:
         letters = "abcdefghijklmnopqrstuvwxyz"
         tokens = [*BERT_SPECIALS, *letters, *(f"##{c}" for c in letters), *WORDS]
         return BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))})
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    specials = ROBERTA_SPECIALS if model_type == "roberta" else ["<|endoftext|>"]
+    specials = ["<|endoftext|>"] if entry.causal else ROBERTA_SPECIALS
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=specials,
@@ -84,21 +105,24 @@ def make_tokenizer(model_type: str) -> Any:
     bpe.train_from_iterator(TEXTS, trainer)
     content = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in content["merges"]]
-    return (RobertaTokenizer if model_type == "roberta" else GPT2Tokenizer)(vocab=content["vocab"], merges=merges)
+    return (GPT2Tokenizer if entry.causal else RobertaTokenizer)(vocab=content["vocab"], merges=merges)
 
 
-def make_model(model_type: str, head: str, seed: int = 0, **overrides: Any) -> Any:
+def make_model(model_type: str, head: str, seed: int = 0, layers: int = 3, **overrides: Any) -> Any:
     """Return a randomly initialised stock model, of weights larger than usual so that errors show."""
     tokenizer = make_tokenizer(model_type)
-    options = {**SIZES[model_type], "vocab_size": len(tokenizer), **overrides}
-    if model_type == "bert":
-        options.setdefault("is_decoder", head == "BertLMHeadModel")
-    if model_type == "roberta":
-        options |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-        options.setdefault("is_decoder", head == "RobertaForCausalLM")
-    if model_type == "gpt2":
+    entry = FAMILIES[model_type].entry
+    options = {**tiny_sizes(model_type, layers), "vocab_size": len(tokenizer)}
+    if entry.causal:
         options |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = getattr(transformers, {"bert": "BertConfig", "roberta": "RobertaConfig", "gpt2": "GPT2Config"}[model_type])
+    elif entry.positions_from_padding:
+        options |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    else:
+        options |= {"pad_token_id": 0}
+    if not entry.causal and objective_of(head) == "causal":
+        options["is_decoder"] = True
+    config = getattr(transformers, entry.config)
+    options |= overrides
     torch.manual_seed(seed)
     model = getattr(transformers, head)(config(**options)).eval()
     with torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+TEXT = "the cat sat on the red mat"
+
 
 def inputs_for(head: str) -> dict[str, torch.Tensor]:
     """Return a small batch that a head takes."""

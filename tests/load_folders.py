@@ -1,13 +1,13 @@
 """Run in a fresh process: load every folder of a directory as a stranger would, and write what was found.
 
-usage: load_folders.py {package,remote} FOLDERS OUT. With "remote" the package cannot be imported.
+usage: load_folders.py {package,remote} OUT FOLDERS…. With "remote" the package cannot be imported.
 """
 
 import json
 import sys
 from pathlib import Path
 
-mode, root, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+mode, out, roots = sys.argv[1], Path(sys.argv[2]), [Path(root) for root in sys.argv[3:]]
 if mode == "remote":
     sys.modules["hf_offline_compress"] = None  # any import of it now fails
 else:
@@ -15,7 +15,7 @@ else:
 
 import torch
 import transformers
-from inputs import inputs_for
+from inputs import TEXT, inputs_for
 from transformers import AutoTokenizer
 from transformers.models.auto import modeling_auto
 
@@ -42,7 +42,7 @@ def auto_class(head):
 
 
 facts, outputs = {}, {}
-for folder in sorted(root.iterdir()):
+for folder in sorted(folder for root in roots for folder in root.iterdir()):
     head = folder.name.split("-")[0]
     trust = {"trust_remote_code": True} if mode == "remote" else {}
     name = auto_class(head)
@@ -63,7 +63,7 @@ for folder in sorted(root.iterdir()):
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
         "compressed": len(model.compressed_modules()),
-        "tokenizer": type(AutoTokenizer.from_pretrained(folder, **trust)).__name__,
+        "tokens": AutoTokenizer.from_pretrained(folder, **trust)(TEXT).input_ids,
     }
 assert (mode == "remote") == (sys.modules["hf_offline_compress"] is None)
 (out / "facts.json").write_text(json.dumps(facts))

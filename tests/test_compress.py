@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import HEADS, TEXTS, make_model, make_tokenizer, save_base
+from common import CORE, TEXTS, make_model, make_tokenizer, save_base
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress.compressor as compressor
@@ -379,7 +379,7 @@ def test_by_gain_never_stores_more_than_dense(base, identity_block):
     assert all(group.ratio > 1 for group in report.groups) and report.totals["ratio"] >= 1.2
 
 
-@pytest.mark.parametrize("model_type,head", [c for c in HEADS if "DoubleHeads" not in c[1]])
+@pytest.mark.parametrize("model_type,head", [c for c in CORE if "DoubleHeads" not in c[1]])
 def test_all_modules_of_every_head_by_gain(model_type, head):
     """Poolers, positions and heads too: errors of all of them are in the unit of the model's own output."""
     result = quick(make_model(model_type, head), "allocated-svd", modules=".+", tokenizer=make_tokenizer(model_type))

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from common import HEADS, TEXTS, error_of, make_model, make_tokenizer, outputs_of, run_cli
+from common import CORE, ONE_EACH, TEXTS, error_of, make_model, make_tokenizer, outputs_of, run_cli
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, compress
 from hf_offline_compress.export import EXPORT_FILE, dense_model, export_folder
+from hf_offline_compress.families import is_language_model
 from hf_offline_compress.structures import Codebook, Kronecker, LowRank, Quantized
 
 CALIBRATED = Objective(l2=1.0, calibrated=True)
@@ -30,7 +31,8 @@ RECIPES = {
     # of GPT-2's fused layer, one part alone
     "one_part": Recipe("one_part", (Rule(LowRank(), ratio=2.0),), modules=("key",)),
 }
-CASES = [(t, h, r) for t, h in HEADS for r in RECIPES if r == "low_rank" or "LM" in h]
+CASES = [(t, h, "low_rank") for t, h in dict.fromkeys((*CORE, *ONE_EACH))]
+CASES += [(t, h, r) for t, h in CORE for r in RECIPES if r != "low_rank" and is_language_model(h)]
 # Run where the package cannot be imported; loads every folder by the stock class that its config names.
 LOADER = """
 import sys
@@ -53,7 +55,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         "problems": sorted([*info["missing_keys"], *info["unexpected_keys"]]),
         "module": type(model).__module__,
         "auto": type(transformers.AutoModel.from_pretrained(folder)).__name__,
-        "tokenizer": type(transformers.AutoTokenizer.from_pretrained(folder)).__name__,
+        "tokens": transformers.AutoTokenizer.from_pretrained(folder)(sys.argv[3]).input_ids,
         "tied": None if output is None else output.weight is embedding.weight,
     }
 torch.save(outputs, sys.argv[2] + "/outputs.pt")
@@ -79,7 +81,7 @@ def exported(tmp_path_factory):
         export_folder(root / "small" / name, root / "dense" / name)
         results[name] = result
     run = subprocess.run(
-        [sys.executable, "-c", LOADER, str(root / "dense"), str(out)],
+        [sys.executable, "-c", LOADER, str(root / "dense"), str(out), TEXTS[0]],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
@@ -104,10 +106,10 @@ def test_a_stock_model_says_the_same(exported, model_type, head, recipe):
     assert (outputs[name] - outputs_of(make_model(model_type, head), head)).abs().max() > 1e-3  # not the base's
     found = facts[name]
     assert found["problems"] == []
-    assert found["module"] == f"transformers.models.{model_type}.modeling_{model_type}"
+    assert found["module"] == "transformers.models.{0}.modeling_{0}".format(model_type.replace("-", "_"))
     assert not found["auto"].startswith("Compressed")
-    assert found["tokenizer"] == type(results[name].tokenizer).__name__
-    if "LM" in head:
+    assert found["tokens"] == results[name].tokenizer(TEXTS[0]).input_ids
+    if is_language_model(head):
         assert found["tied"] is True
 
 

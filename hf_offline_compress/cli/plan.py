@@ -52,6 +52,7 @@ def plan(
     def work() -> None:
         from ..base import read_config, resolve_architecture
         from ..plan import make_plan
+        from ..progress import stage
 
         asked = load_recipe(recipe).override(
             modules=split_selectors(modules),
@@ -63,7 +64,8 @@ def plan(
             max_bytes=max_bytes,
         )
         name, config = read_config(base, revision=revision)
-        outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)
+        with stage("importing the model's classes", at_once=False):
+            outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)
         if as_json:
             print_json(_plan_json(name, outcome))
         elif not quiet:

@@ -15,15 +15,17 @@ from ..base import (
     UNWRAPPED,
     BaseCheckpoint,
     clamp_length,
+    drop_absent,
     load_tokenizer,
     quiet_transformers,
     resolve_base,
 )
 from ..base_files import check_base_texts
 from ..errors import CompressionError, listing, refusing
-from ..families import CAUSAL_HEADS
+from ..families import objective_of
 from ..folder import FolderContents, check_fit, inspect_folder
 from ..progress import stage
+from ..runtime.architectures_compressed import architecture_of
 
 # What must be equal in the configs of a base and of what was made from it.
 SIZES = (
@@ -93,10 +95,12 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
         model, info = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
         )
-    prefix = f"{model.base_model_prefix}."
+    prefix, entry = f"{model.base_model_prefix}.", architecture_of(model.config.model_type)
     check_fit(info, what, advice, prefix if new_head else "")
-    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")
-    if damaged := [key for key in missing if key.startswith(prefix)]:
+    missing = drop_absent(model, entry, info["missing_keys"]) if entry else sorted(info["missing_keys"])
+    # A new head may use what the base lacks.
+    new = tuple(f"{prefix}{part}." for part in (entry.optional if entry and new_head else ()))
+    if damaged := [key for key in missing if key.startswith(prefix) and not key.startswith(new or "/")]:
         raise CompressionError(
             f"{what}: {listing(damaged[:3])}{' …' if len(damaged) > 3 else ''} are missing. {advice}"
         )
@@ -153,9 +157,8 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
 
 def language_model_kind(architecture: str) -> str | None:
     """Return "masked" or "causal" for a stock class with a language model's head that can be measured, else None."""
-    if architecture.endswith(CAUSAL_HEADS):
-        return "causal"
-    return "masked" if architecture.endswith(("ForMaskedLM", "ForPreTraining")) else None
+    kind = objective_of(architecture)
+    return None if kind == "discriminative" else kind
 
 
 def _check_sizes(contents: FolderContents, base: BaseCheckpoint) -> None:

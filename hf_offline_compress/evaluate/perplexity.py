@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from ..base import clamp_length
 from ..calibration_text import cut, padding_of
 from ..errors import CompressionError
-from ..families import CAUSAL_HEADS
+from ..families import objective_of
+from ..runtime.architectures_compressed import architecture_of
 from .processes import ALONE, Processes
 
 # A batch is cut so that its logits take no more room than this, as long as it has more than one sequence.
@@ -392,9 +393,10 @@ def is_causal(model: Any) -> bool:
             f"Perplexity needs a language model, and {name} has no language model's head that could tell it; load the "
             "model with AutoModelForMaskedLM or AutoModelForCausalLM, if its checkpoint has such a head."
         )
-    if not name.endswith(CAUSAL_HEADS):
+    if objective_of(name) != "causal":
         return False
-    if "gpt2" not in config.model_type and not config.is_decoder:
+    entry = architecture_of(config.model_type)
+    if not (entry and entry.causal) and not getattr(config, "is_decoder", False):
         raise CompressionError(
             f"{name} is set up as an encoder (its config's is_decoder is false), which sees the next token already; a "
             "perplexity would mean nothing."

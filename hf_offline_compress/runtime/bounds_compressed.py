@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .architectures_compressed import FUSED_PARTS
+
 MOST_LAYERS = 2**12
 # Of rows, columns, and all else that a tensor may have along one side.
 MOST = 2**26
 STORAGES = ("float32", "float16", "bfloat16")
-PARTS = ("query", "key", "value")
 # Hidden units of a decoder, as a multiple of its columns.
 MOST_HIDDEN = 64
 # Fields of a stock config that say how large a model is, by the names that families have for them.
@@ -93,7 +94,7 @@ _GROUP: dict[str, Field] = {
     "members": ("a list", lambda value: isinstance(value, list | tuple)),
 }
 _MEMBER: dict[str, Field] = {"module": ("a name", lambda value: isinstance(value, str) and len(value) < 1000)}
-_MEMBER_OPTIONS: dict[str, Field] = {"head": _TRUTH, "part": _one_of(*PARTS)}
+_MEMBER_OPTIONS: dict[str, Field] = {"head": _TRUTH, "part": _one_of(*FUSED_PARTS)}
 
 
 def check_sizes(values: Mapping[str, Any] | Any) -> None:

@@ -4,11 +4,13 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import BertConfig, GPT2Config, RobertaConfig
+from transformers import PreTrainedConfig
 
+from .architectures_compressed import ARCHITECTURES, CLASS_PREFIX, TYPE_PREFIX, token_limit
 from .bounds_compressed import check_groups, check_sizes
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+OLDEST_VERSION = 4
 DECODINGS = ("cached", "on_the_fly")
 MINIMUM_TRANSFORMERS = (5, 20)
 
@@ -31,15 +33,28 @@ def check_decoding(decoding: Any, max_bytes: Any) -> None:
         raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be a whole number of bytes, 0 or more.")
 
 
+def upgraded(compression: dict[str, Any]) -> dict[str, Any]:
+    """Return the `compression` of an older format as the newest has it."""
+    return {**compression, "format_version": FORMAT_VERSION, "absent": compression.get("absent", [])}
+
+
 class CompressionConfigMixin:
     """Checks the field `compression`, which every configuration below has.
 
     `compression` is None (a dense model) or plain JSON: `format_version`, `decoding` ("cached": weights are decoded
     once; "on_the_fly": on every use), `max_decoded_bytes` (optional: so many bytes of decoded weights are kept at most,
-    others are decoded on every use) and `groups`, each with its structure, sizes, storage and member modules.
+    others are decoded on every use), `absent` (modules of the base model that its checkpoint lacked) and `groups`, each with
+    its structure, sizes, storage and member modules.
     """
 
     compression: Any
+    model_type: Any
+    to_dict: Any
+
+    @property
+    def token_limit(self) -> int | None:
+        """How many tokens the model takes."""
+        return token_limit(self.to_dict())
 
     def validate_compression(self) -> None:
         """Raise ValueError where this code cannot build what `compression` describes."""
@@ -48,34 +63,54 @@ class CompressionConfigMixin:
         if compression is None:
             return
         version = compression.get("format_version")
-        if version != FORMAT_VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or version < OLDEST_VERSION:
             raise ValueError(
-                f"The compression format {version!r} is not the one this code reads ({FORMAT_VERSION}); "
-                "update hf-offline-compress."
+                f"The compression format {version!r} is none that this code reads ({OLDEST_VERSION} to {FORMAT_VERSION}); "
+                "compress the base again."
+            )
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"The compression format {version} is newer than what this code reads ({OLDEST_VERSION} to "
+                f"{FORMAT_VERSION}); update hf-offline-compress."
+            )
+        if version < FORMAT_VERSION:
+            self.compression = compression = upgraded(compression)
+        absent, known = compression.get("absent"), ARCHITECTURES[self.model_type.removeprefix(TYPE_PREFIX)].optional
+        if not isinstance(absent, list) or any(name not in known for name in absent):
+            raise ValueError(
+                f"`absent` is {absent!r}; it must be a list of what a checkpoint may lack: {', '.join(known)}."
             )
         check_groups(compression)
         check_decoding(compression.get("decoding"), compression.get("max_decoded_bytes"))
 
 
-@strict
-class CompressedBertConfig(CompressionConfigMixin, BertConfig):
-    """`BertConfig` with `compression`."""
+def config_class_of(model_type: str) -> type[PreTrainedConfig]:
+    """Return the config class of a stock model type: the stock one with the field `compression`; made when first asked for.
 
-    model_type = "compressed_bert"
-    compression: dict[str, Any] | None = None
+    Raises:
+        KeyError: there is no such architecture.
+    """
+    if model_type not in _MADE:
+        stock = ARCHITECTURES[model_type].config
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": f"{CLASS_PREFIX}{stock}",
+            "__doc__": f"`{stock}` with `compression`.",
+            "__annotations__": {"compression": dict[str, Any] | None},
+            "compression": None,
+            "model_type": f"{TYPE_PREFIX}{model_type}",
+        }
+        bases = (CompressionConfigMixin, getattr(transformers, stock))
+        _MADE[model_type] = strict(type(f"{CLASS_PREFIX}{stock}", bases, namespace))
+    return _MADE[model_type]
 
 
-@strict
-class CompressedRobertaConfig(CompressionConfigMixin, RobertaConfig):
-    """`RobertaConfig` with `compression`."""
-
-    model_type = "compressed_roberta"
-    compression: dict[str, Any] | None = None
+_MADE: dict[str, type[PreTrainedConfig]] = {}
 
 
-@strict
-class CompressedGPT2Config(CompressionConfigMixin, GPT2Config):
-    """`GPT2Config` with `compression`."""
-
-    model_type = "compressed_gpt2"
-    compression: dict[str, Any] | None = None
+def __getattr__(name: str) -> Any:
+    """Return a config class by its name, e.g. `CompressedBertConfig`."""
+    for model_type, entry in ARCHITECTURES.items():
+        if name == f"{CLASS_PREFIX}{entry.config}":
+            return config_class_of(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .structures_compressed import WEIGHTS
-from .weights_compressed import CompressedWeight
+from .weights_compressed import CompressedWeight, nothing_to_fill
 
 
 class CompressedLinear(CompressedWeight):
@@ -77,6 +77,15 @@ globals().update({cls.__name__: cls for cls in (*LINEARS.values(), *EMBEDDINGS.v
 class FusedLinear(nn.ModuleDict):
     """Linear layers on the same input, their outputs side by side: GPT-2's c_attn, with parts of their own."""
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight of all parts, one below the other; see `CompressedWeight.weight`."""
+        parts: list[Any] = list(self.values())
+        if "initializing" in self.__dict__:
+            return nothing_to_fill(sum(part.out_features for part in parts), parts[0].in_features)
+        weights: Any = [part.weight for part in parts]
+        return torch.cat(weights)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of all parts, [..., in] → [..., sum of outs]."""
         return torch.cat([part(x) for part in self.values()], dim=-1)
@@ -98,8 +107,10 @@ class TiedHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The embedding's dense weight; see `CompressedWeight.weight`."""
-        weight: Tensor = self.__dict__["_embedding"].weight
-        return weight
+        embedding: CompressedEmbedding = self.__dict__["_embedding"]
+        if "initializing" in self.__dict__:
+            return nothing_to_fill(embedding.rows, embedding.columns)
+        return embedding.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits, [..., width] → [..., tokens]."""

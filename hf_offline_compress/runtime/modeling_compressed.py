@@ -1,6 +1,8 @@
-"""The compressed model classes: every head of BERT, RoBERTa and GPT-2, each the stock class with modules swapped."""
+"""The compressed model classes: every head of every architecture, each the stock class with modules swapped."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,36 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto import modeling_auto
 
-from .configuration_compressed import (
-    CompressedBertConfig,
-    CompressedGPT2Config,
-    CompressedRobertaConfig,
-    check_decoding,
-)
-from .layers_compressed import TiedHead
+from .architectures_compressed import ARCHITECTURES, CLASS_PREFIX, TYPE_PREFIX
+from .configuration_compressed import check_decoding, config_class_of
+from .layers_compressed import FusedLinear, TiedHead
 from .numbers_compressed import PackedNumbers
 from .storing_compressed import holding
 from .structures_compressed import LinearDecoder
 from .substitution_compressed import compressed_modules, relink, substitute
 from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
 
-_STOCK_NAMES: dict[type[PreTrainedConfig], str] = {
-    CompressedBertConfig: """BertModel BertForPreTraining BertForMaskedLM BertLMHeadModel BertForNextSentencePrediction
-        BertForSequenceClassification BertForMultipleChoice BertForTokenClassification BertForQuestionAnswering""",
-    CompressedRobertaConfig: """RobertaModel RobertaForMaskedLM RobertaForCausalLM RobertaForSequenceClassification
-        RobertaForMultipleChoice RobertaForTokenClassification RobertaForQuestionAnswering""",
-    CompressedGPT2Config: """GPT2Model GPT2LMHeadModel GPT2DoubleHeadsModel GPT2ForSequenceClassification
-        GPT2ForTokenClassification GPT2ForQuestionAnswering""",
-}
-
 
 class CompressedModelMixin:
     """What compressed models do beyond their stock class, which stands behind this one in their bases."""
 
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        """Make the model; some stock heads make their base model by `AutoModel`, which must know this very config class."""
+        known: Any = modeling_auto.MODEL_MAPPING
+        if type(config) not in known:
+            stock: Any = getattr(transformers, ARCHITECTURES[config.model_type.removeprefix(TYPE_PREFIX)].base)
+            known.register(type(config), compressed_class(stock), exist_ok=True)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+
     def post_init(self: Any) -> None:
         """Swap the modules that the config names; stock classes call this at the end of their constructor."""
-        base = self.base_model
-        if base is not self and type(base) in _COMPRESSED:
-            # The base model inside a head must be ours too, or its own initialisation passes over our parameters.
-            base.__class__ = _COMPRESSED[type(base)]
+        for module in self.modules():
+            # Models inside must be ours too, or their own initialisation passes over our parameters.
+            if isinstance(module, PreTrainedModel) and not isinstance(module, CompressedModelMixin):
+                module.__class__ = compressed_class(type(module))
         if self.config.compression:
+            for name in self.config.compression["absent"] if self.base_model is self else ():
+                setattr(self, name, None)
             substitute(self, self.config.compression)
         super().post_init()  # type: ignore[misc]
 
@@ -52,17 +51,18 @@ class CompressedModelMixin:
     def _init_weights(self: Any, module: nn.Module) -> None:
         """Fill what the checkpoint did not; see the stock class."""
         if isinstance(module, CompressedWeight | WeightDecoder):
+            std = getattr(self.config, "initializer_range", 0.02)  # OPT calls it otherwise
             with init.guard_torch_init_functions():
-                module.reset_parameters(self.config.initializer_range)
-                module.fill_packed(self.config.initializer_range)
+                module.reset_parameters(std)
+                module.fill_packed(std)
             if isinstance(module, LinearDecoder) and module.order is not None:
                 init.copy_(module.order, torch.arange(len(module.order), dtype=module.order.dtype))
         elif isinstance(module, TiedHead):
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif not isinstance(getattr(module, "c_proj", None), CompressedWeight):
-            # GPT-2 would fill `c_proj.weight`, which is decoded where c_proj is compressed.
-            super()._init_weights(module)  # type: ignore[misc]
+        elif not isinstance(module, FusedLinear):
+            with _shielded(module):
+                super()._init_weights(module)  # type: ignore[misc]
 
     def compressed_modules(self: Any) -> dict[str, CompressedWeight]:
         """Return the compressed modules by name."""
@@ -135,11 +135,10 @@ class CompressedModelMixin:
             kept = min(rows, len(head.bias))
             bias[:kept] = head.bias.data[:kept]
             head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
-            # The bias has a second owner, the prediction head around the output matrix.
-            owner = self.get_submodule(
-                next(s for t, s in self._tied_weights_keys.items() if t.endswith("bias")).rpartition(".")[0]
-            )
-            owner.bias = head.bias
+            # In some families the bias has a second owner, the prediction head around the output matrix.
+            for target, source in (self._tied_weights_keys or {}).items():
+                if target.endswith(".bias"):
+                    self.get_submodule(source.rpartition(".")[0]).bias = head.bias
         return embedding
 
     def save_pretrained(
@@ -217,43 +216,63 @@ def _refer_to_own(replica: Any, inputs: Any) -> None:
     relink(replica)
 
 
-def _compressed(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """Make the compressed class of a stock class."""
-    name = f"Compressed{stock.__name__}"
-    namespace = {
-        "config_class": config_class,
-        "__module__": __name__,
-        "__qualname__": name,
-        "__doc__": f"`{stock.__name__}` whose weights are kept compressed, as its config's `compression` describes.",
-    }
-    return type(name, (CompressedModelMixin, stock), namespace)
+@contextmanager
+def _shielded(module: nn.Module) -> Iterator[None]:
+    """Let a stock class initialise a module without writing into weights of its children that are decoded."""
+    children: list[Any] = [c for c in module.children() if isinstance(c, CompressedWeight | FusedLinear | TiedHead)]
+    for child in children:
+        child.__dict__["initializing"] = True
+    try:
+        yield
+    finally:
+        for child in children:
+            del child.__dict__["initializing"]
 
 
-# stock class → ours
-_COMPRESSED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    getattr(transformers, name): _compressed(getattr(transformers, name), config_class)
-    for config_class, names in _STOCK_NAMES.items()
-    for name in names.split()
-}
-globals().update({cls.__name__: cls for cls in _COMPRESSED.values()})
-__all__ = [cls.__name__ for cls in _COMPRESSED.values()]
+_MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
 def compressed_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the compressed class of a stock class; KeyError if it has none."""
-    return _COMPRESSED[stock]
+    """Return the compressed class of a stock class; made when first asked for.
+
+    Raises:
+        KeyError: it is of no architecture in the table.
+    """
+    if stock not in _MADE:
+        config_class: Any = stock.config_class
+        name = f"{CLASS_PREFIX}{stock.__name__}"
+        namespace = {
+            "config_class": config_class_of(config_class.model_type),
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"`{stock.__name__}` whose weights are kept compressed, as its config's `compression` describes.",
+        }
+        _MADE[stock] = type(name, (CompressedModelMixin, stock), namespace)
+    return _MADE[stock]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a compressed class by its name, e.g. `CompressedBertModel`; of the stock library, its family alone is imported."""
+    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        config_class: Any = stock.config_class
+        if getattr(config_class, "model_type", None) in ARCHITECTURES:
+            return compressed_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
-    """Return auto class name → compressed class, for every `AutoModel…` that has the stock class."""
-    stock_config = next(cls for cls in config_class.__mro__ if cls.__module__.startswith("transformers.models."))
+    """Return auto class name → compressed class, for every `AutoModel…` that has a stock class of the architecture."""
+    model_type = config_class.model_type.removeprefix(TYPE_PREFIX)
+    stem = ARCHITECTURES[model_type].base.removesuffix("Model")
+    stock_config = getattr(transformers, ARCHITECTURES[model_type].config)
     found: dict[str, type[PreTrainedModel]] = {}
     for name in sorted(n for n in dir(modeling_auto) if n.startswith("AutoModel")):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         stock = mapping.get(stock_config, None) if mapping is not None else None
         for cls in stock if isinstance(stock, tuple | list) else [stock]:
-            if cls in _COMPRESSED:
-                found.setdefault(name, _COMPRESSED[cls])
+            if cls is not None and cls.__name__.startswith(stem):
+                found.setdefault(name, compressed_class(cls))
     return found
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .architectures_compressed import architecture_of, part_rows, within_layer
 from .layers_compressed import (
     EMBEDDINGS,
     LINEARS,
@@ -17,7 +18,6 @@ from .layers_compressed import (
 from .weights_compressed import CompressedWeight, set_decoding
 
 DECODERS = "compression_decoders"
-PARTS = ("query", "key", "value")
 
 
 def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
@@ -34,6 +34,8 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
         ValueError: a module of the base model is not there, or is nothing that can be compressed.
     """
     base = model.base_model
+    entry = architecture_of(model.config.model_type)
+    optional = entry.optional if entry else ()
     decoders: dict[str, nn.Module] = {}
     # Sorted, as a saved config.json is: the order of parameters must not depend on where the config came from.
     for name, group in sorted(compression["groups"].items()):
@@ -41,12 +43,17 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             root = model if member.get("head") else base
             module = _find(root, member["module"])
             if module is None or isinstance(module, CompressedWeight):
-                if module is None and not member.get("head") and not _optional(member["module"]):
+                if module is None and not member.get("head") and member["module"].split(".")[0] not in optional:
                     raise ValueError(f"{type(model).__name__} has no module '{member['module']}' to compress.")
                 continue
+            if "part" in member and not isinstance(module, FusedLinear):
+                module = _split(module, _parts(model, member["module"]), model.config)
+                _put(root, member["module"], module)
+            if isinstance(_part(module, member), CompressedWeight):
+                continue  # the base model was made by an auto class, and so is compressed already
             if group["shared"] and name not in decoders:
                 decoder_class = LINEARS[group["structure"]].decoder_class
-                decoders[name] = decoder_class.make(group, _shape(module)[1])
+                decoders[name] = decoder_class.make(group, _shape(_part(module, member))[1])
             _swap(root, member, module, group, decoders.get(name))
     if decoders:
         setattr(base, DECODERS, nn.ModuleDict(decoders))
@@ -72,11 +79,6 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedWeight)}
 
 
-def _optional(module: str) -> bool:
-    """Whether some heads of a family come without this module of the base model."""
-    return module.startswith("pooler.")
-
-
 def _find(root: nn.Module, path: str) -> nn.Module | None:
     module: Any = root
     for name in path.split("."):
@@ -86,8 +88,6 @@ def _find(root: nn.Module, path: str) -> nn.Module | None:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Return (rows, columns) of a module's weight."""
-    if isinstance(module, FusedLinear):
-        return _shape(next(iter(module.values())))
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     if isinstance(module, nn.Embedding):
@@ -101,28 +101,51 @@ def _swap(
     root: nn.Module, member: dict[str, Any], module: nn.Module, group: dict[str, Any], decoder: nn.Module | None
 ) -> None:
     """Put a compressed module into the place of one member."""
-    rows, columns = _shape(module)
+    part = _part(module, member)
+    rows, columns = _shape(part)
     new: nn.Module
     if isinstance(module, nn.Embedding):
         new = EMBEDDINGS[group["structure"]](rows, columns, group, decoder, padding_idx=module.padding_idx)
-    elif "part" in member:
-        fused = module if isinstance(module, FusedLinear) else _split(module)
-        part_rows = rows if fused is module else rows // len(PARTS)
-        bias = fused[member["part"]].bias is not None
-        fused[member["part"]] = LINEARS[group["structure"]](part_rows, columns, group, decoder, bias=bias)
-        new = fused
     else:
-        bias = getattr(module, "bias", None) is not None
+        bias = getattr(part, "bias", None) is not None
         new = LINEARS[group["structure"]](rows, columns, group, decoder, bias=bias)
-    parent, _, leaf = member["module"].rpartition(".")
-    setattr(root.get_submodule(parent), leaf, new)
+    if isinstance(module, FusedLinear):
+        module[member["part"]] = new
+    else:
+        _put(root, member["module"], new)
 
 
-def _split(module: nn.Module) -> FusedLinear:
+def _part(module: Any, member: dict[str, Any]) -> nn.Module:
+    """Return a fused module's part that a member names, or the module itself."""
+    part: nn.Module = module[member["part"]] if isinstance(module, FusedLinear) else module
+    return part
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def _parts(model: PreTrainedModel, path: str) -> tuple[str, ...]:
+    """Return the kinds of a fused module's parts, in the order of its outputs.
+
+    Raises:
+        ValueError: the architecture has no such module.
+    """
+    entry = architecture_of(model.config.model_type)
+    kinds = entry.kinds.get(within_layer(path)) if entry else None
+    if not isinstance(kinds, tuple):
+        raise ValueError(f"{type(model).__name__} has no fused module '{path}'.")
+    return kinds
+
+
+def _split(module: nn.Module, parts: tuple[str, ...], config: Any) -> FusedLinear:
     """Return a fused layer's parts as linear layers of their own, still empty."""
     rows, columns = _shape(module)
     bias = getattr(module, "bias", None) is not None
-    return FusedLinear({part: nn.Linear(columns, rows // len(PARTS), bias=bias) for part in PARTS})
+    heads = config.num_attention_heads
+    sizes = part_rows(parts, rows, heads, getattr(config, "num_key_value_heads", None) or heads)
+    return FusedLinear({part: nn.Linear(columns, size, bias=bias) for part, size in sizes.items()})
 
 
 def _tie(model: PreTrainedModel) -> None:

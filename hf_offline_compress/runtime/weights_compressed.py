@@ -44,6 +44,13 @@ class WeightDecoder(PackedNumbers):
         """Fill with random values, for a model that is made from a config alone."""
 
 
+def nothing_to_fill(rows: int, columns: int) -> Tensor:
+    """Return what a stock class finds where it would initialise a weight that is decoded: no numbers, marked as filled."""
+    tensor = torch.empty(rows, columns, device="meta")
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
 class CompressedWeight(PackedNumbers):
     """A weight [rows, columns] that is kept as something smaller. What a structure must provide.
 
@@ -119,7 +126,7 @@ class CompressedWeight(PackedNumbers):
     @property
     def weight(self) -> Tensor:
         """The dense weight, for code that looks at a layer's shape, dtype or device. Not a parameter."""
-        return self.dense_weight()
+        return nothing_to_fill(self.rows, self.columns) if "initializing" in self.__dict__ else self.dense_weight()
 
     def reset_parameters(self, std: float) -> None:
         """Fill with random values, for a model that is made from a config alone."""
