@@ -279,5 +279,5 @@ def test_configs_from_another_format_are_refused(saved, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["compression"]["format_version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match=r"format 99 is not the one this code reads"):
+    with pytest.raises(Exception, match=r"format 99 is newer than what this code reads"):
         transformers.AutoConfig.from_pretrained(tmp_path)
