@@ -63,6 +63,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def shortened(names: list[str], shown: int = 3) -> str:
+    """Return the first of some names in one line, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{listing(names[:shown])}{more}"
+
+
 def listing(names: object) -> str:
     """Return names in one line for an error message, e.g. ``"ae, svd"``."""
     return ", ".join(str(name) for name in names)  # type: ignore[attr-defined]

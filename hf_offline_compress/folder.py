@@ -23,6 +23,7 @@ from .progress import stage
 from .runtime.architectures_compressed import CLASS_PREFIX, MODEL_TYPES, TYPE_PREFIX
 from .schemas import CONFIG, EVALUATION, REPORT, check
 from .tensor_files import check_weights
+from .verifying.files import folder_files
 from .verifying.record import RECORD_FILE, read_record, write_record
 from .verifying.saved import check_saved
 
@@ -51,13 +52,14 @@ class FolderContents:
     Attributes:
         name: last component of its path.
         config: the contents of config.json.
-        report: the contents of the compression report.
+        report: the contents of the compression report; None where the model was saved anew after it was compressed, as
+            Trainer does.
         weights: file name → bytes on disk, of every safetensors file.
     """
 
     name: str
     config: dict[str, Any]
-    report: dict[str, Any]
+    report: dict[str, Any] | None
     weights: dict[str, int]
 
     def __repr__(self) -> str:
@@ -68,6 +70,11 @@ class FolderContents:
     def weight_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(self.weights.values())
+
+    @property
+    def architecture(self) -> str:
+        """Stock class of the base."""
+        return str(self.report["architecture"]) if self.report else stock_name(self.config)
 
 
 def inspect_folder(folder: str | Path) -> FolderContents:
@@ -80,7 +87,7 @@ def inspect_folder(folder: str | Path) -> FolderContents:
     config = compressed_config(path)
     report = _report(path)
     check_weights(path, ADVICE)
-    weights = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*.safetensors"))}
+    weights = {name: (path / name).stat().st_size for name in folder_files(path) if name.endswith(".safetensors")}
     return FolderContents(path.resolve().name, config, report, weights)
 
 
@@ -108,6 +115,11 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def stock_name(config: dict[str, Any]) -> str:
+    """Return the stock class of a compressed folder's base, as its config names it."""
+    return str(config["architectures"][0]).removeprefix("Compressed")
+
+
 def check_fit(info: dict[str, Any], what: str, advice: str, body: str = "") -> None:
     """Raise CompressionError where weights have other shapes than config.json says.
 
@@ -124,12 +136,10 @@ def check_fit(info: dict[str, Any], what: str, advice: str, body: str = "") -> N
             )
 
 
-def _report(folder: Path) -> dict[str, Any]:
+def _report(folder: Path) -> dict[str, Any] | None:
     title = f"The {REPORT_FILE} of '{folder.name}'"
-    if not (folder / REPORT_FILE).is_file():
-        raise CompressionError(
-            f"'{folder}' has no {REPORT_FILE}, which is written with every compressed folder. {ADVICE}"
-        )
+    if not os.path.lexists(folder / REPORT_FILE):
+        return None
     report = read_json(folder / REPORT_FILE)
     if report is None:
         raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {ADVICE}")

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .card import CARD_FILE
 from .card.snippets import with_model_id
-from .errors import CompressionError
+from .errors import CompressionError, shortened
 from .hub_errors import ATTEMPTS, explain, is_broken_connection, is_passing, patiently, status_of
 from .progress import stage
-from .verifying import check_files, folder_files, verify_folder, write_record
+from .verifying import check_files, folder_files, trainer_files, verify_folder, write_record
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -333,6 +333,8 @@ class _Push:
                 card = with_model_id((folder / name).read_text("utf-8"), self.repo_id)
                 content = self._with_published_notes(card).encode()
             additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
+        if left := trainer_files(folder):
+            self.remarks.append(f"Files of Trainer were left out: {shortened(left)}.")
         if not any(addition.path_in_repo == CARD_FILE for addition in additions):
             self.remarks.append(f"The folder has no {CARD_FILE}; `hf-offline-compress card` writes a model card.")
         return additions

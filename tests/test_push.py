@@ -83,9 +83,13 @@ def test_one_commit_of_exactly_the_folder(hub, folder, finished):
     (folder / ".git").mkdir()
     (folder / ".git/config").write_text("secret")
     (folder / "model.safetensors.partial").write_bytes(b"half")
+    (folder / "training_args.bin").write_bytes(b"of Trainer")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5/optimizer.pt").write_bytes(b"of Trainer")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text("{}")
     pushed = push_folder(folder, "x", message="First")
+    assert pushed.remarks == ("Files of Trainer were left out: checkpoint-5/optimizer.pt, training_args.bin.",)
     assert published(hub) == {**contents(finished), "1_Pooling/config.json": b"{}"}
     assert set(pushed.files) == published(hub).keys()
     assert pushed.changed and pushed.repo_id == "me/x" and pushed.url == f"{hub.url}/me/x/commit/{pushed.commit}"

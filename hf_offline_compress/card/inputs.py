@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base import TOKENIZER_FILES
-from ..folder import inspect_folder, read_evaluation
+from ..folder import inspect_folder, read_evaluation, stock_name
+from ..verifying.files import folder_files, trainer_files
+from ..verifying.record import RECORD_FILE
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,10 @@ class CardInputs:
     Attributes:
         name: of the folder; the card's title.
         config: the contents of config.json.
-        report: the contents of the compression report.
+        report: the contents of the compression report; empty where the model was saved anew, as Trainer does.
         evaluation: the contents of evaluation.json; None if there is none.
-        files: name → bytes, of every file of the folder but the card.
+        files: name → bytes, of every file of the folder but the card, and what Trainer has left there.
+        trained: whether Trainer has left something there.
     """
 
     name: str
@@ -27,6 +30,7 @@ class CardInputs:
     report: dict[str, Any]
     evaluation: dict[str, Any] | None = None
     files: dict[str, int] = field(default_factory=dict)
+    trained: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -35,9 +39,28 @@ class CardInputs:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The report's groups."""
-        found: list[dict[str, Any]] = self.report["groups"]
-        return found
+        """The report's groups; empty where there is no report."""
+        return list(self.report.get("groups") or [])
+
+    @property
+    def structures(self) -> list[str]:
+        """Names of the structures, each once, in the order of the groups."""
+        groups = self.groups or self.config["compression"]["groups"].values()
+        return [*dict.fromkeys(str(group["structure"]) for group in groups)]
+
+    @property
+    def architecture(self) -> str:
+        """Stock class of the base."""
+        return str(self.report["architecture"]) if self.report else stock_name(self.config)
+
+    @property
+    def since(self) -> str | None:
+        """What has happened to the weights since they were compressed, as a sentence; None where they are as they were."""
+        if self.trained:
+            return "It was fine-tuned after it was compressed."
+        if not self.report or RECORD_FILE not in self.files:
+            return "It was saved anew after it was compressed, and may have been fine-tuned."
+        return None
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -76,12 +99,15 @@ def read_inputs(folder: str | Path, *, name: str | None = None) -> CardInputs:
         CompressionError: it is no such folder, or its evaluation.json cannot be read.
     """
     contents, path = inspect_folder(folder), Path(folder)
-    files = {
-        file.relative_to(path).as_posix(): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name != "README.md"
-    }
-    return CardInputs(name or contents.name, contents.config, contents.report, read_evaluation(path), files)
+    files = {file: (path / file).stat().st_size for file in folder_files(path) if Path(file).name != "README.md"}
+    return CardInputs(
+        name or contents.name,
+        contents.config,
+        contents.report or {},
+        read_evaluation(path),
+        files,
+        trained=bool(trainer_files(path)),
+    )
 
 
 def file_name(name: str, revision: object = None) -> str:

@@ -22,10 +22,8 @@ def limits(inputs: CardInputs) -> list[str]:
 
 def _measured(inputs: CardInputs) -> list[str]:
     if not inputs.evaluations:
-        return [
-            "It has not been evaluated: the errors below are those of matrices, and say little of any task. Measure "
-            "your own task before you use it."
-        ]
+        known = ": the errors below are those of matrices, and say little of any task" if inputs.groups else ""
+        return [f"It has not been evaluated{known}. Measure your own task before you use it."]
     found = [line for evaluation in inputs.evaluations for line in _worse(evaluation)]
     return found or ["No metric in the results above is worse than the base's. Other tasks may be: measure yours."]
 
@@ -126,7 +124,9 @@ def _resizing(inputs: CardInputs) -> list[str]:
 
 
 def _training(inputs: CardInputs) -> list[str]:
-    found = ["It was not fine-tuned after compression; what is lost may partly come back if you do."]
+    found = [inputs.since or "It was not fine-tuned after compression; what is lost may partly come back if you do."]
+    if inputs.since and inputs.groups:
+        found[0] += " The errors below are those before."
     if record := inputs.report.get("calibration"):
         text = {"bundled": "hf-offline-compress's own English text", "caller": "a text of its maker"}.get(
             record["source"], f"`{cell(record['source'])}`"

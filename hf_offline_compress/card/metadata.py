@@ -85,9 +85,7 @@ def card_data(inputs: CardInputs, known: Mapping[str, Any]) -> ModelCardData:
         license_name=known.get("license_name"),
         license_link=known.get("license_link"),
         library_name="sentence-transformers" if inputs.is_sentence_encoder else "transformers",
-        pipeline_tag="sentence-similarity"
-        if inputs.is_sentence_encoder
-        else pipeline_tag(inputs.report["architecture"]),
+        pipeline_tag="sentence-similarity" if inputs.is_sentence_encoder else pipeline_tag(inputs.architecture),
         base_model=known.get("base_model"),
         base_model_relation="quantized" if known.get("base_model") else None,
         tags=[*dict.fromkeys([*_tags(inputs), *(known.get("tags") or [])])],
@@ -104,6 +102,8 @@ def pipeline_tag(architecture: str) -> str | None:
 
 def base_on_hub(report: Mapping[str, Any]) -> str | None:
     """Return the base's id if it is known to be one of the Hub; None otherwise."""
+    if not report:
+        return None
     name, revision = str(report["base"]["name"]), report["base"].get("revision")
     return name if _is_id(name) and (revision or "/" in name) else None
 
@@ -139,7 +139,7 @@ def _is_id(name: str) -> bool:
 
 
 def _tags(inputs: CardInputs) -> list[str]:
-    structures = dict.fromkeys(group["structure"].replace("_", "-") for group in inputs.groups)
+    structures = [name.replace("_", "-") for name in inputs.structures]
     family = str(inputs.config["model_type"]).removeprefix("compressed_")
     # Both libraries load it; the Hub shows the snippet of library_name alone, and finds others by their tag.
     sentences = ["sentence-transformers", "transformers"] if inputs.is_sentence_encoder else []

@@ -62,25 +62,33 @@ def main_metric(inputs: CardInputs) -> tuple[dict[str, Any], dict[str, Any]] | N
 
 def headline(inputs: CardInputs) -> str:
     """Return the table of bytes and the main metric, base beside compressed."""
-    totals, dtype, found = inputs.report["totals"], inputs.report["dtype"], main_metric(inputs)
+    found = main_metric(inputs)
     header, base, own = ["", "bytes of weights", "MB"], "", ""
     if found:
         evaluation, metric = found
         header.append(f"{cell(metric['name'])} on {data_name(evaluation)} {ARROWS.get(metric.get('better', ''), '')}")
         base, own = value(metric.get("base")), value(metric["compressed"])
-    dense = totals["parameters"] * FLOAT32
-    lines = [("base, in float32", dense)]
-    stored = inputs.report["base"].get("weight_bytes")
-    if stored:
-        lines.append(("base, as stored", stored))
-    elif dtype != "float32":
-        lines.append((f"base, in {dtype}", totals["dense_bytes"]))
-    rows = [[name, count(size), f"{size / MEGA:.2f}", ""][: len(header)] for name, size in lines]
+    rows = [[name, count(size), f"{size / MEGA:.2f}", ""][: len(header)] for name, size in _base_sizes(inputs.report)]
+    if not rows and found:
+        rows = [["base", NOTHING, NOTHING, ""]]
     rows.append(["**this model**", f"**{count(inputs.weight_bytes)}**", f"**{inputs.weight_bytes / MEGA:.2f}**"])
     if found:
         rows[0][-1] = base  # evaluations hold both models in float32, unless their settings say otherwise
         rows[-1].append(f"**{own}**")
     return table(header, rows)
+
+
+def _base_sizes(report: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return what the base takes, in words and bytes; nothing where there is no report."""
+    if not report:
+        return []
+    totals, dtype, stored = report["totals"], report["dtype"], report["base"].get("weight_bytes")
+    lines = [("base, in float32", totals["parameters"] * FLOAT32)]
+    if stored:
+        lines.append(("base, as stored", stored))
+    elif dtype != "float32":
+        lines.append((f"base, in {dtype}", totals["dense_bytes"]))
+    return lines
 
 
 def sizes(inputs: CardInputs) -> str:
@@ -183,6 +191,20 @@ def group_table(inputs: CardInputs) -> str:
         if calibrated:
             rows[-1].append(value(group["calibrated_error"]))
     return table([*header, "error on real inputs"] if calibrated else header, rows, left=2)
+
+
+def config_table(inputs: CardInputs) -> str:
+    """Return a row for every group, of what the config knows of it."""
+    rows = [
+        [
+            cell(name),
+            cell(structure.title.lower() if (structure := STRUCTURES.get(group["structure"])) else group["structure"]),
+            count(len(group["members"])),
+            cell(group.get("storage", NOTHING)),
+        ]
+        for name, group in inputs.config["compression"]["groups"].items()
+    ]
+    return table(["group", "structure", "matrices", "stored in"], rows, left=2)
 
 
 def chart(inputs: CardInputs) -> str:

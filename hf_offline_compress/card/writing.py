@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CompressionError, needs_extra
 from ..files import write_whole
+from ..folder import REPORT_FILE
 from ..parsing import read_yaml
 from . import tables
 from .citations import citations
@@ -170,7 +171,7 @@ def render_card(
     from huggingface_hub import ModelCard
 
     given = {key: value for key, value in (known or {}).items() if value}
-    facts = {**(inputs.report["base"].get("metadata") or {}), **given}
+    facts = {**((inputs.report.get("base") or {}).get("metadata") or {}), **given}
     inherited = "license" in facts and "license" not in given
     if "base_model" not in facts and (hub := base_on_hub(inputs.report)):
         facts["base_model"] = hub
@@ -222,42 +223,73 @@ def _kept_metadata(text: str) -> dict[str, Any]:
 
 def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, model_id: str) -> dict[str, Any]:
     """Return all texts of the template."""
-    report, benchmark = inputs.report, inputs.benchmark
-    command, recipe = reproduction(inputs, _first(facts.get("base_model")))
-    bibtex, references = citations(report)
+    benchmark = inputs.benchmark
+    structures: dict[str, Any] = {"recipe": {}, "groups": [{"structure": name} for name in inputs.structures]}
+    bibtex, references = citations(inputs.report or structures)
     auto, load = _loading(inputs, model_id)
     _, load_trusting = _loading(inputs, model_id, ", trust_remote_code=True")
-    folded = len(inputs.groups) > FOLD
+    groups = len(inputs.config["compression"]["groups"])
     return {
         "title": inputs.name,
         "model_id": model_id,
-        "summary": _summary(inputs, facts, inherited),
+        "summary": "\n".join([*_summary(inputs, facts), _licence(facts, inherited)]),
         "headline": tables.headline(inputs),
         "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load,
         "load_without": load_trusting if auto else _remote_loading(inputs, model_id),
         "sentence_transformers": inputs.is_sentence_encoder,
-        "made": f"With hf-offline-compress {report['versions'].get('hf-offline-compress', '')}:".replace(" :", ":"),
-        "command": command,
-        "recipe": recipe.rstrip() if recipe else None,
-        "circumstances": _bullets(_circumstances(inputs, facts)),
-        "sizes": tables.sizes(inputs),
         "results": tables.results(inputs) if inputs.evaluations else None,
         "conditions": _bullets(tables.conditions(inputs)),
         "speeds": tables.speeds(benchmark) if benchmark else None,
         "benchmarked": _benchmarked(benchmark) if benchmark else None,
         "limits": _bullets(limits(inputs)),
-        "compressed": "Error is ‖W − Ŵ‖ / ‖W‖ of the weights; on real inputs it is weighted by the calibration text's.",
-        "folded": f"{len(inputs.groups)} groups" if folded else None,
-        "group_table": tables.group_table(inputs),
-        "chart": tables.chart(inputs),
-        "dense": _bullets(_dense(inputs)),
-        "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".",
+        "folded": f"{groups} groups" if groups > FOLD else None,
         "bibtex": "\n\n".join(bibtex),
         "references": _bullets(references),
+        **(_reported(inputs, facts) if inputs.report else _unreported(inputs)),
     }
 
 
-def _summary(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool) -> str:
+def _reported(inputs: CardInputs, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the texts of the template that are made from the report."""
+    versions = inputs.report["versions"]
+    command, recipe = reproduction(inputs, _first(facts.get("base_model")))
+    return {
+        "made": f"With hf-offline-compress {versions.get('hf-offline-compress', '')}:".replace(" :", ":"),
+        "command": command,
+        "recipe": recipe.rstrip() if recipe else None,
+        "circumstances": _bullets(_circumstances(inputs, facts)),
+        "sizes": tables.sizes(inputs),
+        "compressed": "Error is ‖W − Ŵ‖ / ‖W‖ of the weights; on real inputs it is weighted by the calibration text's.",
+        "group_table": tables.group_table(inputs),
+        "chart": tables.chart(inputs),
+        "dense": _bullets(_dense(inputs)),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
+    }
+
+
+def _unreported(inputs: CardInputs) -> dict[str, Any]:
+    """Return these texts where there is no report, from the config."""
+    version = inputs.config.get("transformers_version")
+    return {
+        "made": f"With hf-offline-compress. {inputs.since} The folder has no {REPORT_FILE} that would say more.",
+        "group_table": tables.config_table(inputs),
+        "versions": f"transformers {tables.cell(version)}." if version else None,
+    }
+
+
+def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
+    """Return what the model is, and how large."""
+    size = f"The weights take {inputs.weight_bytes / tables.MEGA:.2f} MB on disk"
+    if not inputs.report:
+        hub = _first(facts.get("base_model"))
+        base = f" of [{hub}](https://huggingface.co/{hub})" if hub else ""
+        members = sum(len(group["members"]) for group in inputs.config["compression"]["groups"].values())
+        return [
+            f"This is a compressed form{base} ({inputs.architecture}): {tables.count(members)} of its weight matrices are kept "
+            f"in a smaller form, and {_rest(inputs)}.",
+            str(inputs.since),
+            f"{size}.",
+        ]
     report, totals = inputs.report, inputs.report["totals"]
     base, hub = tables.cell(inputs.base_name), _first(facts.get("base_model"))
     shown = f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{base}`"
@@ -265,17 +297,15 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool) -> s
     matrices = sum(len(group["members"]) for group in inputs.groups)
     recipe = report["recipe"]
     dense = totals["parameters"] * tables.FLOAT32
-    sentences = [
+    return [
         f"This is {shown}{revision} ({report['architecture']}, {tables.count(totals['parameters'])} parameters), made smaller "
         f"without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and "
         f"{_rest(inputs)}.",
         f"The recipe is `{tables.cell(recipe['name'])}`"
         + (f": {_sentence(recipe)}" if recipe.get("description") else "."),
-        f"The weights take {inputs.weight_bytes / tables.MEGA:.2f} MB on disk, {dense / inputs.weight_bytes:.2f} times less than "
-        f"the base in float32.",
-        _licence(facts, inherited),
+        *([inputs.since] if inputs.since else []),
+        f"{size}, {dense / inputs.weight_bytes:.2f} times less than the base in float32.",
     ]
-    return "\n".join(sentences)
 
 
 def _rest(inputs: CardInputs) -> str:

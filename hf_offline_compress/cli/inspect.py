@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .options import AsJson, Debug, Folder, Quiet, app
 from .output import megabytes, print_dense, print_field, print_json, print_table, print_text, run
+
+if TYPE_CHECKING:
+    from ..folder import FolderContents
 
 
 @app.command()
@@ -19,7 +24,6 @@ def inspect(
         from ..folder import inspect_folder
 
         contents = inspect_folder(folder)
-        report = contents.report
         if as_json:
             print_json(
                 {
@@ -27,46 +31,68 @@ def inspect(
                     "weights": contents.weights,
                     "weight_bytes": contents.weight_bytes,
                     "compression": contents.config["compression"],
-                    "report": report,
+                    "report": contents.report,
                 }
             )
             return
         if quiet:
             return
-        totals, calibration = report["totals"], report["calibration"]
-        revision = f" at {report['base']['revision']}" if report["base"]["revision"] else ""
-        text = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none"
         print(f"{contents.name}: {contents.config['architectures'][0]}")
-        print_field("base", [f"{report['base']['name']}{revision} ({report['architecture']})"])
-        print_field("recipe", [report["recipe"]["name"], f"seed {report['seed']}"])
-        print_field("calibration", [text])
-        if report["validation"]:
-            print_field("validation", [report["validation"]["source"]])
-        print_field("decoding", [contents.config["compression"]["decoding"]])
-        smaller = totals["parameters"] * 4 / contents.weight_bytes
-        print_field(
-            "weights",
-            [
-                f"{megabytes(contents.weight_bytes)} on disk",
-                f"{smaller:.2f} x smaller than float32",
-                f"{totals['parameters']:,} parameters",
-            ],
-        )
-        print_field("versions", [f"{name} {number}" for name, number in report["versions"].items()])
-        print()
-        rows = [
-            (
-                group["name"],
-                f"{group['structure']} {group['size']}",
-                f"{group['stored_bytes']:,}",
-                f"{group['ratio']:.2f}",
-                f"{group['relative_error']:.3f}",
-                "" if group["calibrated_error"] is None else f"{group['calibrated_error']:.3f}",
-            )
-            for group in report["groups"]
-        ]
-        print_table(("group", "structure", "bytes", "ratio", "error", "on text"), rows)
-        print_text("error: of the weights, relative; on text: the same, weighted by the calibration text's inputs.")
-        print_dense([(item["name"], item["parameters"], item["reason"]) for item in report["dense"]])
+        if contents.report:
+            _print_report(contents, contents.report)
+        else:
+            _print_config(contents)
 
     run(work, debug, quiet)
+
+
+def _print_report(contents: FolderContents, report: dict[str, Any]) -> None:
+    totals, calibration = report["totals"], report["calibration"]
+    revision = f" at {report['base']['revision']}" if report["base"]["revision"] else ""
+    text = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none"
+    print_field("base", [f"{report['base']['name']}{revision} ({report['architecture']})"])
+    print_field("recipe", [report["recipe"]["name"], f"seed {report['seed']}"])
+    print_field("calibration", [text])
+    if report["validation"]:
+        print_field("validation", [report["validation"]["source"]])
+    print_field("decoding", [contents.config["compression"]["decoding"]])
+    smaller = totals["parameters"] * 4 / contents.weight_bytes
+    print_field(
+        "weights",
+        [
+            f"{megabytes(contents.weight_bytes)} on disk",
+            f"{smaller:.2f} x smaller than float32",
+            f"{totals['parameters']:,} parameters",
+        ],
+    )
+    print_field("versions", [f"{name} {number}" for name, number in report["versions"].items()])
+    print()
+    rows = [
+        (
+            group["name"],
+            f"{group['structure']} {group['size']}",
+            f"{group['stored_bytes']:,}",
+            f"{group['ratio']:.2f}",
+            f"{group['relative_error']:.3f}",
+            "" if group["calibrated_error"] is None else f"{group['calibrated_error']:.3f}",
+        )
+        for group in report["groups"]
+    ]
+    print_table(("group", "structure", "bytes", "ratio", "error", "on text"), rows)
+    print_text("error: of the weights, relative; on text: the same, weighted by the calibration text's inputs.")
+    print_dense([(item["name"], item["parameters"], item["reason"]) for item in report["dense"]])
+
+
+def _print_config(contents: FolderContents) -> None:
+    """Print what the config knows of a folder that was saved anew after it was compressed."""
+    compression = contents.config["compression"]
+    print_field("report", ["none: it was saved anew after it was compressed"])
+    print_field("base", [contents.architecture])
+    print_field("decoding", [compression["decoding"]])
+    print_field("weights", [f"{megabytes(contents.weight_bytes)} on disk"])
+    print()
+    rows = [
+        (name, group["structure"], f"{len(group['members']):,}", group.get("storage", ""))
+        for name, group in compression["groups"].items()
+    ]
+    print_table(("group", "structure", "matrices", "stored in"), rows)

@@ -23,7 +23,7 @@ from ..base import (
 from ..base_files import check_base_texts
 from ..errors import CompressionError, listing, refusing
 from ..families import objective_of
-from ..folder import FolderContents, check_fit, inspect_folder
+from ..folder import REPORT_FILE, FolderContents, check_fit, inspect_folder
 from ..progress import stage
 from ..runtime.architectures_compressed import architecture_of
 
@@ -126,15 +126,19 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
         CompressionError: there is no such folder or base, the base is another model, or there is no tokenizer.
     """
     contents = inspect_folder(folder)
-    said = contents.report["base"]
+    said = (contents.report or {}).get("base") or {}
     if base is None:
         # The last component of a local path has neither a commit nor an owner.
+        if not said:
+            raise CompressionError(
+                f"'{contents.name}' has no {REPORT_FILE} to say what it was made from; pass its base with --base (base=)."
+            )
         if not said.get("revision") and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(said["name"])):
             raise CompressionError(
                 f"'{contents.name}' was made from '{said['name']}', which is no Hub id; pass its folder with --base (base=)."
             )
         base = str(said["name"])
-    if str(base) == said["name"] and not Path(base).is_dir():
+    if str(base) == said.get("name") and not Path(base).is_dir():
         revision = revision or said.get("revision")
     with stage("finding the base"):
         resolved = resolve_base(base, revision=revision)
@@ -152,7 +156,7 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
     tokenizer = clamp_length(tokenizer, resolved.config)
     # What is judged is placed by position: behind the last token there may be padding, before the first never.
     tokenizer.padding_side = "right"
-    return Pair(Path(folder), contents, resolved, str(contents.report["architecture"]), tokenizer)
+    return Pair(Path(folder), contents, resolved, contents.architecture, tokenizer)
 
 
 def language_model_kind(architecture: str) -> str | None:
@@ -164,14 +168,15 @@ def language_model_kind(architecture: str) -> str | None:
 def _check_sizes(contents: FolderContents, base: BaseCheckpoint) -> None:
     """Raise CompressionError if a folder cannot have been made from a base."""
     compressed = contents.config
+    made_from = f" ('{contents.report['base']['name']}')" if contents.report else ""
     if compressed["model_type"] != f"compressed_{base.family.model_type}":
         raise CompressionError(
             f"'{base.name}' is {base.family.title}, and '{contents.name}' is a {compressed['model_type']}; pass the base that it "
-            f"was made from ('{contents.report['base']['name']}')."
+            f"was made from{made_from}."
         )
     for name in SIZES:
         if name in compressed and name in base.config and compressed[name] != base.config[name]:
             raise CompressionError(
                 f"'{base.name}' has {name} {base.config[name]!r} in its config.json, and '{contents.name}' has "
-                f"{compressed[name]!r}; pass the base that it was made from ('{contents.report['base']['name']}')."
+                f"{compressed[name]!r}; pass the base that it was made from{made_from}."
             )

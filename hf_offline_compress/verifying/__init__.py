@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import CompressionError
+from ..errors import CompressionError, shortened
 from ..progress import stage
 from .card import card_check
 from .checks import Check, Verification, outcome
 from .code import code_check
 from .content import content_checks
-from .files import folder_files, outside_links
+from .files import folder_files, outside_links, trainer_files
 from .loading import load_checks
 from .record import read_record, weight_files, write_record
 
-__all__ = ["Check", "Verification", "check_files", "folder_files", "verify_folder", "write_record"]
+__all__ = ["Check", "Verification", "check_files", "folder_files", "trainer_files", "verify_folder", "write_record"]
 
 
 def verify_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Verification:
@@ -73,8 +73,10 @@ def _file_checks(folder: Path) -> tuple[list[Check], dict[str, Any] | None]:
     except CompressionError as error:
         config = Check("config", "failed", str(error))
     links = [f"{name} is a link to somewhere else" for name in outside_links(folder)]
+    left = trainer_files(folder)
+    more = f" Trainer's own, pickles among them, are left out of a push: {shortened(left)}." if left else ""
     checks = [
-        outcome("files", links, f"{len(folder_files(folder))} files, all in the folder itself."),
+        outcome("files", links, f"{len(folder_files(folder))} files, all in the folder itself.{more}"),
         config,
         *content_checks(folder),
         code_check(folder),

@@ -12,6 +12,7 @@ from .checks import Check, outcome
 from .files import folder_files
 
 RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
+_STEP = re.compile(r"checkpoint-\d+/[^/]+$")
 _OURS = re.compile(r"(configuration|modeling)_compressed\.Compressed\w+")
 
 
@@ -24,6 +25,8 @@ def code_check(folder: Path) -> Check:
     ours = {file.name: file.read_bytes() for file in RUNTIME.glob("*_compressed.py")}
     # Hidden files are not published, but they could be imported.
     there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.py"))]
+    # Trainer saves the code with every step, too.
+    there = [name for name in there if not (_STEP.match(name) and _is_one_of(folder / name, ours))]
     changed = [name for name in there if name in ours and (folder / name).read_bytes() != ours[name]]
     foreign = [name for name in there if name not in ours]
     missing = sorted(ours.keys() - set(there))
@@ -32,6 +35,10 @@ def code_check(folder: Path) -> Check:
     problems += [f"{name} is missing" for name in missing]
     problems += _foreign_references(folder)
     return outcome("code", problems, f"The code is that of hf-offline-compress {__version__}, byte by byte.")
+
+
+def _is_one_of(file: Path, known: dict[str, bytes]) -> bool:
+    return file.is_file() and file.read_bytes() == known.get(file.name)
 
 
 def _foreign_references(folder: Path) -> list[str]:

@@ -7,11 +7,22 @@ from pathlib import Path
 
 from ..files import belongs_to
 
+# What Trainer leaves beside a model that it has saved: its settings, a pickle, earlier steps, and logs.
+_TRAINER = re.compile(r"training_args\.bin|(checkpoint-\d+|runs)/.+")
 _PARTIAL = re.compile(r"\.(partial|tmp|incomplete|lock|swp)$|~$")
 
 
 def folder_files(folder: Path) -> list[str]:
-    """Return the files of a folder, relative to it and sorted; hidden and partial ones and caches do not count."""
+    """Return the files of a folder, relative to it and sorted; hidden and partial ones, caches and Trainer's do not count."""
+    return [name for name in _all_files(folder) if not _TRAINER.fullmatch(name)]
+
+
+def trainer_files(folder: Path) -> list[str]:
+    """Return the files that Trainer has left in a folder, relative to it and sorted."""
+    return [name for name in _all_files(folder) if _TRAINER.fullmatch(name)]
+
+
+def _all_files(folder: Path) -> list[str]:
     paths = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     return sorted(path.as_posix() for path in paths if not _passed_over(path))
 
