@@ -329,6 +329,31 @@ def hub(monkeypatch, tables):
     return asked
 
 
+QUESTION = '[{"question": "q", "context": "c", "answers": %s}]'
+
+
+@pytest.mark.parametrize(
+    "task,name,content",
+    [
+        *(
+            (task, "x.json", text)
+            for task in ("sst2", "squad")
+            for text in ("", "5", "[5]", "[[1]]", "{}", '{"data": 5}')
+        ),
+        *(("sst2", "x.json", text) for text in ("[" * 100_000, '{"a": ' + "1" * 5000 + "}")),
+        *(("sst2", "x.jsonl", text) for text in ("null", "5", '{"sentence": "a", "label": 1}\n5')),
+        *(("sst2", "x.csv", text) for text in ("\0", "<!DOCTYPE html>", "sentence,label\n" + "x" * 200_000 + ",1")),
+        ("sst2", "x.json", '[{"sentence": "a", "label": 1}, {"sentence": "b"}]'),
+        *(("squad", "x.json", QUESTION % a) for a in ("5", "null", '"{x"', '{"text": 5}', '[{"text": "c"}]')),
+        ("squad", "x.json", QUESTION % '{"text": ["c"], "answer_start": ["x"]}'),
+    ],
+)
+def test_damaged_data_files_are_named(tmp_path, task, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CompressionError, match=rf"(?s)^(?=.*'{name}')[^\n]*(pass|needs|name them)"):
+        load_splits(TASKS[task], tmp_path / name, None, None)
+
+
 def test_data_sets_on_the_hub(monkeypatch):
     rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 3, "idx": i} for i in range(5)]
     asked = hub(monkeypatch, {"validation_matched": rows, "validation_mismatched": rows[::-1], "train": rows})

@@ -103,12 +103,20 @@ def _from_file(task: Task, path: Path, columns: Sequence[str] | None, limit: int
         )
     try:
         rows = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_csv(task, path, columns)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, IndexError) as error:
+    except CompressionError:
+        raise
+    except (OSError, ValueError, csv.Error, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CompressionError(
-            f"The data file '{path.name}' cannot be read as {path.suffix[1:]}: {error!r}."
+            f"The data file '{path.name}' cannot be read as {path.suffix[1:]}: {error!r}. Get it again, or pass another of "
+            f"{listing(SUFFIXES)}."
         ) from error
     if not rows:
-        raise CompressionError(f"The data file '{path.name}' has no example.")
+        raise CompressionError(f"The data file '{path.name}' has no example; pass one with a row for each.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise CompressionError(
+                f"Example {number} of the data file '{path.name}' is no mapping; pass a list of objects of named columns."
+            )
     examples = _examples(task, rows[:limit] if limit else rows, columns, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Split(examples, Data(path.name, len(examples), sha256=digest))
@@ -156,7 +164,9 @@ def _examples(task: Task, rows: Sequence[Row], columns: Sequence[str] | None, so
         return tuple(_question(row, columns, source) for row in rows)
     *texts, label = _columns(task, rows[0], columns, source)
     found = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if lacking := [column for column in (*texts, label) if column not in row]:
+            raise CompressionError(f"Example {number} of '{source}' has no {lacking[0]}; every example needs one.")
         value = _label(task, row[label], source)
         found.append(Example(tuple(str(row[column]) for column in texts), value))
     return tuple(found)
@@ -219,16 +229,14 @@ def _question(row: Row, columns: Sequence[str] | None, source: str) -> Example:
             f"'{source}' has the columns {','.join(row)}, and squad needs question, context and answers; "
             "name them with --columns."
         )
-    question, context, known = str(row[names[0]]), str(row[names[1]]), row[names[2]]
-    if isinstance(known, str):
-        known = json.loads(known) if known.lstrip().startswith("{") else {"text": [known]}
-    if isinstance(known, list):  # as in SQuAD's own file
-        known = {key: [answer[key] for answer in known] for key in ("text", "answer_start")}
-    texts = tuple(str(text) for text in known["text"])
-    starts = known.get("answer_start") or (
-        [row["answer_start"]] if str(row.get("answer_start", "")).isdigit() else None
-    )
-    places = tuple(int(start) for start in starts) if starts else tuple(context.find(text) for text in texts)
+    question, context = str(row[names[0]]), str(row[names[1]])
+    try:
+        texts, places = _answers(row, names[2], context)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CompressionError(
+            f"'{source}' has answers that cannot be read ('{str(row[names[2]])[:60]}'); squad needs a text, or a mapping of "
+            "text and answer_start, both lists."
+        ) from error
     if not texts or any(not text for text in texts):
         raise CompressionError(
             f"'{source}' has a question without an answer ('{question[:60]}'), which squad v1.1 does not have."
@@ -238,3 +246,17 @@ def _question(row: Row, columns: Sequence[str] | None, source: str) -> Example:
     ):
         raise CompressionError(f"'{source}' has an answer that is not in its context ('{texts[0][:60]}').")
     return Example((question, context), 0, texts, places)
+
+
+def _answers(row: Row, name: str, context: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the right answers of a question, and where each begins."""
+    known = row[name]
+    if isinstance(known, str):
+        known = json.loads(known) if known.lstrip().startswith("{") else {"text": [known]}
+    if isinstance(known, list):  # as in SQuAD's own file
+        known = {key: [answer[key] for answer in known] for key in ("text", "answer_start")}
+    texts = tuple(str(text) for text in known["text"])
+    starts = known.get("answer_start") or (
+        [row["answer_start"]] if str(row.get("answer_start", "")).isdigit() else None
+    )
+    return texts, tuple(int(start) for start in starts) if starts else tuple(context.find(text) for text in texts)
