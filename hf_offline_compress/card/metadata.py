@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # How names of stock classes end → the Hub's name of the task.
 PIPELINES = {
+    "ElectraForPreTraining": None,  # finds replaced tokens
     "ForMaskedLM": "fill-mask",
     "ForPreTraining": "fill-mask",
     "ForCausalLM": "text-generation",
