@@ -6,7 +6,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from .errors import CompressionError
+from .errors import CompressionError, listing
+from .families import FAMILIES
 
 LARGEST_SEED = 2**32 - 1
 # Classes of wrapped models, by name since their libraries need not be there, and what to pass in their place.
@@ -77,7 +78,8 @@ def check_base(base: object) -> None:
     inner = getattr(base, "model", None)
     hint = ", such as its `.model`" if isinstance(inner, PreTrainedModel) else ""
     raise CompressionError(
-        f"A {name} cannot be compressed; pass a Hub id, a folder, or a model of transformers{hint} (BERT, RoBERTa, GPT-2)."
+        f"A {name} cannot be compressed; pass a Hub id, a folder, or a model of transformers{hint}, of one of the architectures "
+        f"{listing(FAMILIES)}."
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import COMPANIONS, copy_companions, quiet_transformers
+from .base import COMPANIONS, copy_companions, drop_absent, quiet_transformers
 from .errors import CompressionError, listing, refusing
 from .families import FAMILIES, Skeleton
 from .files import check_target, keep_others, whole_folder
@@ -128,7 +128,8 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
     values = {key: value for key, value in compressed.config.to_dict().items() if key not in NOT_CARRIED}
     stock_config = stock.config_class(**values)
     stock_config.architectures = [stock.__name__]
-    skeleton = FAMILIES[model_type].skeleton(stock_config.to_dict(), stock.__name__)
+    family, absent = FAMILIES[model_type], compressed.config.compression["absent"]
+    skeleton = family.skeleton(stock_config.to_dict(), stock.__name__, absent)
     with quiet_transformers():
         dense, info = stock.from_pretrained(
             None,
@@ -137,6 +138,8 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
             dtype=getattr(torch, dtype),
             output_loading_info=True,
         )
+    if absent:
+        info["missing_keys"] = drop_absent(dense, family.entry, info["missing_keys"])
     problems = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise RuntimeError(f"The stock {stock.__name__} does not take the decoded weights: {problems}.")

@@ -190,8 +190,13 @@ class Family:
             architecture in self.entry.heads
         )
 
-    def skeleton(self, config: Mapping[str, Any], architecture: str) -> Skeleton:
+    def skeleton(self, config: Mapping[str, Any], architecture: str, absent: Sequence[str] = ()) -> Skeleton:
         """Return the parameters of `architecture` (a stock class name) under `config` (the contents of config.json).
+
+        Args:
+            config: the contents.
+            architecture: the name.
+            absent: optional modules of the base model that its checkpoint lacks.
 
         Raises:
             CompressionError: the architecture is not one of this family's, or the config does not describe one.
@@ -203,7 +208,7 @@ class Family:
             )
         from .layout import layout_of_config
 
-        return layout_of_config(self.entry, config, architecture)
+        return layout_of_config(self.entry, config, architecture, absent)
 
 
 FAMILIES = {model_type: Family(model_type, entry) for model_type, entry in ARCHITECTURES.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,16 +12,20 @@ from torch import nn
 from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
-from .errors import CompressionError
+from .errors import CompressionError, listing
 from .families import SAME_INPUTS, Matrix, Skeleton, family_of
 from .runtime.architectures_compressed import Architecture, part_rows, within_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
-def layout_of_config(entry: Architecture, config: Mapping[str, Any], architecture: str) -> Skeleton:
-    """Return the layout of a stock class under a config.json.
+
+def layout_of_config(
+    entry: Architecture, config: Mapping[str, Any], architecture: str, absent: Sequence[str] = ()
+) -> Skeleton:
+    """Return the layout of a stock class under a config.json, without the modules that its checkpoint lacks.
 
     Raises:
         CompressionError: the config does not describe a model of this class.
@@ -29,7 +34,7 @@ def layout_of_config(entry: Architecture, config: Mapping[str, Any], architectur
 
     try:
         values = getattr(transformers, entry.config).from_dict(dict(config))
-        return _layout(entry, _empty(getattr(transformers, architecture), values), ())
+        return _layout(entry, _empty(getattr(transformers, architecture), values), tuple(absent))
     except CompressionError:
         raise
     except Exception as error:  # whatever the stock class says of a config that it cannot build
@@ -58,6 +63,8 @@ def layout_of_model(model: PreTrainedModel) -> Skeleton:
         for part in family.entry.optional
         if getattr(base, part, None) is None and getattr(empty.base_model, part, None) is not None
     )
+    if absent:
+        logger.warning("The base has no %s; neither will the compressed model.", listing(absent))
     layout = _layout(family.entry, empty, absent)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in layout.parameters.items():

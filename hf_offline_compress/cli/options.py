@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from ..recipe import Recipe, Rule, preset_names
+from ..runtime.architectures_compressed import ARCHITECTURES
 
 HELP = {
     item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
 }
 
 app = typer.Typer(
-    help="Make BERT, RoBERTa and GPT-2 models several times smaller, offline; AutoModel loads the result.",
+    help="Make transformer models several times smaller, offline; AutoModel loads the result. Architectures: "
+    f"{', '.join(entry.title for entry in ARCHITECTURES.values())}.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
