@@ -64,6 +64,14 @@ _LAZY = {
     "write_card": "card",
 }
 
+
+def _publish(model: Any, repo_id: str, **options: Any) -> str:
+    """Verify and publish a model: what its `push_to_hub` does where the package is there."""
+    published: str = import_module(".hub", __name__).push_model(model, repo_id, **options)
+    return published
+
+
+registration.publish = _publish
 registration.check_transformers()
 registration.install()
 

@@ -20,6 +20,8 @@ from typing import Any
 from .runtime.architectures_compressed import ARCHITECTURES, MODEL_TYPES, TYPE_PREFIX
 
 SUPPORTED_TRANSFORMERS = ((5, 20), (6, 0))
+# Verifies and publishes a model; set by the package, whose upper rooms are none of this one's business.
+publish: Any = None
 _TABLE = "transformers.models.auto.configuration_auto"
 
 
@@ -44,6 +46,7 @@ def register(model_type: str | None = None) -> None:
 
     from .runtime import configuration_compressed, modeling_compressed
 
+    modeling_compressed.CompressedModelMixin.publish = publish
     for name in ARCHITECTURES if model_type is None else (model_type,):
         if name in _REGISTERED:
             continue

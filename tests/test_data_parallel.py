@@ -34,7 +34,7 @@ def replica_of(network):
 
 
 SHARED = ("low_rank_shared", "autoencoder_shared", "residual", "kronecker", "tucker")
-CASES = [("BertForMaskedLM", name) for name in (*SHARED, "sparse", "quantized", "codebook", "trellis")]
+CASES = [("BertForMaskedLM", name) for name in (*SHARED, "sparse", "quantized", "codebook_int8")]
 
 
 @pytest.mark.parametrize(("head", "recipe"), [*CASES, ("GPT2LMHeadModel", "trellis_int8")])

@@ -141,6 +141,15 @@ def check_groups(compression: Mapping[str, Any]) -> None:
             _check_integers(group["integers"], label)
 
 
+def fits(group: Mapping[str, Any], rows: int, columns: int) -> bool:
+    """Whether a group's numbers are those of a weight [rows, columns], as far as they say."""
+    try:
+        check_group(group, rows, columns)
+    except ValueError:
+        return False
+    return True
+
+
 def check_group(group: Mapping[str, Any], rows: int, columns: int) -> None:
     """Check that a group's numbers do not ask for more than a weight [rows, columns] can need.
 
@@ -152,7 +161,7 @@ def check_group(group: Mapping[str, Any], rows: int, columns: int) -> None:
     Raises:
         ValueError: decoding would take memory or time out of all proportion.
     """
-    fits = {
+    tests = {
         "low_rank": lambda: group["latent"] <= columns,
         "autoencoder": lambda: group["latent"] <= columns and all(h <= MOST_HIDDEN * columns for h in group["hidden"]),
         "residual": lambda: group["latent"] <= columns and group["hidden"][0] <= MOST_HIDDEN * columns,
@@ -173,7 +182,7 @@ def check_group(group: Mapping[str, Any], rows: int, columns: int) -> None:
             and sum(entry["streams"] for entry in group["classes"]) == math.ceil(rows / group["run"])
         ),
     }.get(group["structure"], lambda: True)
-    if not fits():
+    if not tests():
         raise ValueError(
             f"The sizes of a group of the structure '{group['structure']}' do not fit a weight of {rows} rows and "
             f"{columns} columns: config.json and the model it describes do not belong together."

@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from .architectures_compressed import ARCHITECTURES, CLASS_PREFIX, TYPE_PREFIX
 from .configuration_compressed import check_decoding, config_class_of
 from .layers_compressed import FusedLinear, TiedHead
+from .loading_compressed import check_loaded, current_compression, remember_groups
 from .numbers_compressed import PackedNumbers
 from .storing_compressed import holding
 from .structures_compressed import LinearDecoder
@@ -25,7 +26,13 @@ from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
 
 
 class CompressedModelMixin:
-    """What compressed models do beyond their stock class, which stands behind this one in their bases."""
+    """What compressed models do beyond their stock class, which stands behind this one in their bases.
+
+    Attributes:
+        publish: verifies and publishes a model; the package puts it here, and without the package there is none.
+    """
+
+    publish: Any = None
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         """Make the model; some stock heads make their base model by `AutoModel`, which must know this very config class."""
@@ -45,7 +52,24 @@ class CompressedModelMixin:
             for name in self.config.compression["absent"] if self.base_model is self else ():
                 setattr(self, name, None)
             substitute(self, self.config.compression)
+            remember_groups(self, self.config.compression)
         super().post_init()  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a model; see the stock method.
+
+        Raises:
+            ValueError: compressed weights are missing, too many, or of other shapes. The stock method would fill them at
+                random and say so in a note.
+        """
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
+        )
+        check_loaded(model, info, ignore_mismatched_sizes)
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -153,7 +177,12 @@ class CompressedModelMixin:
         Factors are stored in the dtype that the config's `storage` says, if that is narrower than the model's; numbers that
         it does not hold are stored wider.
         """
+        push, options = kwargs.pop("push_to_hub", False), {}
+        if push:  # once all is there: the stock method would publish before the code is
+            names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
         if self.config.compression:
+            self.config.compression = current_compression(self)
             self.config.auto_map = auto_map(type(self.config))
         super().save_pretrained(  # type: ignore[misc]
             save_directory, *args, state_dict=self._narrowed(state_dict), **kwargs
@@ -163,6 +192,9 @@ class CompressedModelMixin:
                 shutil.copyfile(file, Path(save_directory) / file.name)
             # What was recorded of the model that was saved here before is not true of this one.
             (Path(save_directory) / "verification.json").unlink(missing_ok=True)
+        if push:
+            options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
 
     def push_to_hub(self: Any, repo_id: str, **options: Any) -> str:
         """Publish the model with the code that loads it; options and result are those of the stock method.
@@ -172,13 +204,10 @@ class CompressedModelMixin:
         Raises:
             CompressionError: with the package, where a check fails or the Hub does not take it.
         """
-        if self.config.compression is None:
+        if self.config.compression is None or self.publish is None:
             return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
-        try:
-            from hf_offline_compress.hub import push_model
-        except ImportError:  # only its code is here
-            return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
-        return push_model(self, repo_id, **options)
+        published: str = self.publish(repo_id, **options)
+        return published
 
     def _narrowed(self: Any, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """Return the state dict with factors and all else in their storage dtypes; None where nothing is to be cast."""

@@ -183,6 +183,9 @@ class PackedNumbers(nn.Module):
         # By attribute: replicas of `nn.DataParallel` have no parameters, but tensors by their names.
         codes, scales, zeros = sources = tuple(getattr(self, f"{name}_{part}") for part in ("codes", "scales", "zeros"))
 
+        if scales.is_meta:  # parameters alone are, where a model is made empty
+            codes, zeros = codes.to("meta"), zeros.to("meta")
+
         def make() -> Tensor:
             return unpack_numbers(codes, scales, zeros, bits, sharing, shape)
 

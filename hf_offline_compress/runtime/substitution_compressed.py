@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures_compressed import architecture_of, part_rows, within_layer
+from .bounds_compressed import fits
 from .layers_compressed import (
     EMBEDDINGS,
     LINEARS,
@@ -44,13 +45,19 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             module = _find(root, member["module"])
             if module is None or isinstance(module, CompressedWeight):
                 if module is None and not member.get("head") and member["module"].split(".")[0] not in optional:
-                    raise ValueError(f"{type(model).__name__} has no module '{member['module']}' to compress.")
+                    raise ValueError(
+                        f"{type(model).__name__} has no module '{member['module']}', which is compressed in this checkpoint: a "
+                        "compressed model has the layers and sizes that it was compressed with. Load it as it is, drop layers in "
+                        "memory, and save it."
+                    )
                 continue
             if "part" in member and not isinstance(module, FusedLinear):
                 module = _split(module, _parts(model, member["module"]), model.config)
                 _put(root, member["module"], module)
             if isinstance(_part(module, member), CompressedWeight):
                 continue  # the base model was made by an auto class, and so is compressed already
+            if member.get("head") and not fits(group, *_shape(module)):
+                continue  # a head of another size is a new one
             if group["shared"] and name not in decoders:
                 decoder_class = LINEARS[group["structure"]].decoder_class
                 decoders[name] = decoder_class.make(group, _shape(_part(module, member))[1])
