@@ -89,7 +89,12 @@ def damaged(folder, target, damage):
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [("null", "config.json"), ("missing", "lacks"), ("unexpected", "too many"), ("shape", "shape|ignore_mismatched_sizes")],
+    [
+        ("null", "config.json"),
+        ("missing", "lacks"),
+        ("unexpected", "too many"),
+        ("shape", "shape|ignore_mismatched_sizes"),
+    ],
 )
 @pytest.mark.parametrize("ignore", [False, True])
 def test_damaged_weights_are_refused(classifier, tmp_path, damage, said, ignore):
