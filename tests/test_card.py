@@ -532,6 +532,55 @@ def test_a_card_of_the_base_that_says_nothing_is_passed_over(tmp_path, readme):
     assert inherited_metadata(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("metadata", "kept"),
+    [
+        ("license: [mit]", {"license": "mit"}),
+        ("license: Apache-2.0", {"license": "apache-2.0"}),
+        ("license: mit\nlanguage: no", {"license": "mit", "language": ["no"]}),
+        ("language: [en, no]", {"language": ["en", "no"]}),
+    ],
+)
+def test_usual_ways_to_write_a_licence_and_a_language_are_understood(tmp_path, metadata, kept):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert inherited_metadata(tmp_path) == kept
+
+
+@pytest.mark.parametrize(("metadata", "lost"), [("license: No Such", "No Such"), ("language: [en, 7]", "7")])
+def test_what_is_not_inherited_is_said(tmp_path, caplog, metadata, lost):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    inherited_metadata(tmp_path)
+    assert lost in caplog.text
+
+
+def test_texts_of_others_stay_texts(inputs):
+    """Names and descriptions neither end a block of code nor begin tags, links, images or metadata."""
+    evil = '"); import os; ("\n```\n<img src=x> [a](http://x) ![b](c) | `code`\n---\n# Title'
+    changed = copy.deepcopy(inputs)
+    object.__setattr__(changed, "name", evil)
+    changed.report["recipe"] |= {"name": evil, "description": evil}
+    changed.report["base"] = {"name": evil, "revision": None}
+    changed.report["dense"] = [{"name": evil, "parameters": 3, "reason": evil}]
+    changed.report["versions"] = {"torch": evil}
+    card = render_card(changed, model_id=evil)
+    assert parse_card(card).data.to_dict().get("license") is None
+    outside, fence = [], None
+    for line in card.split("---", 2)[2].splitlines():
+        mark = line.strip().partition("bash")[0].partition("python")[0].partition("yaml")[0]
+        if fence is None and set(mark) == {"`"} and len(mark) >= 3:
+            fence = mark
+        elif line.strip() == fence:
+            fence = None
+        elif fence is None:
+            outside.append(line)
+        elif "from_pretrained" in line:
+            compile(line, "card", "exec")  # one statement, of one string
+            assert "import os" in line and line.count("from_pretrained") == 1
+    assert fence is None
+    text = "\n".join(outside)
+    assert "<img" not in text and "](http://x)" not in text.replace("\\](", "") and "\n# Title" not in text
+
+
 # What the user wrote
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from .inputs import CardInputs, file_name
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
+
+logger = logging.getLogger(__name__)
 
 # How names of stock classes end → the Hub's name of the task.
 PIPELINES = {
@@ -57,12 +60,29 @@ def inherited_metadata(base: str | Path) -> dict[str, Any]:
         found = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
     except Exception:  # a card may hold anything; one that cannot be read says nothing
         return {}
-    kept = {key: found[key] for key in INHERITED if isinstance(found.get(key), str)}
-    if not re.fullmatch(LICENSE, kept.get("license", "")):
+    said = {key: _single(found.get(key)) for key in INHERITED}
+    kept = {key: value for key, value in said.items() if isinstance(value, str)}
+    kept["license"] = kept.get("license", "").strip().lower()  # the Hub's names of licences are in small letters
+    if not re.fullmatch(LICENSE, kept["license"]):
+        if found.get("license"):
+            logger.warning(
+                "The licence in the base's card, %r, is none that the Hub knows; give it by --license.",
+                found["license"],
+            )
         kept = {}
     languages = found.get("language")
-    known = [each for each in (languages if isinstance(languages, list) else [languages]) if _is_language(each)]
+    listed = ["no" if each is False else each for each in (languages if isinstance(languages, list) else [languages])]
+    known = [each for each in listed if _is_language(each)]
+    if lost := [each for each in listed if each is not None and each not in known]:
+        logger.warning(
+            "Languages in the base's card are none that the Hub knows: %s.", ", ".join(map(repr, lost))[:200]
+        )
     return {**kept, "language": known} if known else kept
+
+
+def _single(value: object) -> object:
+    """Return the only entry of a list, or the value itself."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _is_language(value: object) -> bool:

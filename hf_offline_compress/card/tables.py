@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any
@@ -39,8 +40,13 @@ def value(number: object) -> str:
 
 
 def cell(text: object) -> str:
-    """Return text that does not end a table's cell, or begin a tag."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    """Return text on one line that does not end a table's cell or a code span, or begin a tag, a link or an image."""
+    return re.sub(r"([|\[\]])", r"\\\1", " ".join(str(text).split()).replace("`", "'").replace("<", "&lt;"))
+
+
+def fence(text: str) -> str:
+    """Return the backticks around a block of code, more than the text itself has in a row."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def data_name(evaluation: dict[str, Any]) -> str:

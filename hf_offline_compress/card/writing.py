@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -230,8 +231,8 @@ def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, mode
     _, load_trusting = _loading(inputs, model_id, ", trust_remote_code=True")
     groups = len(inputs.config["compression"]["groups"])
     return {
-        "title": inputs.name,
-        "model_id": model_id,
+        "title": tables.cell(inputs.name),
+        "model_id": _literal(model_id),
         "summary": "\n".join([*_summary(inputs, facts), _licence(facts, inherited)]),
         "headline": tables.headline(inputs),
         "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load,
@@ -257,13 +258,14 @@ def _reported(inputs: CardInputs, facts: Mapping[str, Any]) -> dict[str, Any]:
         "made": f"With hf-offline-compress {versions.get('hf-offline-compress', '')}:".replace(" :", ":"),
         "command": command,
         "recipe": recipe.rstrip() if recipe else None,
+        "fence": tables.fence(f"{command} {recipe}"),
         "circumstances": _bullets(_circumstances(inputs, facts)),
         "sizes": tables.sizes(inputs),
         "compressed": "Error is ‖W − Ŵ‖ / ‖W‖ of the weights; on real inputs it is weighted by the calibration text's.",
         "group_table": tables.group_table(inputs),
         "chart": tables.chart(inputs),
         "dense": _bullets(_dense(inputs)),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
+        "versions": tables.cell(", ".join(f"{name} {number}" for name, number in versions.items())) + ".",
     }
 
 
@@ -285,8 +287,8 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
         base = f" of [{hub}](https://huggingface.co/{hub})" if hub else ""
         members = sum(len(group["members"]) for group in inputs.config["compression"]["groups"].values())
         return [
-            f"This is a compressed form{base} ({inputs.architecture}): {tables.count(members)} of its weight matrices are kept "
-            f"in a smaller form, and {_rest(inputs)}.",
+            f"This is a compressed form{base} ({tables.cell(inputs.architecture)}): "
+            f"{tables.count(members)} of its weight matrices are kept in a smaller form, and {_rest(inputs)}.",
             str(inputs.since),
             f"{size}.",
         ]
@@ -298,8 +300,8 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
     recipe = report["recipe"]
     dense = totals["parameters"] * tables.FLOAT32
     return [
-        f"This is {shown}{revision} ({report['architecture']}, {tables.count(totals['parameters'])} parameters), made smaller "
-        f"without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and "
+        f"This is {shown}{revision} ({tables.cell(report['architecture'])}, {tables.count(totals['parameters'])} parameters), "
+        f"made smaller without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and "
         f"{_rest(inputs)}.",
         f"The recipe is `{tables.cell(recipe['name'])}`"
         + (f": {_sentence(recipe)}" if recipe.get("description") else "."),
@@ -331,16 +333,21 @@ def _licence(facts: Mapping[str, Any], inherited: bool) -> str:
     return f"Its licence is {', '.join(names)}{', that of the base' if inherited else ''}."
 
 
+def _literal(text: str) -> str:
+    """Return a text as Python has it, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _loading(inputs: CardInputs, model_id: str, options: str = "") -> tuple[str | None, str]:
     """Return the auto class that loads the model, if there is one, and the lines that load it."""
     own = inputs.config["architectures"][0]
     found = [name for name, cls in (inputs.config.get("auto_map") or {}).items() if cls.endswith(f".{own}")]
     auto = next((name for name in AUTO_CLASSES if name in found), None)
     imports = [auto] if auto else []
-    lines = [f'model = {auto or f"hf_offline_compress.{own}"}.from_pretrained("{model_id}"{options})']
+    lines = [f"model = {auto or f'hf_offline_compress.{own}'}.from_pretrained({_literal(model_id)}{options})"]
     if inputs.has_tokenizer:
         imports.append("AutoTokenizer")
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{model_id}"{options})')
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_literal(model_id)}{options})")
     head = [f"from transformers import {', '.join(imports)}", ""] if imports else []
     return auto, "\n".join([*head, *lines])
 
@@ -352,8 +359,8 @@ def _remote_loading(inputs: CardInputs, model_id: str) -> str:
         (
             "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
             "",
-            f'cls = get_class_from_dynamic_module("modeling_compressed.{own}", "{model_id}", trust_remote_code=True)',
-            f'model = cls.from_pretrained("{model_id}")',
+            f'cls = get_class_from_dynamic_module("modeling_compressed.{own}", {_literal(model_id)}, trust_remote_code=True)',
+            f"model = cls.from_pretrained({_literal(model_id)})",
         )
     )
 
@@ -405,7 +412,10 @@ def _dense(inputs: CardInputs) -> list[str]:
     lines = []
     for reason in dict.fromkeys(item["reason"] for item in items):
         chosen = [item for item in items if item["reason"] == reason]
-        names = ", ".join(f"`{item['name']}`" if " " not in item["name"] else item["name"] for item in chosen[:3])
+        names = ", ".join(
+            f"`{tables.cell(item['name'])}`" if " " not in item["name"] else tables.cell(item["name"])
+            for item in chosen[:3]
+        )
         names += f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
         parameters = sum(item["parameters"] for item in chosen)
         lines.append(f"dense: {names}, {tables.count(parameters)} parameters ({tables.cell(reason)})")
