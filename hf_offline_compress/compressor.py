@@ -300,14 +300,8 @@ def compress_model(
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
             "calibration=None and no validation for a data-free compression."
         )
-    home = next(model.parameters()).device
-    device = torch.device(device or home)
     _check_finite(model, family.title)
-    compute = model.to(device)  # type: ignore[arg-type]
-    was_training = model.training
-    compute.eval()
-
-    try:
+    with _measurable(model, device, ours=source is not None) as compute:
         wider = wider_tensors(plan, compute.state_dict())
         plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, skeleton=layout)
 
@@ -353,9 +347,6 @@ def compress_model(
                 (plan, built, reports), recipe, trials = search_ratio(solved, recipe, plan, judge, max_loss, progress)
             search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
         tell(plan)
-    finally:
-        if source is None:
-            model.to(home).train(was_training)  # type: ignore[arg-type]
     name = source.name if source else Path(str(model.config.name_or_path or "a model in memory")).name
     report = Report(
         base={
@@ -385,6 +376,28 @@ def compress_model(
 def _narrow_enough(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model in double precision in single; any other as it is."""
     return copy.deepcopy(model).float() if model.dtype == torch.float64 else model
+
+
+@contextmanager
+def _measurable(model: PreTrainedModel, device: str | torch.device | None, *, ours: bool) -> Iterator[PreTrainedModel]:
+    """Put a model where it is computed, in evaluation mode, and leave it as it was, unless it is ours to take apart.
+
+    Layers take sequences whole for the while: `chunk_size_feed_forward` cuts them to save memory in use, and what is
+    measured are the inputs of all places.
+    """
+    home, was_training = next(model.parameters()).device, model.training
+    chunked: list[tuple[Any, int]] = [
+        (module, size) for module in model.modules() if (size := getattr(module, "chunk_size_feed_forward", 0))
+    ]
+    for module, _ in chunked:
+        module.chunk_size_feed_forward = 0
+    try:
+        yield model.to(torch.device(device or home)).eval()  # type: ignore[arg-type]
+    finally:
+        if not ours:
+            model.to(home).train(was_training)  # type: ignore[arg-type]
+            for module, size in chunked:
+                module.chunk_size_feed_forward = size
 
 
 def _check_finite(model: nn.Module, title: str) -> None:

@@ -463,3 +463,16 @@ def test_every_member_brings_the_metric_of_its_own_inputs(base, monkeypatch):
     (problem,) = seen
     assert len(problem.member_moments) == 3 and not problem.member_moments[0].equal(problem.member_moments[2])
     torch.testing.assert_close(torch.stack(problem.member_moments).mean(dim=0), problem.input_moments)
+
+
+def test_a_base_that_cuts_its_sequences_is_compressed_like_any_other(tmp_path):
+    """`chunk_size_feed_forward` changes nothing but memory, and stays as the base has it."""
+    weights = []
+    for size in (0, 2):
+        model = make_model("bert", "BertForMaskedLM", chunk_size_feed_forward=size)
+        result = compress(model, "allocated-svd", calibration=TEXTS, tokenizer=make_tokenizer("bert"), progress=False)
+        assert result.model.config.chunk_size_feed_forward == size
+        assert model.bert.encoder.layer[0].chunk_size_feed_forward == size
+        result.save(tmp_path / str(size))
+        weights.append((tmp_path / str(size) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
