@@ -47,8 +47,13 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", list(ORDERS))
 def test_in_whatever_order(order, folder):
-    code = ORDERS[order] + "\nimport sys; print(type(A.from_pretrained(sys.argv[1])).__name__)"
-    assert in_fresh_process(code, folder) == "CompressedBertForMaskedLM\n"
+    code = ORDERS[order] + (
+        "\nimport sys; print(type(A.from_pretrained(sys.argv[1])).__name__)"
+        "\nprint([name for name in sys.modules if name.startswith('transformers.models.') and '.modeling_' in name])"
+    )
+    found, imported = in_fresh_process(code, folder).splitlines()
+    assert found == "CompressedBertForMaskedLM"
+    assert "modeling_bert" in imported and not [t for t in ("roberta", "gpt2", "llama") if f"modeling_{t}'" in imported]
 
 
 def test_a_tokenizer_without_a_class_of_its_own(folder, tmp_path):
