@@ -1,6 +1,7 @@
 """Publishing on a Hub of our own: round trips, faults at every step, and what each leaves behind."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import typer
-from common import error_of, outputs_of, run_cli, save_base
+from common import error_of, make_tokenizer, outputs_of, run_cli, save_base
 from huggingface_hub import constants
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
+from sentence_transformers import SentenceTransformer
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, hub_errors, push_folder
@@ -58,6 +61,7 @@ def hub(monkeypatch, naps):
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # it keeps the endpoint
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -354,6 +358,40 @@ def test_pushing_a_result_and_a_model(hub, folder, result):
     hub.model("me/model").files()["README.md"] = CARD.format("Mine.\n").encode()
     model.push_to_hub("me/model")
     assert b"Mine." in published(hub, "me/model")["README.md"]
+
+
+def by_save_pretrained(model, folder, **options):
+    model.save_pretrained(folder, push_to_hub=True, repo_id="me/saved", **options)
+
+
+def by_save_pretrained_without_the_package(model, folder):
+    model.publish = None  # as in a process that has the folder's code alone
+    by_save_pretrained(model, folder)
+
+
+def by_trainer(model, folder):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), hub_model_id="me/saved", report_to="none", use_cpu=True
+    )
+    transformers.Trainer(model, arguments).push_to_hub()
+
+
+def by_sentence_transformers(model, folder):
+    model.bert.save_pretrained(folder)
+    make_tokenizer("bert").save_pretrained(folder)
+    SentenceTransformer(str(folder)).push_to_hub("me/saved")
+
+
+@pytest.mark.parametrize(
+    "publish", [by_save_pretrained, by_save_pretrained_without_the_package, by_trainer, by_sentence_transformers]
+)
+def test_other_ways_to_publish_take_code_and_weights_along(hub, folder, tmp_path, publish):
+    model = hf_offline_compress.CompressedBertForMaskedLM.from_pretrained(folder)
+    publish(model, tmp_path / "saved")
+    there = published(hub, "me/saved")
+    assert {"modeling_compressed.py", "architectures_compressed.py", "config.json", "model.safetensors"} <= there.keys()
+    config = json.loads(there["config.json"])
+    assert config["auto_map"]["AutoModel"] == "modeling_compressed.CompressedBertModel"
 
 
 def test_a_corrupted_download_is_found(hub, folder, tmp_path):
