@@ -1,12 +1,16 @@
 """Runtime layers against their own dense weight, and the rules that keep a decoded weight a cache."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from common import nonlinear
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from hf_offline_compress.runtime import weights_compressed
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.numbers_compressed import in_order, pack_numbers, unpack_numbers
 from hf_offline_compress.runtime.packing_compressed import pack, unpack
@@ -271,13 +275,109 @@ def test_no_cache_in_training_or_when_told():
     assert layer._cache is None
 
 
+def gradients_of(layer, x, forward, backward):
+    """Return the gradients of a layer's parameters, forward and backward each within a context."""
+    layer.zero_grad()
+    with forward():
+        loss = layer(x).float().square().sum()
+        if backward is None:
+            loss.backward()
+    if backward is not None:
+        with backward():
+            loss.backward()
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (AUTOCAST, nullcontext),
+        (AUTOCAST, None),
+        (nullcontext, AUTOCAST),
+        (torch.autograd.graph.save_on_cpu, nullcontext),
+    ],
+)
+@pytest.mark.parametrize("entry", ["autoencoder", "residual_without_norms", "kronecker", "trellis_of_classes"])
+def test_gradients_are_exact_under_autocast_and_where_saved_tensors_are_moved(entry, forward, backward):
+    layer, _ = make("linear", entry)
+    x = torch.randn(3, COLUMNS)
+    layer.eval()
+    with AUTOCAST(), torch.no_grad():
+        layer(x)  # casts that autocast remembers have no gradients
+    kept = gradients_of(layer, x, forward, backward)
+    decoded = gradients_of(layer.train(), x, forward, backward)
+    for name in decoded:  # bfloat16 sums in another order
+        torch.testing.assert_close(kept[name], decoded[name], rtol=5e-3, atol=1e-3 * float(decoded[name].abs().max()))
+
+
+def test_gradients_reach_tensors_that_stand_in_for_parameters():
+    layer, _ = make("linear", "autoencoder")
+    x = torch.randn(3, COLUMNS)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    given = {name: (1.1 * parameter.detach()).requires_grad_() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters):
+        return functional_call(layer, parameters, (x,)).square().sum()
+
+    taken = torch.autograd.grad(loss(given), [*given.values()])
+    transformed = torch.func.grad(loss)({name: tensor.detach() for name, tensor in given.items()})
+    for name, parameter in layer.named_parameters():
+        parameter.data.copy_(given[name].detach())
+    layer.train()(x).square().sum().backward()
+    for name, gradient in zip(given, taken, strict=True):
+        torch.testing.assert_close(gradient, layer.get_parameter(name).grad)
+        torch.testing.assert_close(gradient, transformed[name])
+    # Parameters of another layer are gone when the gradient is taken.
+    exchanged = loss({name: torch.nn.Parameter(tensor) for name, tensor in given.items()})
+    assert exchanged.requires_grad
+    layer.eval()
+    with pytest.raises(RuntimeError, match="exchanged between its forward and its backward pass"):
+        loss({name: torch.nn.Parameter(tensor) for name, tensor in given.items()}).backward()
+
+
+def test_weights_that_change_before_the_backward_pass_are_an_error():
+    layer, _ = make("linear", "autoencoder")
+    out = layer.eval()(torch.randn(2, COLUMNS))
+    with torch.no_grad():
+        layer.latents.mul_(2)
+    with pytest.raises(RuntimeError, match="take them first"):
+        out.sum().backward()
+
+
+def test_a_bias_is_trained_alone_without_decoding_anew(monkeypatch):
+    layer, _ = make("linear", "autoencoder", bias=True)
+    layer.requires_grad_(False).bias.requires_grad_()
+    calls, decode = [], layer.dense_weight
+    monkeypatch.setattr(layer, "dense_weight", lambda: calls.append(1) or decode())
+    for _ in range(3):
+        layer(torch.randn(2, COLUMNS)).sum().backward()
+    assert len(calls) == 1 and layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("decoding", ["cached", "on_the_fly"])
+def test_a_large_frozen_weight_that_is_not_kept_is_never_whole(decoding, monkeypatch):
+    """Without `no_grad` too: what needs no gradient is applied in blocks of rows."""
+    layer, _ = make("linear", "quantized")
+    set_decoding([layer], decoding, max_bytes=1 if decoding == "cached" else None)
+    x, expected = torch.randn(2, COLUMNS), layer.dense_weight()
+    monkeypatch.setattr(weights_compressed, "DECODED_AT_ONCE", 3 * COLUMNS)
+    monkeypatch.setattr(layer, "dense_weight", lambda: pytest.fail("decoded whole"))
+    torch.testing.assert_close(layer.requires_grad_(False)(x), F.linear(x, expected, layer.bias))
+
+
 @pytest.mark.parametrize("entry", ["autoencoder", "quantized", "trellis_of_classes", "low_rank_packed"])
-def test_changes_that_torch_does_not_count_are_seen_once_what_was_kept_is_dropped(entry):
-    """Weights that are exchanged through `.data`, as moving averages are."""
+def test_changes_that_torch_does_not_count_are_seen(entry):
+    """Weights that are exchanged through `.data`, as moving averages are: at once, or when what was kept is dropped."""
     layer, _ = make("linear", entry)
     set_decoding([layer], "cached")
     x = torch.randn(2, COLUMNS)
     drops = {
+        "nothing": lambda: None,
         "forget": layer.forget,
         "train": lambda: layer.train().eval(),
         "load": lambda: layer.load_state_dict(layer.state_dict()),
@@ -286,11 +386,28 @@ def test_changes_that_torch_does_not_count_are_seen_once_what_was_kept_is_droppe
     with torch.no_grad():
         layer.eval()
         for name, drop in drops.items():
-            layer(x)
-            for parameter in layer.parameters():
-                parameter.data = parameter.data * 1.5
-            drop()
-            torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight(), layer.bias), msg=name)
+            for exchange in (lambda p: setattr(p, "data", 1.5 * p.data), lambda p: p.data.div_(1.5)):
+                layer(x)
+                for parameter in layer.parameters():
+                    exchange(parameter)
+                drop()
+                torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight(), layer.bias), msg=name)
+
+
+@pytest.mark.parametrize("drop", ["forget", "train", "load", "move"])
+def test_what_was_kept_is_dropped(drop):
+    """Also where changes cannot be seen: on a GPU, or in numbers that are not looked at."""
+    layer, _ = make("linear", "autoencoder")
+    with torch.no_grad():
+        layer.eval()(torch.randn(2, COLUMNS))
+    assert layer._cache is not None
+    {
+        "forget": layer.forget,
+        "train": layer.train,
+        "load": lambda: layer.load_state_dict(layer.state_dict()),
+        "move": lambda: layer.to(torch.float64),
+    }[drop]()
+    assert layer._cache is None
 
 
 def test_a_compiled_layer_sees_what_training_changed():

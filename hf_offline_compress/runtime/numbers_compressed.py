@@ -1,7 +1,8 @@
 """Parameters that are kept as whole numbers of few bits, with a scale and a zero for so many of them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,9 +33,60 @@ def unpack_numbers(
     return numbers.view(shape[-1], *shape[:-1]).movedim(0, -1)
 
 
+# Numbers of a tensor that are looked at again, whether it has changed.
+_SAMPLED = 8
+
+
 def versions_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Return what changes whenever one of the tensors does: in place, which raises its version, or for another one."""
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+class SeenSources:
+    """Tensors that something was made from, as they were then.
+
+    Changes through `.data` raise no version, so a few numbers of each float tensor are compared as well: weights that are
+    exchanged differ in them. Only on a CPU: looking at numbers on a GPU would wait for all that it still has to do.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        """Remember the tensors, and the precision that operations have now."""
+        self._key = self._key_of(sources)
+        # Views: what they look at cannot be freed meanwhile, and its address not be given to another tensor.
+        self._samples = [
+            source.detach().view(-1)[:: max(1, source.numel() // _SAMPLED)]
+            for source in sources
+            if source.device.type == "cpu" and source.is_floating_point() and source.is_contiguous()
+        ]
+        self._numbers = [sample.tolist() for sample in self._samples]
+
+    def unchanged(self, sources: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, with the same numbers as far as was looked."""
+        if self._key != self._key_of(sources):
+            return False
+        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        return traced or self._numbers == [sample.tolist() for sample in self._samples]
+
+    @staticmethod
+    def _key_of(sources: Sequence[Tensor]) -> tuple[Any, ...]:
+        return versions_of(sources), _precision(sources[0].device.type)
+
+
+def _precision(device_type: str) -> tuple[bool, torch.dtype | None]:
+    """Return whether autocast is on, and its dtype."""
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return enabled, torch.get_autocast_dtype(device_type) if enabled else None
+
+
+@contextmanager
+def _in_precision(device_type: str, precision: tuple[bool, torch.dtype | None]) -> Iterator[None]:
+    """Compute as autocast did at another time, without its memory of casts, in which some may lack their gradients."""
+    if not torch.amp.is_autocast_available(device_type):
+        yield
+        return
+    enabled, dtype = precision
+    with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
+        yield
 
 
 def in_order(tensor: Tensor) -> Tensor:
@@ -47,41 +99,68 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kept: Tensor, make: Callable[[], Tensor], forget: Callable[[], None], *sources: Tensor
+        ctx: Any,
+        kept: Tensor,
+        make: Callable[[], Tensor],
+        forget: Callable[[], None],
+        read: Callable[[], Sequence[Tensor]],
+        *wanted: Tensor,
     ) -> Tensor:
         """Return what was kept."""
-        ctx.make, ctx.forget = make, forget
-        ctx.save_for_backward(*sources)  # sources that change in between are an error, as elsewhere in torch
+        ctx.make, ctx.forget, ctx.read, ctx.wanted = make, forget, read, wanted
+        ctx.versions = versions_of(read())
+        ctx.precision = _precision(kept.device.type)
         return kept.view_as(kept)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Return the gradients of the sources, of which the tensor is made anew."""
-        sources = ctx.saved_tensors
-        wanted = [source for source, needed in zip(sources, ctx.needs_input_grad[3:], strict=True) if needed]
+        """Return the gradients of the parameters, of which the tensor is made anew.
+
+        Raises:
+            RuntimeError: they are not what they were in the forward pass.
+        """
+        sources = ctx.read()
+        if versions_of(sources) != ctx.versions or not {*map(id, ctx.wanted)} <= {*map(id, sources)}:
+            raise RuntimeError(
+                "Parameters of a compressed layer were changed or exchanged between its forward and its backward pass, so "
+                "there are no gradients; take them first, or call train() on the model before the forward pass."
+            )
         ctx.forget()  # a step of training may follow, which a compiled graph would not notice
-        with torch.enable_grad():
+        with torch.enable_grad(), _in_precision(gradients[0].device.type, ctx.precision):
             made = ctx.make()
-        found = torch.autograd.grad(made, wanted, gradients[0], create_graph=torch.is_grad_enabled(), allow_unused=True)
-        given = iter(found)
-        return None, None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[3:])
+        found = torch.autograd.grad(
+            made, ctx.wanted, gradients[0], create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+        return None, None, None, None, *found
+
+
+def make_kept(make: Callable[[], Tensor], device_type: str) -> Tensor:
+    """Return what `make` returns, without gradients, and without casts that autocast would use again where they are on."""
+    with torch.no_grad(), _in_precision(device_type, _precision(device_type)):
+        return make()
 
 
 def with_gradient(
-    kept: Tensor, make: Callable[[], Tensor], forget: Callable[[], None], sources: Sequence[Tensor]
+    kept: Tensor, make: Callable[[], Tensor], forget: Callable[[], None], read: Callable[[], Sequence[Tensor]]
 ) -> Tensor:
-    """Return a kept tensor so that gradients reach what it was made from, if any are on and asked for.
+    """Return a kept tensor so that gradients reach the parameters that it was made from, if any are on and asked for.
 
     Args:
         kept: what `make` returned without gradients, [...].
         make: makes it anew.
         forget: drops it; called when a gradient is taken.
-        sources: the tensors that `make` reads.
+        read: returns the tensors that `make` reads.
     """
-    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-        made: Tensor = _Kept.apply(kept, make, forget, *sources)
-        return made
-    return kept
+    wanted = [source for source in read() if source.requires_grad] if torch.is_grad_enabled() else []
+    if not wanted:
+        return kept
+    made: Tensor = _Kept.apply(kept, make, forget, read, *wanted)
+    return made
+
+
+def takes_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether what is computed from tensors now may be asked for a gradient."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def is_stuck(kept: Tensor) -> bool:
@@ -93,13 +172,17 @@ def may_keep(module: nn.Module, sources: Sequence[Tensor]) -> bool:
     """Whether what is made of a module's tensors may be kept for the next use.
 
     Not under offloading hooks, where tensors come and go between calls; not in replicas of `nn.DataParallel`, which last
-    for one call; and not where the next step of training will change it.
+    for one call; not where the next step of training will change it; and not where other tensors stand in for parameters,
+    as in `torch.func`, since they are gone when gradients are taken.
     """
     if "_hf_hook" in module.__dict__ or "_is_replica" in module.__dict__ or any(source.is_meta for source in sources):
         return False
-    if not torch.is_grad_enabled() or not any(source.requires_grad for source in sources):
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if not takes_gradient(sources):
         return True
-    return not module.training and not torch.compiler.is_compiling()
+    own = all(isinstance(source, nn.Parameter) for source in sources if source.requires_grad)
+    return own and not module.training and not torch.compiler.is_compiling()
 
 
 class PackedNumbers(nn.Module):
@@ -196,11 +279,9 @@ class PackedNumbers(nn.Module):
             return make()
         if torch.compiler.is_compiling():
             return kept[name][1] if name in kept else make()
-        key = versions_of(sources)
-        if name not in kept or kept[name][0] != key or is_stuck(kept[name][1]):
-            with torch.no_grad():
-                kept[name] = (key, make())
-        return with_gradient(kept[name][1], make, self.forget, sources)
+        if name not in kept or not kept[name][0].unchanged(sources) or is_stuck(kept[name][1]):
+            kept[name] = (SeenSources(sources), make_kept(make, codes.device.type))
+        return with_gradient(kept[name][1], make, self.forget, lambda: sources)
 
 
 class PackableLinear(PackedNumbers, nn.Linear):

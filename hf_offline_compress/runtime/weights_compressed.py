@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bounds_compressed import check_group
-from .numbers_compressed import PackedNumbers, is_stuck, may_keep, versions_of, with_gradient
+from .numbers_compressed import PackedNumbers, SeenSources, is_stuck, make_kept, may_keep, takes_gradient, with_gradient
 
 # Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
 DECODED_AT_ONCE = 2**22
@@ -226,7 +226,7 @@ class DecodedWeight(CompressedWeight):
         """Make an empty weight; see the base class."""
         super().__init__(*args, **kwargs)
         self.budget: DecodedBudget | None = None
-        self._cache: tuple[Any, Tensor] | None = None
+        self._cache: tuple[SeenSources, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
@@ -254,8 +254,9 @@ class DecodedWeight(CompressedWeight):
         cached = self._cached()
         step = max(1, DECODED_AT_ONCE // self.columns)
         by_rows = type(self).some_rows is not DecodedWeight.some_rows
-        # Training needs the whole weight for its gradients.
-        if cached is not None or self.rows <= step or not by_rows or torch.is_grad_enabled():
+        # The whole weight is needed for gradients.
+        whole = self.rows <= step or not by_rows or takes_gradient([x, *self._sources()])
+        if cached is not None or whole:
             return F.linear(x, self.dense_weight() if cached is None else cached, self.bias)
         out: Tensor | None = None
         for start in range(0, self.rows, step):
@@ -276,12 +277,13 @@ class DecodedWeight(CompressedWeight):
         return F.embedding(ids, self.dense_weight() if cached is None else cached)
 
     def _sources(self) -> list[Tensor]:
-        """Return the tensors that the weight is made from, and its bias; this must be quick: no walk over submodules."""
-        own = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
+        """Return the tensors that the weight is made from; this must be quick: no walk over submodules."""
+        named = {**self._parameters, **self._buffers}
         if "_former_parameters" in self.__dict__:  # a replica of `nn.DataParallel` has no parameters
-            own += self.__dict__["_former_parameters"].values()
+            named |= self.__dict__["_former_parameters"]
+        own = [tensor for name, tensor in named.items() if tensor is not None and name != "bias"]
         decoder = self.__dict__.get("_shared_decoder") or self.decoder
-        return own if decoder is None else [*own, *decoder.parameters()]
+        return own if decoder is None else [*own, *decoder.parameters(), *decoder.buffers()]
 
     def _cached(self, fill: bool = True) -> Tensor | None:
         """Return the decoded weight, or None where it must not be kept; without `fill`, only if it is there already."""
@@ -291,15 +293,13 @@ class DecodedWeight(CompressedWeight):
             return None
         if torch.compiler.is_compiling():
             return self._cache[1] if self._cache else None
-        key = (versions_of(sources), torch.is_autocast_enabled(sources[0].device.type))
-        if self._cache is None or self._cache[0] != key or is_stuck(self._cache[1]):
+        if self._cache is None or not self._cache[0].unchanged(sources) or is_stuck(self._cache[1]):
             self._cache = None
             size = self.rows * self.columns * sources[0].element_size()
             if not fill or (self.budget is not None and size > self.budget.left()):
                 return None
-            with torch.no_grad():
-                weight = self.dense_weight()
+            weight = make_kept(self.dense_weight, sources[0].device.type)
             if self.budget is not None and not self.budget.admit(weight):
-                return with_gradient(weight, self.dense_weight, self.forget, sources)
-            self._cache = (key, weight)
-        return with_gradient(self._cache[1], self.dense_weight, self.forget, sources)
+                return with_gradient(weight, self.dense_weight, self.forget, self._sources)
+            self._cache = (SeenSources(sources), weight)
+        return with_gradient(self._cache[1], self.dense_weight, self.forget, self._sources)
