@@ -55,6 +55,25 @@ def seed_of(value: object) -> int:
     return whole(value, "seed", 0, LARGEST_SEED)
 
 
+def token_of(token: Any) -> Any:
+    """Return a token for the Hub without the blanks and ends of lines that copying leaves around it; others as they are.
+
+    Raises:
+        CompressionError: it is empty, or no request could carry it.
+    """
+    if not isinstance(token, str):
+        return token
+    stripped = token.strip()
+    if not stripped:
+        raise CompressionError("The token for the Hub is empty; pass one, or leave `token` (--token) out.")
+    if not (stripped.isascii() and stripped.isprintable()) or " " in stripped:
+        raise CompressionError(
+            "The token for the Hub has a blank, an end of line, or another character in it that no token has; copy it anew from "
+            "https://huggingface.co/settings/tokens."
+        )
+    return stripped
+
+
 def check_base(base: object) -> None:
     """Raise CompressionError unless this is a Hub id, a folder, or a model of transformers in full precision."""
     if isinstance(base, str | Path):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import token_of
 from .base_files import check_base_texts, check_base_weights, read_base_json
 from .downloading import MODULE, cached_name, check_id, fetch_file, fetch_files
 from .errors import CompressionError, listing, refusing
@@ -135,7 +136,7 @@ def read_config(
     Raises:
         CompressionError: there is no such folder or repository, or its config cannot be read.
     """
-    found = _locate(base, revision, token)
+    found = _locate(base, revision, token_of(token))
     return found.name, found.config
 
 
@@ -216,7 +217,7 @@ def resolve_base(base: str | Path, *, revision: str | None = None, token: str | 
     Raises:
         CompressionError: there is no such base, it cannot be compressed, it has no weights, or its files are damaged.
     """
-    found = _locate(base, revision, token)
+    found = _locate(base, revision, token := token_of(token))
     family = family_of(found.config)
     folder, commit = _folder(base), found.commit
     if folder is None:

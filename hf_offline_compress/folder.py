@@ -224,9 +224,7 @@ def _keep(old: Path, new: Path) -> None:
 
     Those of other weights get another name, so that they are not taken for the new ones'.
     """
-    files.keep_others(
-        old, new, lambda name: bool(name in COMPANIONS or WRITTEN.fullmatch(name) or MODULE_FILE.fullmatch(name))
-    )
+    files.keep_others(old, new, is_part)
     evaluation = old / EVALUATION_FILE
     if evaluation.is_file():
         numbers = ("", *(f"-{i}" for i in range(2, 1000)))
@@ -279,6 +277,11 @@ def _forget_paths(file: Path) -> None:
     values = read_json(file)
     if values and any(values.pop(key, None) for key in ("name_or_path", "_name_or_path")):
         file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def is_part(name: str) -> bool:
+    """Return whether a file, by its name relative to a compressed folder, belongs to the model there."""
+    return bool(name in COMPANIONS or WRITTEN.fullmatch(name) or MODULE_FILE.fullmatch(name))
 
 
 def is_compressed(folder: Path) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .arguments import token_of
 from .card import CARD_FILE
 from .card.snippets import with_model_id
-from .errors import CompressionError, shortened
+from .errors import CompressionError, listing, shortened
+from .folder import is_part
 from .hub_errors import ATTEMPTS, explain, is_broken_connection, is_passing, patiently, status_of
 from .progress import stage
 from .verifying import check_files, folder_files, trainer_files, verify_folder, write_record
@@ -40,6 +42,7 @@ class Pushed:
         files: that the repository has now got from the folder.
         removed: files of an earlier push that were taken away.
         changed: whether there was anything to commit.
+        left_out: files beside the model that were not published.
         remarks: sentences that the user should read.
     """
 
@@ -51,6 +54,7 @@ class Pushed:
     files: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: bool = True
+    left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def push_folder(
     create_pr: bool = False,
     token: str | None = None,
     trust_remote_code: bool = False,
+    include: Sequence[str] = (),
 ) -> Pushed:
     """Verify a compressed folder and publish it as one commit of a model repository, which is made if it is not there.
 
@@ -86,18 +91,22 @@ def push_folder(
         create_pr: propose the commit as a pull request, in a repository of somebody else.
         token: by default the one that you are logged in with, or HF_TOKEN.
         trust_remote_code: run the folder's code to verify it, even if it is not that of this package.
+        include: files that are no part of the model, by their names in the folder, to publish with it.
 
     Raises:
         CompressionError: the folder fails a check, or the Hub does not take it. The sentence says what is published.
     """
     path = Path(folder)
-    push = _Push(repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
+    push = _Push(repo_id, private=private, revision=revision, create_pr=create_pr, token=token_of(token))
     check_files(path)
+    names, left_out = _selected(path, [include] if isinstance(include, str) else include)
     with stage("asking the Hub"):
         push.prepare()
-    _require_verified(path, trust_remote_code)
+    _require_verified(path, trust_remote_code, push.token)
+    push.remarks += _remarks(path, left_out)
+    message = message or f"Upload compressed model (hf-offline-compress {__version__})"
     with stage("uploading"):
-        return push.upload(path, message or f"Upload compressed model (hf-offline-compress {__version__})", description)
+        return replace(push.upload(path, names, (message, description)), left_out=tuple(left_out))
 
 
 def push_model(
@@ -152,8 +161,43 @@ def push_model(
     return pushed.url
 
 
-def _require_verified(folder: Path, trust_remote_code: bool) -> None:
-    failed = verify_folder(folder, trust_remote_code=trust_remote_code).failed
+def _selected(folder: Path, include: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the files of a folder to publish, and those that are left out.
+
+    Raises:
+        CompressionError: a file to include is not there, or never published.
+    """
+    there, trainer = folder_files(folder), trainer_files(folder)
+    wanted = {PurePath(name).as_posix() for name in include}
+    aside = [name for name in there if not is_part(name)]
+    for name in sorted(wanted.difference(there)):
+        if name in trainer:
+            raise CompressionError(
+                f"'{name}' is never published: it is of Trainer, and the model loads without it. Leave it out of include "
+                "(--include)."
+            )
+        raise CompressionError(
+            f"There is no file '{name}' in '{folder.name}' to include; name files as they are called in the folder, "
+            + (f"e.g. '{aside[0]}'." if aside else "which has none beside the model.")
+        )
+    left = [name for name in aside if name not in wanted]
+    return [name for name in there if name not in left], [*left, *trainer]
+
+
+def _remarks(folder: Path, left_out: list[str]) -> list[str]:
+    """Return sentences about the files that are not published."""
+    trainer = trainer_files(folder)
+    unknown = [name for name in left_out if name not in trainer]
+    remarks = [f"Files of Trainer were left out: {shortened(trainer)}."] if trainer else []
+    if unknown:
+        remarks.append(
+            f"Left out, as no part of the model: {listing(unknown)}. `push --include NAME` publishes such a file, too."
+        )
+    return remarks
+
+
+def _require_verified(folder: Path, trust_remote_code: bool, token: str | None) -> None:
+    failed = verify_folder(folder, trust_remote_code=trust_remote_code, token=token).failed
     if failed:
         found = " ".join(f"{check.name}: {check.sentence}" for check in failed[:3])
         more = f" And {len(failed) - 3} more checks." if len(failed) > 3 else ""
@@ -205,25 +249,29 @@ class _Push:
             )
         self.exists = self._find() is not None
 
-    def upload(self, folder: Path, message: str, description: str) -> Pushed:
+    def upload(self, folder: Path, names: list[str], message: tuple[str, str]) -> Pushed:
         """Make repository and branch if they are not there, send the files, and commit them.
+
+        Args:
+            folder: that they lie in.
+            names: of the files.
+            message: of the commit, its first line and the rest.
 
         Raises:
             CompressionError: the Hub does not take it.
         """
         try:
-            return self._upload(folder, message, description)
+            return self._upload(folder, names, message)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._state()) from None
 
-    def _upload(self, folder: Path, message: str, description: str) -> Pushed:
+    def _upload(self, folder: Path, names: list[str], message: tuple[str, str]) -> Pushed:
         from huggingface_hub import CommitOperationDelete
 
         if not self.exists:
             self._make()
         parent = self._branch()
-        additions = self._additions(folder)
-        names = {addition.path_in_repo for addition in additions}
+        additions = self._additions(folder, names)
         siblings = [sibling.rfilename for sibling in parent.siblings or []]
         removed = [name for name in siblings if _SUPERSEDED.fullmatch(name) and name not in names]
         self._ask(
@@ -233,7 +281,7 @@ class _Push:
             attempts=1,  # each of its requests is repeated where it has to be
         )
         operations = [*additions, *(CommitOperationDelete(name) for name in removed)]
-        done = self._commit(operations, additions, (message, description), str(parent.sha))
+        done = self._commit(operations, additions, message, str(parent.sha))
         return Pushed(
             repo_id=self.repo_id,
             url=str(done.commit_url),
@@ -323,18 +371,16 @@ class _Push:
         self.made = self.made or f"; the branch '{self.branch}' is there now, and equals main"
         return self._ask(look)
 
-    def _additions(self, folder: Path) -> list[CommitOperationAdd]:
+    def _additions(self, folder: Path, names: list[str]) -> list[CommitOperationAdd]:
         from huggingface_hub import CommitOperationAdd
 
         additions = []
-        for name in folder_files(folder):
+        for name in names:
             content: str | bytes = str(folder / name)
             if name == CARD_FILE:
                 card = with_model_id((folder / name).read_text("utf-8"), self.repo_id)
                 content = self._with_published_notes(card).encode()
             additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-        if left := trainer_files(folder):
-            self.remarks.append(f"Files of Trainer were left out: {shortened(left)}.")
         if not any(addition.path_in_repo == CARD_FILE for addition in additions):
             self.remarks.append(f"The folder has no {CARD_FILE}; `hf-offline-compress card` writes a model card.")
         return additions

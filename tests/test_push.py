@@ -18,14 +18,17 @@ from common import error_of, make_tokenizer, outputs_of, run_cli, save_base
 from huggingface_hub import constants
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, hub_errors, push_folder
 from hf_offline_compress import hub as publishing
 from hf_offline_compress.card.snippets import with_model_id
 from hf_offline_compress.card.writing import BEGIN, END
+from hf_offline_compress.cli import app
 from hf_offline_compress.cli.output import run
 from hf_offline_compress.verifying import Check, Verification, check_files, folder_files
+from hf_offline_compress.verifying import _file_checks as verify_files
 
 CARD = f"---\nlicense: mit\ntags:\n- compressed\n---\n# Ours\n{BEGIN}\n{{}}{END}\nNumbers.\n"
 
@@ -100,6 +103,51 @@ def test_one_commit_of_exactly_the_folder(hub, folder, finished):
     assert hub.model("me/x").titles == ["First"] and not hub.model("me/x").private
     again = push_folder(folder, "me/x")
     assert not again.changed and again.commit == pushed.commit and len(hub.model("me/x").titles) == 1
+
+
+def test_files_beside_the_model_are_published_only_on_request(hub, folder, finished):
+    (folder / "notes").mkdir()
+    (folder / "notes/mine.txt").write_text("Mine.")
+    (folder / "x.dat").write_bytes(b"unknown")
+    torch.save({}, folder / "training_args.bin")
+    for include, words in (
+        (["none.txt"], "'notes/mine.txt'"),
+        (["training_args.bin"], "never"),
+        (["notes"], "no file"),
+    ):
+        with pytest.raises(CompressionError, match=words):
+            push_folder(folder, "x", include=include)
+    assert not hub.repositories
+    pushed = push_folder(folder, "x")
+    assert published(hub) == contents(finished)
+    assert pushed.left_out == ("notes/mine.txt", "x.dat", "training_args.bin")
+    remarks = " ".join(pushed.remarks)
+    assert (
+        "of Trainer were left out: training_args.bin" in remarks
+        and "notes/mine.txt, x.dat. `push --include NAME`" in remarks
+    )
+    options = ["push", str(folder), "me/x", "--include", "./notes/mine.txt", "--include", "x.dat", "--json"]
+    found = CliRunner().invoke(app, options)
+    assert json.loads(found.stdout)["left_out"] == ["training_args.bin"], found.output
+    assert published(hub) == {**contents(finished), "notes/mine.txt": b"Mine.", "x.dat": b"unknown"}
+
+
+def test_tokens_with_blanks(hub, folder, monkeypatch, naps):
+    """Blanks around one go away; in one, nothing is asked. The one that is passed is looked for, too."""
+    used = []
+    monkeypatch.setattr(
+        publishing, "verify_folder", lambda f, token, **_: used.append(token) or Verification("out", ())
+    )
+    monkeypatch.delenv("HF_TOKEN")
+    assert push_folder(folder, "x", token=f"{TOKEN} \n").changed
+    assert used == [TOKEN]
+    before = len(hub.requests)
+    for token in (" ", f"{TOKEN} x", f"{TOKEN}\nx"):
+        with pytest.raises(CompressionError, match="The token for the Hub"):
+            push_folder(folder, "x", token=token)
+    assert len(hub.requests) == before and not naps
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", f'{{"x": "{TOKEN}",', 1))
+    assert [check.name for check in verify_files(folder, TOKEN)[0] if check.status == "failed"] == ["tokens"]
 
 
 def test_snippets_of_the_published_card_load_the_repository(hub, folder, result):
@@ -242,7 +290,7 @@ def test_lost_answers_to_the_commit_are_looked_after(hub, folder):
     hub.fault(STEPS["commit"], "lost", times=99)
     pushed = push_folder(folder, "me/x")
     assert published(hub) == contents(folder) and pushed.commit == hub.model("me/x").branches["main"]
-    (folder / "notes.md").write_text("More.")
+    (folder / "LICENSE").write_text("More.")
     hub.fault("paths-info", 500, times=99)
     with pytest.raises(CompressionError, match="not known, but it has all of it or nothing"):
         push_folder(folder, "me/x")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import socket
 
@@ -199,6 +200,17 @@ TAMPERED = {
     "a pickle": (lambda f: torch.save({}, f / "optimizer.pt"), "formats", "optimizer.pt is a pickle"),
     "a pickle by content": (lambda f: torch.save({}, f / "scheduler"), "formats", "scheduler is a pickle"),
     "an old pickle": (lambda f: (f / "x").write_bytes(b"\x80\x04\x95."), "formats", "x is a pickle"),
+    "a pickle of text": (lambda f: (f / "x.txt").write_bytes(pickle.dumps({}, 0)), "formats", "x.txt is a pickle"),
+    "a model of Keras": (lambda f: (f / "tf_model.h5").write_bytes(b""), "formats", "tf_model.h5 is a model of Keras"),
+    "an archive": (lambda f: shutil.make_archive(f / "x", "tar", f, "config.json"), "formats", "x.tar is an archive"),
+    "JSON in UTF-16": (lambda f: (f / "a.json").write_text("{}", "utf-16"), "formats", "a.json cannot be read"),
+    "a module's code": (
+        lambda f: (f / "modules.json").write_text('[{"type": "you.Module"}]'),
+        "code",
+        "modules.json names other code to run, 'you.Module'",
+    ),
+    "a token in UTF-16": (lambda f: (f / "x.dat").write_text(SECRET, "utf-16"), "tokens", "x.dat holds"),
+    "a private key": (lambda f: (f / "id_rsa").write_text(f"{'-' * 5}BEGIN PRIVATE KEY{'-' * 5}"), "tokens", "id_rsa"),
     "broken JSON": (lambda f: (f / "evaluation.json").write_text("{"), "formats", "evaluation.json cannot be read"),
     "a token in a config": (lambda f: edit(f / "config.json", token=SECRET), "tokens", "config.json holds"),
     "a token in a card": (lambda f: (f / "NOTES.md").write_text(f"Use {SECRET}."), "tokens", "NOTES.md holds"),
@@ -292,6 +304,14 @@ def test_what_is_no_fault_is_not_taken_for_one(folder):
     (folder / ".env").write_text(SECRET)
     verification = check_files(folder)
     assert verification.passed, verification.failed
+
+
+def test_what_push_leaves_out_is_named(folder):
+    torch.save({"hub_token": SECRET}, folder / "training_args.bin")
+    (folder / "notes.txt").write_text("Mine.")
+    verification = check_files(folder)
+    assert verification.passed, verification.failed
+    assert "left out unless included: notes.txt." in verification.checks[0].sentence
 
 
 def test_what_is_no_folder_of_ours(tmp_path):

@@ -29,6 +29,10 @@ def push(
             help="by default that of `hf auth login`, or HF_TOKEN, which other users cannot see", show_default=False
         ),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="a file that is no part of the model; repeatable", show_default=False),
+    ] = None,
     trust_remote_code: TrustFolder = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -52,6 +56,7 @@ def push(
             create_pr=create_pr,
             token=token,
             trust_remote_code=trust_remote_code,
+            include=include or (),
         )
         if as_json:
             print_json(pushed.to_dict())

@@ -18,7 +18,7 @@ from .record import read_record, weight_files, write_record
 __all__ = ["Check", "Verification", "check_files", "folder_files", "trainer_files", "verify_folder", "write_record"]
 
 
-def verify_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Verification:
+def verify_folder(folder: str | Path, *, trust_remote_code: bool = False, token: str | None = None) -> Verification:
     """Return whether a compressed folder can be published: its files, its code, its card, and loading it.
 
     It is loaded in two fresh processes, one that has this package and one that has not. The second runs the code in the
@@ -27,13 +27,14 @@ def verify_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Ver
     Args:
         folder: written by `compress`, or by `save_pretrained` of a compressed model.
         trust_remote_code: run the folder's code even if it is not ours.
+        token: for the Hub; no file may hold it, nor the one that you are logged in with.
 
     Raises:
         CompressionError: it is no folder of a compressed model.
     """
     path = Path(folder)
     with stage("checking the files"):
-        checks, record = _file_checks(path)
+        checks, record = _file_checks(path, token)
     code = next(check for check in checks if check.name == "code")
     if code.status == "failed" and trust_remote_code:
         noted = Check("code", "passed", f"It is run because you said so, although it is not ours: {code.sentence}")
@@ -58,9 +59,9 @@ def check_files(folder: str | Path) -> Verification:
     return Verification(path.resolve().name, tuple(_file_checks(path)[0]))
 
 
-def _file_checks(folder: Path) -> tuple[list[Check], dict[str, Any] | None]:
+def _file_checks(folder: Path, token: str | None = None) -> tuple[list[Check], dict[str, Any] | None]:
     """Return the checks of the files, and the folder's record if it has a readable one."""
-    from ..folder import compressed_config, is_compressed
+    from ..folder import compressed_config, is_compressed, is_part
 
     if not is_compressed(folder):
         raise CompressionError(
@@ -73,12 +74,13 @@ def _file_checks(folder: Path) -> tuple[list[Check], dict[str, Any] | None]:
     except CompressionError as error:
         config = Check("config", "failed", str(error))
     links = [f"{name} is a link to somewhere else" for name in outside_links(folder)]
-    left = trainer_files(folder)
+    left, unknown = trainer_files(folder), [name for name in folder_files(folder) if not is_part(name)]
     more = f" Trainer's own, pickles among them, are left out of a push: {shortened(left)}." if left else ""
+    more += f" No part of the model, and so left out unless included: {shortened(unknown)}." if unknown else ""
     checks = [
         outcome("files", links, f"{len(folder_files(folder))} files, all in the folder itself.{more}"),
         config,
-        *content_checks(folder),
+        *content_checks(folder, token),
         code_check(folder),
         card_check(folder),
     ]

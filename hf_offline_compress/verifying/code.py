@@ -13,6 +13,8 @@ from .files import folder_files
 
 RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
 _STEP = re.compile(r"checkpoint-\d+/[^/]+$")
+_MODULE = re.compile(r"sentence_transformers\.[\w.]+")
+_ACTIVATION = re.compile(r"torch\.nn\.[\w.]+")
 _OURS = re.compile(r"(configuration|modeling)_compressed\.Compressed\w+")
 
 
@@ -51,6 +53,7 @@ def _foreign_references(folder: Path) -> list[str]:
             content = json.loads((folder / name).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
+        problems += [f"{name} names other code to run, '{target[:60]}'" for target in _pipeline_code(name, content)]
         targets = list(_targets(content.get("auto_map"))) if isinstance(content, dict) else []
         if name == "config.json" and not targets:
             problems.append("config.json has no auto_map, so that nobody can load it without the package")
@@ -58,6 +61,20 @@ def _foreign_references(folder: Path) -> list[str]:
         if foreign:
             problems.append(f"{name} names other code to run, '{foreign[0][:60]}'")
     return problems
+
+
+def _pipeline_code(name: str, content: Any) -> list[str]:
+    """Return the classes outside of sentence-transformers and PyTorch that its config files, and pipelines, import."""
+    if name == "modules.json":
+        entries = content if isinstance(content, list) else [content]
+        types = [str(entry.get("type", "")) if isinstance(entry, dict) else str(entry) for entry in entries]
+        return [module for module in types if not _MODULE.fullmatch(module)]
+    if not isinstance(content, dict):
+        return []
+    activation = content.get("activation_function") if "/" in name else None  # of a Dense module
+    pipelines = content.get("custom_pipelines") or ()
+    classes = [] if activation is None or _ACTIVATION.fullmatch(str(activation)) else [str(activation)]
+    return classes + ([str(pipelines)] if pipelines else [])
 
 
 def _targets(content: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What must not be in a published folder: pickles, tokens, places on a disk, names of a machine."""
+"""What must not be in a published folder: code in disguise, secrets, places on a disk, names of a machine."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 import re
 import socket
 import struct
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..tensor_files import damage
 from .checks import Check, outcome
 from .files import folder_files
+from .foreign import foreign_kind
+from .secrets import secret_in
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-# Vocabularies hold any string there is, "/home" too; they are searched for tokens only.
+# Vocabularies hold any string there is, "/home" too; they are searched for secrets only.
 VOCABULARIES = (
     "tokenizer.json",
     "vocab.json",
@@ -29,10 +29,6 @@ VOCABULARIES = (
 VOCABULARY_KEYS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 TEXT_SUFFIXES = (".json", ".md", ".txt", ".yaml", ".yml", ".py", ".csv", ".jinja", ".toml", ".cfg", ".svg")
 
-_TOKENS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 _ROOTS = (
     "home|Users|root|tmp|var|private|mnt|media|scratch|workspace|workdir|work|content|kaggle|data|opt|srv|nfs|gpfs|"
     "lustre|Volumes"
@@ -46,11 +42,12 @@ _GENERIC = {"localhost", "root", "user", "users", "admin", "ubuntu", "debian", "
 _GENERIC |= {"models", "bert", "roberta", "gpt2", "ec2-user", "nobody", "docker", "python"}
 
 
-def content_checks(folder: Path) -> list[Check]:
+def content_checks(folder: Path, token: str | None = None) -> list[Check]:
     """Return the checks of what is written in a folder's files; nothing of it is loaded or run.
 
     Args:
         folder: any folder.
+        token: looked for in every file, beside the one that you are logged in with.
     """
     names = folder_files(folder)
     texts = {name: text for name in names if (text := _text(folder / name)) is not None}
@@ -58,14 +55,17 @@ def content_checks(folder: Path) -> list[Check]:
     headers = {name: _header(folder / name) for name in names if name.endswith(".safetensors")}
     broken = [f"{name} {problem}" for name in headers if (problem := damage(folder / name))]
     values |= {name: list(_strings(header.get("__metadata__"))) for name, header in headers.items() if header}
-    pickles = [f"{name} is a pickle, which runs code when it is read" for name in names if _is_pickle(folder / name)]
-    pickles += [
-        f"{name} cannot be read as JSON" for name in texts if name.endswith(".json") and _json(texts[name]) is None
+    formats = [f"{name} {kind}" for name in names if (kind := foreign_kind(folder / name))]
+    formats += [
+        f"{name} cannot be read as JSON"
+        for name in names
+        if name.endswith(".json") and (name not in texts or _json(texts[name]) is None)
     ]
-    tokens = [f"{name} holds what looks like a secret token" for name, text in texts.items() if _has_token(text)]
+    own = _own(token)
+    secrets = [f"{name} holds {found}" for name in names if (found := secret_in(folder / name, own))]
     return [
-        outcome("formats", pickles + broken, "No pickle; every JSON and safetensors file can be read."),
-        outcome("tokens", tokens, "No access token in any file."),
+        outcome("formats", formats + broken, "No pickle or archive; every JSON and safetensors file can be read."),
+        outcome("tokens", secrets, "No access token or private key in any file."),
         outcome("paths", _named(values, _path_in), "No absolute path in any file."),
         outcome("machine", _named(values, _machine_in()), "Neither this machine's nor this user's name in any file."),
     ]
@@ -110,11 +110,11 @@ def _machine_in() -> Any:
     return find
 
 
-def _has_token(text: str) -> bool:
+def _own(token: str | None) -> set[str]:
+    """Return the tokens in use that are long enough to be found by chance nowhere."""
     from huggingface_hub import get_token
 
-    own = get_token()
-    return bool(_TOKENS.search(text)) or (own is not None and len(own) > 8 and own in text)
+    return {own for own in (token, get_token()) if own and len(own) > 8}
 
 
 def _values(name: str, text: str) -> Iterator[str]:
@@ -169,20 +169,3 @@ def _header(file: Path) -> dict[str, Any] | None:
     except (OSError, struct.error, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _is_pickle(file: Path) -> bool:
-    """Say whether a file is a pickle, by its name or by how it begins."""
-    if file.suffix.lower() in PICKLE_SUFFIXES:
-        return True
-    if file.suffix.lower() == ".safetensors":
-        return False
-    with file.open("rb") as stream:
-        start = stream.read(2)
-    if len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5:
-        return True
-    return start == b"PK" and zipfile.is_zipfile(file) and _holds_pickles(zipfile.ZipFile(file).namelist())
-
-
-def _holds_pickles(names: Iterable[str]) -> bool:
-    return any(name.endswith((".pkl", ".pickle", ".npy")) for name in names)
