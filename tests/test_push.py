@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import typer
@@ -408,38 +409,42 @@ def test_pushing_a_result_and_a_model(hub, folder, result):
     assert b"Mine." in published(hub, "me/model")["README.md"]
 
 
-def by_save_pretrained(model, folder, **options):
-    model.save_pretrained(folder, push_to_hub=True, repo_id="me/saved", **options)
+def by_save_pretrained(model, folder, name, **options):
+    model.save_pretrained(folder, push_to_hub=True, repo_id=name, **options)
 
 
-def by_save_pretrained_without_the_package(model, folder):
+def by_save_pretrained_without_the_package(model, folder, name):
     model.publish = None  # as in a process that has the folder's code alone
-    by_save_pretrained(model, folder)
+    by_save_pretrained(model, folder, name)
 
 
-def by_trainer(model, folder):
+def by_trainer(model, folder, name):
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), hub_model_id="me/saved", report_to="none", use_cpu=True
+        output_dir=str(folder), hub_model_id=name, report_to="none", use_cpu=True
     )
     transformers.Trainer(model, arguments).push_to_hub()
 
 
-def by_sentence_transformers(model, folder):
+def by_sentence_transformers(model, folder, name):
     model.bert.save_pretrained(folder)
     make_tokenizer("bert").save_pretrained(folder)
-    SentenceTransformer(str(folder)).push_to_hub("me/saved")
+    SentenceTransformer(str(folder)).push_to_hub(name)
 
 
-@pytest.mark.parametrize(
-    "publish", [by_save_pretrained, by_save_pretrained_without_the_package, by_trainer, by_sentence_transformers]
-)
-def test_other_ways_to_publish_take_code_and_weights_along(hub, folder, tmp_path, publish):
+OTHER_WAYS = (by_save_pretrained, by_save_pretrained_without_the_package, by_trainer, by_sentence_transformers)
+
+
+def test_weights_that_are_given_are_those_that_are_published(hub, folder, tmp_path):
+    """Not the model's own; and only the main process publishes."""
     model = hf_offline_compress.CompressedBertForMaskedLM.from_pretrained(folder)
-    publish(model, tmp_path / "saved")
-    there = published(hub, "me/saved")
-    assert {"modeling_compressed.py", "architectures_compressed.py", "config.json", "model.safetensors"} <= there.keys()
-    config = json.loads(there["config.json"])
-    assert config["auto_map"]["AutoModel"] == "modeling_compressed.CompressedBertModel"
+    given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given["bert.embeddings.LayerNorm.bias"] += 1
+    by_save_pretrained(model, tmp_path / "saved", "me/given", state_dict=given)
+    stored = safetensors.torch.load(published(hub, "me/given")["model.safetensors"])
+    assert torch.equal(stored["bert.embeddings.LayerNorm.bias"], given["bert.embeddings.LayerNorm.bias"])
+    assert "modeling_compressed.py" in published(hub, "me/given")
+    by_save_pretrained(model, tmp_path / "other", "me/other", is_main_process=False)
+    assert "me/other" not in {name for _, name in hub.repositories}
 
 
 def test_a_corrupted_download_is_found(hub, folder, tmp_path):
@@ -470,6 +475,14 @@ for name, revision in (("me/x", "main"), ("me/x", "small"), ("me/whole", "main")
     with torch.no_grad():
         found[name, revision] = model.eval()(**inputs_for("BertForMaskedLM")).logits
     assert model.compressed_modules()
+for name in sys.argv[4:-1]:
+    model = transformers.AutoModelForMaskedLM.from_pretrained(name, **trust)
+    with torch.no_grad():
+        found[name] = model.eval()(**inputs_for("BertForMaskedLM")).logits
+    assert model.compressed_modules()
+if sys.argv[1] == "remote":
+    from sentence_transformers import SentenceTransformer
+    found["vector"] = torch.tensor(SentenceTransformer(sys.argv[-1], device="cpu", **trust).encode("A sentence."))
 torch.save(found, sys.argv[3])
 if sys.argv[1] == "remote":
     model.push_to_hub("me/from-a-stranger")
@@ -477,7 +490,7 @@ if sys.argv[1] == "remote":
 
 
 def test_round_trip_for_strangers(hub, finished, result, tmp_path):
-    """The command as a user types it, with a real verification; then main, a branch, and one file instead of shards."""
+    """The command as a user types it, with a real verification; main, a branch, one file instead of shards; other ways."""
     online = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -493,16 +506,33 @@ def test_round_trip_for_strangers(hub, finished, result, tmp_path):
     push_folder(finished, "me/x", revision="small")
     result.push_to_hub("me/whole")
     hub.create("me/from-a-stranger").files()["README.md"] = CARD.format("Mine.\n").encode()
+    others = [f"me/{publish.__name__}" for publish in OTHER_WAYS]
+    for publish, name in zip(OTHER_WAYS, others, strict=True):
+        model = hf_offline_compress.CompressedBertForMaskedLM.from_pretrained(finished)
+        publish(model, tmp_path / publish.__name__, name)
+        assert json.loads(published(hub, name)["config.json"])["auto_map"]["AutoModelForMaskedLM"]
     expected = outputs_of(result.model, "BertForMaskedLM")
+    encoder = SentenceTransformer(str(tmp_path / OTHER_WAYS[-1].__name__), device="cpu")
+    vector = torch.tensor(encoder.encode("A sentence."))
     for mode in ("package", "remote"):
         out = tmp_path / f"{mode}.pt"
         environment = {**os.environ, **online, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / mode)}
-        command = [sys.executable, "-c", LOAD, mode, str(Path(__file__).parent), str(out)]
+        command = [
+            sys.executable,
+            "-c",
+            LOAD,
+            mode,
+            str(Path(__file__).parent),
+            str(out),
+            *(others if mode == "remote" else ()),
+        ]
         run = subprocess.run(
             command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
         )
         assert run.returncode == 0, run.stderr
-        for logits in torch.load(out).values():
+        found = torch.load(out)
+        torch.testing.assert_close(found.pop("vector", vector), vector)
+        for logits in found.values():
             torch.testing.assert_close(logits.flatten(), expected)
     pushed = published(hub, "me/from-a-stranger")
     assert {"model.safetensors", "config.json", "modeling_compressed.py", "layers_compressed.py"} <= pushed.keys()

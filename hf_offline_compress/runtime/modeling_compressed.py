@@ -168,33 +168,47 @@ class CompressedModelMixin:
     def save_pretrained(
         self: Any,
         save_directory: str | PathLike[str],
-        *args: Any,
+        is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save the model and, next to it, the code that loads it where the package is not installed.
 
         Factors are stored in the dtype that the config's `storage` says, if that is narrower than the model's; numbers that
         it does not hold are stored wider.
+
+        With `push_to_hub`, what `push_to_hub()` does follows. With another `state_dict` than the model's own nothing can be
+        verified, so the folder is published as it is.
         """
-        push, options = kwargs.pop("push_to_hub", False), {}
-        if push:  # once all is there: the stock method would publish before the code is
+        compressed, options = bool(self.config.compression), {}
+        verified = compressed and push_to_hub and self.publish is not None and state_dict is None
+        if verified:
             names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
             options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        if self.config.compression:
+            options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        if compressed:
             self.config.compression = current_compression(self)
             self.config.auto_map = auto_map(type(self.config))
         super().save_pretrained(  # type: ignore[misc]
-            save_directory, *args, state_dict=self._narrowed(state_dict), **kwargs
+            save_directory,
+            is_main_process,
+            self._narrowed(state_dict),
+            push_to_hub=push_to_hub and not verified,
+            **kwargs,
         )
-        if self.config.compression:
-            for file in Path(__file__).parent.glob("*_compressed.py"):
-                shutil.copyfile(file, Path(save_directory) / file.name)
-            # What was recorded of the model that was saved here before is not true of this one.
-            (Path(save_directory) / "verification.json").unlink(missing_ok=True)
-        if push:
-            options |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        if not is_main_process:
+            return
+        if compressed:
+            _add_code(Path(save_directory))
+        if verified:
             self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
+
+    def _upload_modified_files(self: Any, working_dir: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Upload what the stock methods have saved, with the code: they are not done with saving when they call this."""
+        if self.config.compression:
+            _add_code(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self: Any, repo_id: str, **options: Any) -> str:
         """Publish the model with the code that loads it; options and result are those of the stock method.
@@ -238,6 +252,13 @@ class CompressedModelMixin:
             key = (state[name].data_ptr(), dtype)
             state[name] = cast.setdefault(key, state[name].to(dtype))
         return state
+
+
+def _add_code(folder: Path) -> None:
+    """Copy the code that loads a model next to it, and drop what was recorded of the model that was there before."""
+    for file in Path(__file__).parent.glob("*_compressed.py"):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "verification.json").unlink(missing_ok=True)
 
 
 def _refer_to_own(replica: Any, inputs: Any) -> None:
