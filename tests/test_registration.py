@@ -1,7 +1,9 @@
 """Importing the package costs nothing, and AutoModel knows our models all the same, in whatever order things come."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from common import make_model, make_tokenizer
@@ -105,3 +107,14 @@ def test_another_table_of_configs_still_works(monkeypatch):
     monkeypatch.setattr(registration, "register", lambda: called.append(True))
     registration._announce(SimpleNamespace(CONFIG_MAPPING=object()))
     assert called == [True]
+
+
+def test_what_is_copied_into_folders_imports_nothing_of_the_package():
+    for file in (Path(hf_offline_compress.__file__).parent / "runtime").glob("*_compressed.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                assert module.endswith("_compressed") if node.level == 1 else node.level == 0, file.name
+                assert not module.startswith("hf_offline_compress"), file.name
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("hf_offline_compress") for alias in node.names), file.name
