@@ -74,8 +74,9 @@ def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
         layer.load_state_dict(
             own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True
         )
-        with torch.no_grad():
-            yield layer.dense_weight()
+        with torch.no_grad():  # not around the yield: it would hold for whoever asks, and stay if nobody asks again
+            weight = layer.dense_weight()
+        yield weight
 
 
 def build_model(

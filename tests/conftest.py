@@ -17,3 +17,4 @@ logging.set_verbosity_error()
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)  # no test depends on what another has left behind

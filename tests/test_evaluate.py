@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -688,9 +689,7 @@ def test_a_base_on_the_hub_is_found_by_the_report(made, monkeypatch):
     contents = pair.inspect_folder(folder)
     for name, revision in [("me/base", None), ("base", "c0" * 20)]:
         changed = {**report, "base": {"name": name, "revision": revision}}
-        monkeypatch.setattr(
-            pair, "inspect_folder", lambda _, r=changed: SimpleNamespace(**{**vars(contents), "report": r})
-        )
+        monkeypatch.setattr(pair, "inspect_folder", lambda _, r=changed: replace(contents, report=r))
         pair.find_pair(folder)
         pair.find_pair(folder, revision="main")
         assert asked == [(name, revision), (name, "main")]
