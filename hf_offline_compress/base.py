@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import token_of
-from .base_files import check_base_texts, check_base_weights, read_base_json
+from .base_files import check_base_texts, check_base_weights, check_module_weights, read_base_json
 from .downloading import MODULE, cached_name, check_id, fetch_file, fetch_files
 from .errors import CompressionError, listing, refusing
 from .families import FAMILIES, Family, architecture_of, family_of
@@ -52,6 +52,10 @@ TOKENIZER_FILES = (
     "word_shape.json",
     "word_pronunciation.json",
     "prophetnet.tokenizer",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "tekken.json",
+    "tiktoken.model",
 )
 # What users of a checkpoint rely on beside config and weights. A list of what is wanted, so that nothing else of a
 # folder (optimizer states, logs, secrets) is ever published with the model.
@@ -72,10 +76,10 @@ WEIGHTS = r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(
 # Of a repository; its README is read for licence and languages alone. A module's folder may hold the model itself.
 WANTED = re.compile(
     rf"({MODULE}/)?({WEIGHTS}|{'|'.join(map(re.escape, ('config.json', 'README.md', *COMPANIONS)))})"
-    rf"|{MODULE}/[^/]+\.(json|txt|safetensors|bin)"
+    rf"|{MODULE}/[^/]+\.(json|txt|safetensors|bin)|additional_chat_templates/[^/]+\.jinja"
 )
 ADVICE = "Get it again from where it came, or save the model anew with save_pretrained."
-UNWRAPPED = {r"^module\.": ""}  # what DataParallel puts before the names of weights
+UNWRAPPED = {r"^((module|_orig_mod)\.)+": ""}  # what DataParallel and torch.compile put before the names of weights
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,7 @@ def resolve_base(base: str | Path, *, revision: str | None = None, token: str | 
     check_base_weights(folder / found.inner, found.name)
     for each in _module_folders(folder):
         check_base_texts(folder / each, found.name, [*COMPANIONS, "config.json"])
+        check_module_weights(folder / each, found.name)
     return BaseCheckpoint(found.name, folder / found.inner, found.config, family, commit)
 
 
@@ -254,10 +259,12 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
     # transformers itself only warns of what it has filled at random.
     missing = drop_absent(model, base.family.entry, info["missing_keys"])
     if missing:
-        raise CompressionError(
-            f"'{base.name}' has no weights for {listing(missing[:3])}{' …' if len(missing) > 3 else ''} of {architecture}; "
-            f"pass the auto_class that it was saved from, e.g. auto_class='AutoModel'."
-        )
+        lacks = f"'{base.name}' has no weights for {listing(missing[:3])}{' …' if len(missing) > 3 else ''} of {architecture}"
+        if len(info["missing_keys"]) >= len(model.state_dict()):
+            others = sorted(info["unexpected_keys"])
+            found = f"are named {listing(others[:2])}{' …' if len(others) > 2 else ''}" if others else "are of no model"
+            raise CompressionError(f"{lacks}: those in its files {found}. Save the model anew with save_pretrained.")
+        raise CompressionError(f"{lacks}; pass the auto_class that it was saved from, e.g. auto_class='AutoModel'.")
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CompressionError, listing
-from .tensor_files import INDEX_FILE, check_weights, stand_in
+from .tensor_files import INDEX_FILE, check_weights, damage, stand_in
 
 SAFETENSORS = ("model.safetensors", INDEX_FILE)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -59,6 +59,23 @@ def check_base_texts(folder: Path, name: str, files: Iterable[str]) -> None:
             read_base_json(path, name, dict, list)
         elif file.endswith(("vocab.txt", "merges.txt", ".jinja")):
             _text(path, name)
+        elif what := _stand_in_of(path):
+            raise CompressionError(f"The {file} of '{name}' is {what}: the download went wrong. {ADVICE}")
+
+
+def check_module_weights(folder: Path, name: str) -> None:
+    """Raise CompressionError if weights of a module of sentence-transformers, which travel along, are damaged.
+
+    Args:
+        folder: of the module.
+        name: how the base is called.
+    """
+    for file, problem_of in ((SAFETENSORS[0], damage), (PICKLES[0], _pickle_damage)):
+        if not (folder / file).is_file():
+            continue
+        if problem := problem_of(folder / file):
+            raise CompressionError(f"The {folder.name}/{file} of '{name}' {problem}. {ADVICE}")
+        return  # pickles are read only where there are no safetensors
 
 
 def read_base_json(file: Path, name: str, *wanted: type) -> Any:
@@ -96,6 +113,11 @@ def _text(file: Path, name: str) -> str:
         ) from error
     except OSError as error:
         raise CompressionError(f"The {file.name} of '{name}' cannot be read: {error.strerror}. {ADVICE}") from error
+
+
+def _stand_in_of(file: Path) -> str | None:
+    with file.open("rb") as stream:
+        return stand_in(stream.read(64))
 
 
 def _pickle_damage(file: Path) -> str | None:

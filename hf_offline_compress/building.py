@@ -23,6 +23,7 @@ _NOT_INHERITED = (
     "_name_or_path",
     "auto_map",
     "quantization_config",
+    "compression",
     "dtype",
     "torch_dtype",
 )

@@ -227,6 +227,7 @@ def compress(
         source = resolve_base(base, revision=revision, token=token)
     architecture = resolve_architecture(source.config, auto_class)
     wanted = _dtype_name(dtype)
+    stored = wanted or _checkpoint_dtype(source)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
     planned = make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
     if target is not None and max_loss is None:
@@ -241,7 +242,7 @@ def compress(
         recipe,
         texts,
         tokenizer=tokenizer,
-        dtype=wanted or _checkpoint_dtype(source),
+        dtype=stored,
         device=device,
         source=source,
         options={"auto_class": auto_class, "dtype": wanted, "batch_size": batch_size},
@@ -426,7 +427,14 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
 def _checkpoint_dtype(source: BaseCheckpoint) -> str | None:
     """Return the dtype to store in, the checkpoint's own or float32 for wider ones; None where its config says nothing."""
     dtype = source.config.get("dtype") or source.config.get("torch_dtype")
-    return str(dtype).replace("float64", "float32") if dtype else None
+    if not dtype:
+        return None
+    name = str(dtype).removeprefix("torch.").replace("float64", "float32")
+    if name not in STORAGES:
+        raise CompressionError(
+            f"The config.json of '{source.name}' has the dtype {dtype!r}; pass dtype, one of {listing(STORAGES)}."
+        )
+    return name
 
 
 class _Clock:

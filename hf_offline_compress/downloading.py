@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import CompressionError
@@ -14,6 +15,7 @@ SNAPSHOT = re.compile(r"models--(.+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Folders of sentence-transformers' own modules, and, in its first version, of the model.
 MODULE = r"\d+_[\w-]+"
+WEIGHT_FILE = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)")
 
 
 def check_id(base: str) -> None:
@@ -58,7 +60,8 @@ def fetch_file(name: str, file: str, revision: str | None, token: str | bool | N
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.hf_hub_download(name, file, revision=revision, token=token))
+        with _told_once():
+            return Path(huggingface_hub.hf_hub_download(name, file, revision=revision, token=token))
     except errors.EntryNotFoundError as error:
         # What was never asked for online is not known offline: of a repository in the cache, it counts as not there.
         if isinstance(error, errors.LocalEntryNotFoundError) and _cached(name, revision) is None:
@@ -86,13 +89,14 @@ def fetch_files(name: str, wanted: re.Pattern[str], revision: str | None, token:
     from huggingface_hub import errors
 
     try:
-        names = huggingface_hub.list_repo_files(name, revision=revision, token=token)
+        with _told_once():
+            names = huggingface_hub.list_repo_files(name, revision=revision, token=token)
         needed = [file for file in _one_format(names) if wanted.fullmatch(file)]
         return Path(huggingface_hub.snapshot_download(name, revision=revision, token=token, allow_patterns=needed))
     except Exception as error:
         folder = None if isinstance(error, errors.RevisionNotFoundError) else _cached(name, revision)
-        if folder is None:
-            raise CompressionError(_explain(error, name)) from error
+        if folder is None or not any(map(WEIGHT_FILE.fullmatch, _names_of_model(folder))):
+            raise CompressionError(_explain(error, name, partial=folder is not None)) from error
         return folder
 
 
@@ -100,6 +104,24 @@ def _one_format(names: list[str]) -> list[str]:
     """Return the files of a repository without pickled weights where there are safetensors, folder by folder."""
     safe = {Path(name).parent for name in names if re.fullmatch(r"model.*\.safetensors", Path(name).name)}
     return [n for n in names if not (Path(n).parent in safe and Path(n).name.startswith("pytorch_model"))]
+
+
+def _names_of_model(folder: Path) -> list[str]:
+    """Return the files of a snapshot that are of the model itself, and not of modules behind it."""
+    return [file.name for place in (folder, *folder.glob("0_*")) for file in place.glob("*")]
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Silence huggingface_hub's lines about each try; what comes of them is one sentence."""
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -113,8 +135,14 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _explain(error: Exception, name: str) -> str:
-    """Return the sentence for what huggingface_hub has raised over a repository."""
+def _explain(error: Exception, name: str, partial: bool = False) -> str:
+    """Return the sentence for what huggingface_hub has raised over a repository.
+
+    Args:
+        error: what it has raised.
+        name: id of the repository.
+        partial: whether the local cache has the repository without its weights.
+    """
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -123,7 +151,11 @@ def _explain(error: Exception, name: str) -> str:
         return f"'{name}' has no such revision on the Hub; pass a branch, a tag or a commit that it has."
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"There is neither a folder nor a repository on the Hub named '{name}' (a private one needs a token)."
-    absent = f"There is no folder '{name}', and no repository of that name in the local cache"
+    absent = (
+        f"The local cache has '{name}' without its weights"
+        if partial
+        else f"There is no folder '{name}', and no repository of that name in the local cache"
+    )
     if constants.is_offline_mode():
         return f"{absent}; HF_HUB_OFFLINE is set: unset it to ask the Hub, or pass a folder."
     if isinstance(error, errors.LocalEntryNotFoundError) or is_broken_connection(error):

@@ -75,6 +75,10 @@ def _spans(header: dict[str, Any]) -> list[tuple[int, int]]:
 
 def _shards(index: Path, title: str, advice: str) -> list[str]:
     try:
-        return sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        content = json.loads(index.read_text("utf-8"))
+        names = sorted({str(name) for name in content["weight_map"].values()})
+        if not names or not isinstance(content["metadata"], dict):  # transformers cannot do without either
+            raise ValueError("no weights, or no metadata")
+        return names
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CompressionError(f"The {index.name} of '{title}' cannot be read. {advice}") from error

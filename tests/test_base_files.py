@@ -1,5 +1,6 @@
 """Damaged and unusual bases: what transformers can load works; anything else is one sentence, before any work."""
 
+import ast
 import importlib
 import json
 import re
@@ -9,22 +10,26 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from common import TEXTS, save_base
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file
-from test_damage import BAD_FILES, BAD_JSON, WEIGHTS, Damage, put, tensors, write
+from test_damage import BAD_FILES, BAD_JSON, WEIGHTS, Damage, put, replaced, tensors, write
 from transformers import AutoTokenizer
 
 from hf_offline_compress import CompressionError, compress
-from hf_offline_compress.base import load_model, load_tokenizer, read_config, resolve_base
+from hf_offline_compress.base import COMPANIONS, WANTED, load_model, load_tokenizer, read_config, resolve_base
+from hf_offline_compress.tensor_files import INDEX_FILE
 
 LATIN = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncaf\u00e9\n".encode("latin-1")
 POOLING = "1_Pooling/config.json"
+DENSE = "2_Dense/pytorch_model.bin"
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
 ]
 
 
@@ -35,6 +40,9 @@ def encoder(tmp_path_factory):
     (folder / "modules.json").write_text(json.dumps(MODULES))
     (folder / "1_Pooling").mkdir()
     (folder / POOLING).write_text(json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}))
+    (folder / "2_Dense").mkdir()
+    (folder / "LICENSE").write_text("Free to use.")
+    torch.save({"linear.weight": torch.eye(32)}, folder / DENSE)
     return folder
 
 
@@ -75,6 +83,7 @@ def slow(tokenizer: str, **files: bytes) -> Damage:
 
 
 NORM, QUERY = "embeddings.LayerNorm.weight", "encoder.layer.0.attention.self.query.weight"
+NO_SHARDS, NO_METADATA = b'{"metadata": {}, "weight_map": {}}', b'{"weight_map": {"a": "b"}}'
 JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "modules.json", POOLING)
 ABSENT = ("missing", "folder", "pipe", "dangling")  # counts as not there
 DAMAGES: dict[str, tuple[str, Damage]] = {
@@ -95,12 +104,17 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
         for kind, content in BAD_JSON.items()
         if kind in ("latin-1", "null", "a text", "nested", "digits")
     },
+    **{f"{DENSE}: {kind}": (DENSE, make(DENSE)) for kind, make in BAD_FILES.items() if kind not in ABSENT},
+    **{f"LICENSE: {kind}": ("LICENSE", BAD_FILES[kind]("LICENSE")) for kind in ("LFS", "HTML")},
     "config.json: missing": ("config.json", BAD_FILES["missing"]("config.json")),
     "no model_type": ("config.json", both(put("config.json", "model_type", ...), put("config.json", "architectures", ...))),
     "model_type is a list": ("model_type", put("config.json", "model_type", ["bert"])),
     "architectures is a number": ("architectures", put("config.json", "architectures", 5)),
     "a norm of another shape": (NORM, tensors(lambda found: found.update({NORM: torch.ones(31)}))),
     "a width of another size": ("config.json", put("config.json", "intermediate_size", 48)),
+    "names of another model": ("are named foo.", tensors(lambda found: renamed(found, "foo.{}".format))),
+    "an index of nothing": (INDEX_FILE, both(replaced(WEIGHTS, lambda path: None), write(INDEX_FILE, NO_SHARDS))),
+    "an index without metadata": (INDEX_FILE, both(replaced(WEIGHTS, lambda path: None), write(INDEX_FILE, NO_METADATA))),
     "a matrix missing": (QUERY, tensors(lambda found: found.pop(QUERY))),
     "a pickle of another object": ("weights", pickled(lambda state: Path("nowhere"))),
     "vocab.txt in latin-1": ("vocab.txt", slow("BertTokenizer", vocab__txt=LATIN)),
@@ -157,13 +171,14 @@ def into_inner_folder(folder: Path) -> None:
         (folder / name).rename(inner / name)
     (folder / "config.json").write_text(json.dumps({"__version__": "0.3.0"}))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (folder / "modules.json").write_text(json.dumps([{**MODULES[0], "path": "0_Transformer"}, MODULES[1]]))
+    (folder / "modules.json").write_text(json.dumps([{**MODULES[0], "path": "0_Transformer"}, *MODULES[1:]]))
 
 
 CODES = {"vocab__txt": b"the 9\ncat 5\nsat 4\n", "bpe__codes": b"t h 9\nth e</w> 8\nc a 5\nca t</w> 5\n"}
 UNUSUAL = {
     "names of DataParallel": tensors(lambda found: renamed(found, "module.{}".format)),
     "names of DataParallel, pickled": pickled(wrapped),
+    "names of torch.compile": tensors(lambda found: renamed(found, "_orig_mod.module.{}".format)),
     "names of TensorFlow": tensors(
         lambda found: renamed(found, lambda n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"))
     ),
@@ -287,11 +302,33 @@ def test_the_old_layout_in_the_cache(cache):
     assert found.name == "me/tiny" and found.folder.name == "0_Transformer" and found.revision == COMMIT
 
 
-def test_what_the_cache_lacks_is_said(cache):
+def test_what_the_cache_lacks_is_said(cache, caplog):
     with pytest.raises(CompressionError, match=r"no repository of that name in the local cache; .*(unset it|connect)"):
         resolve_base("me/other")
     with pytest.raises(CompressionError, match=r"no repository of that name in the local cache|revision"):
         resolve_base("me/tiny", revision="old")
     (cache / "snapshots" / COMMIT / WEIGHTS).unlink()
-    with pytest.raises(CompressionError, match=r"'me/tiny' has no weights: none of model.safetensors"):
+    with pytest.raises(CompressionError, match=r"cache has 'me/tiny' without its weights; .*(unset it|connect)"):
         resolve_base("me/tiny")
+    assert not caplog.records  # nothing of each try
+
+
+def test_files_of_every_tokenizer_travel_along():
+    """Whatever transformers has a tokenizer for."""
+    files: set[str] = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        names = re.search(r"^VOCAB_FILES_NAMES = ({.*?})", file.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        for value in ast.literal_eval(names[1]).values() if names else ():
+            files.update([value] if isinstance(value, str) else value)
+    assert len(files) > 10 and files <= set(COMPANIONS)
+    assert all(WANTED.fullmatch(file) for file in (*files, "additional_chat_templates/tool_use.jinja"))
+
+
+@pytest.mark.parametrize("key,value", [("dtype", "float99"), ("compression", None)])
+def test_odd_values_in_a_config(base, key, value):
+    put("config.json", key, value)(base)
+    if key == "dtype":
+        with pytest.raises(CompressionError, match=r"The config.json of 'base' has the dtype 'float99'; pass dtype"):
+            compress(base, "svd", progress=False)
+    else:
+        assert compress(base, "svd", progress=False).model.config.compression

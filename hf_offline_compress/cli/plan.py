@@ -63,7 +63,8 @@ def plan(
             total_ratio=total_ratio,
             max_bytes=max_bytes,
         )
-        name, config = read_config(base, revision=revision)
+        with stage("finding the base", at_once=False):
+            name, config = read_config(base, revision=revision)
         with stage("importing the model's classes", at_once=False):
             outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)
         if as_json:
