@@ -10,6 +10,7 @@ from typing import Any
 from .errors import CompressionError
 
 MOST_YAML_BYTES, MOST_YAML_VALUES = 2**20, 10**5
+MOST_DEPTH = 50
 MOST_PATTERN, MOST_REPEATS = 500, 4
 
 
@@ -28,6 +29,11 @@ def read_yaml(text: str, label: str) -> Any:
     if len(text) > MOST_YAML_BYTES:
         raise CompressionError(f"{label} is larger than 1 MB; YAML that is read here is at most that.")
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # step by step: deep nesting is slow to read whole
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise CompressionError(f"{label} is nested too deep to be read.")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and _values(root, {}) > MOST_YAML_VALUES:
             raise CompressionError(f"{label} has aliases that stand for too many values; write out what is meant.")
@@ -35,7 +41,7 @@ def read_yaml(text: str, label: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         raise CompressionError(f"{label} is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise CompressionError(f"{label} is nested too deep, or within itself.") from error
+        raise CompressionError(f"{label} holds a value within itself.") from error
 
 
 def _values(node: Any, known: dict[int, int]) -> int:
