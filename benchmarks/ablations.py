@@ -21,7 +21,8 @@ from typing import Any
 from common import Subject, Table, distances, masked_lm, minilm, own_loss
 
 from hf_offline_compress import Objective, Recipe, Rule
-from hf_offline_compress.recipe import Grouping, load_recipe
+from hf_offline_compress.request.reading import load_recipe
+from hf_offline_compress.request.recipe import Grouping
 
 Change = Callable[[Rule], Rule]
 DENSE, PLAIN = "dense", "svd"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import Table, decoded, distances, load_minilm, own_loss, problems
 
-from hf_offline_compress.recipe import load_recipe
+from hf_offline_compress.request.reading import load_recipe
 from hf_offline_compress.solvers import solve
 
 OURS, PAPERS, PLAIN = "ae", "paper-r", "svd"

@@ -20,16 +20,17 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_offline_compress import compress
-from hf_offline_compress.building import reconstructed
-from hf_offline_compress.calibration import Statistics
+from hf_offline_compress.architectures.stock import layout_of_config
+from hf_offline_compress.artifact.building import reconstructed
 from hf_offline_compress.compressor import CompressionResult
-from hf_offline_compress.evaluate import agreement, sentence_embeddings
-from hf_offline_compress.evaluate.perplexity import perplexity
-from hf_offline_compress.families import family_of
-from hf_offline_compress.plan import Group, make_plan
-from hf_offline_compress.recipe import Recipe
+from hf_offline_compress.evaluate import sentence_embeddings
+from hf_offline_compress.measure.statistics import Statistics
+from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.perplexity import perplexity
+from hf_offline_compress.plan.make import Group, make_plan
+from hf_offline_compress.request.recipe import Recipe
+from hf_offline_compress.solve.problems import problem_of
 from hf_offline_compress.solvers import Factors, Problem
-from hf_offline_compress.weighting import problem_of
 
 SENTENCES = 600
 LINES, WORDS, BLOCK = 100, 20, 128
@@ -74,7 +75,7 @@ class Subject:
     def matrices(self, model: Any, kind: str) -> list[Tensor]:
         """Return the weights [rows, columns] of a kind in the dense model or in a compressed form of it."""
         config = self.model.config.to_dict()
-        found = family_of(config).skeleton(config, type(self.model).__name__).matrices
+        found = layout_of_config(config, type(self.model).__name__).matrices
         return [model.base_model.get_submodule(m.name).weight.detach().float() for m in found if m.kind == kind]
 
 
@@ -138,7 +139,7 @@ def problems(model: Any, recipe: Recipe) -> list[tuple[Group, Problem]]:
     """Return the groups of a recipe that needs no text, and what is to be solved for each."""
     plan = make_plan(model.config.to_dict(), recipe, architecture=type(model).__name__, dtype="float32")
     state = model.state_dict()
-    return [(group, problem_of(group, state, plan.skeleton.prefix, Statistics())) for group in plan.groups]
+    return [(group, problem_of(group, state, plan.layout.prefix, Statistics())) for group in plan.groups]
 
 
 def decoded(group: Group, factors: Factors) -> Tensor:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hf_offline_compress.recipe import load_recipe, preset_names
+from hf_offline_compress.request.reading import load_recipe, preset_names
 
 
 def peak() -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import Table, masked_lm, minilm
 
-from hf_offline_compress.recipe import load_recipe
+from hf_offline_compress.request.reading import load_recipe
 
 PRESETS = ("calibrated-svd", "allocated-svd")
 RATIOS = (3, 6, 12)

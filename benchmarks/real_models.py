@@ -24,8 +24,9 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_offline_compress
-from hf_offline_compress.evaluate import agreement, sentence_embeddings
-from hf_offline_compress.evaluate.perplexity import causal_perplexity
+from hf_offline_compress.evaluate import sentence_embeddings
+from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.perplexity import causal_perplexity
 
 LANGUAGES = ("en", "de", "fr", "es", "zh")
 PROMPTS = (

@@ -33,9 +33,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
 
-from hf_offline_compress.plan import Group, make_plan
-from hf_offline_compress.recipe import load_recipe
+from hf_offline_compress.plan.make import Group, make_plan
 from hf_offline_compress.registration import register
+from hf_offline_compress.request.reading import load_recipe
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.weights_compressed import DecodedWeight
 from hf_offline_compress.structures import Mixture, Trellis

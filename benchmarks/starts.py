@@ -19,8 +19,8 @@ from common import COSINE, L2, Table, decoded, distances, load_minilm, own_loss,
 from torch import Tensor
 
 from hf_offline_compress import Objective
-from hf_offline_compress.plan import Group
-from hf_offline_compress.recipe import load_recipe
+from hf_offline_compress.plan.make import Group
+from hf_offline_compress.request.reading import load_recipe
 from hf_offline_compress.solvers import Factors, Problem, solve
 
 TOLERANCE = 1e-4

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from hf_offline_compress.recipe import Objective
+from hf_offline_compress.request.objective import Objective
 from hf_offline_compress.solvers import Problem, solve
 from hf_offline_compress.structures import Trellis
 from hf_offline_compress.structures.trellis import DISTORTIONS, bits_a_weight

@@ -18,8 +18,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_offline_compress.artifact.reading import EVALUATION_FILE, REPORT_FILE, read_evaluation
 from hf_offline_compress.card import CardInputs, inherited_metadata, read_inputs, render_card
-from hf_offline_compress.folder import EVALUATION_FILE, REPORT_FILE, read_evaluation
 
 KEPT = "card.json"  # what a card is written from beside report, evaluation and config
 LINES = 200

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from . import registration
 from .errors import CompressionError
-from .recipe import Grouping, Objective, Recipe, Rule, load_recipe
+from .request.objective import Objective
+from .request.reading import load_recipe
+from .request.recipe import Grouping, Recipe, Rule
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .artifact.reading import inspect_folder
+    from .artifact.report import Report
     from .card import write_card
     from .compressor import CompressionResult, compress
     from .evaluate import evaluate_folder
-    from .export import export_folder
-    from .folder import inspect_folder
-    from .hub import Pushed, push_folder
-    from .plan import Plan, make_plan
-    from .report import Report
+    from .export.dense import export_folder
+    from .hub.push import Pushed, push_folder
+    from .plan.groups import Plan
+    from .plan.make import make_plan
     from .verifying import Verification, verify_folder
 
 __all__ = [
@@ -52,13 +55,13 @@ _LAZY = {
     "compress": "compressor",
     "CompressionResult": "compressor",
     "evaluate_folder": "evaluate",
-    "export_folder": "export",
-    "inspect_folder": "folder",
-    "make_plan": "plan",
-    "Plan": "plan",
-    "Pushed": "hub",
-    "push_folder": "hub",
-    "Report": "report",
+    "export_folder": "export.dense",
+    "inspect_folder": "artifact.reading",
+    "make_plan": "plan.make",
+    "Plan": "plan.make",
+    "Pushed": "hub.push",
+    "push_folder": "hub.push",
+    "Report": "artifact.report",
     "Verification": "verifying",
     "verify_folder": "verifying",
     "write_card": "card",
@@ -67,7 +70,7 @@ _LAZY = {
 
 def _publish(model: Any, repo_id: str, **options: Any) -> str:
     """Verify and publish a model: what its `push_to_hub` does where the package is there."""
-    published: str = import_module(".hub", __name__).push_model(model, repo_id, **options)
+    published: str = import_module(".hub.push", __name__).push_model(model, repo_id, **options)
     return published
 
 

@@ -14,39 +14,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .arguments import check_base, check_tokenizer, real, seed_of, whole
-from .base import (
+from .allocate.apply import allocated
+from .allocate.search import loss_judge, search_ratio, searched_on
+from .architectures.families import family_of
+from .architectures.stock import layout_of_model
+from .artifact.building import build_model
+from .artifact.report import GroupReport, Report, totals, versions
+from .artifact.writing import save_folder
+from .base.checkpoint import (
     BaseCheckpoint,
     clamp_length,
     load_model,
     load_tokenizer,
+    pipeline_root,
     resolve_architecture,
     resolve_base,
 )
-from .building import build_model
-from .calibration import Statistics
-from .calibration_text import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
+from .base.given import check_base, check_tokenizer
 from .errors import CompressionError, listing
-from .families import family_of
-from .folder import save_folder
-from .layout import layout_of_model
-from .measuring import measure
-from .memory import release_memory
-from .plan import Plan, make_plan
-from .precision import check_held, tell, wider_tensors
-from .preflight import check_room, found_device
-from .progress import stage
-from .recipe import DEFAULT_RECIPE, STORAGES, Recipe, load_recipe
-from .report import GroupReport, Report, totals, versions
-from .searching import loss_judge, search_ratio, searched_on
-from .selection import check_judged, perplexity_judge
-from .sizing import allocated
-from .solving import solve_groups
+from .foundation.arguments import real, seed_of, whole
+from .foundation.memory import release_memory
+from .foundation.preflight import check_room, found_device
+from .foundation.progress import stage
+from .measure.collect import measure
+from .measure.statistics import Statistics
+from .measure.texts import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
+from .plan.groups import Plan
+from .plan.make import make_plan
+from .request.reading import load_recipe
+from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
+from .solve.groups import solve_groups
+from .solve.judge import check_judged, perplexity_judge
+from .solve.precision import check_held, tell, wider_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .hub import Pushed
+    from .hub.push import Pushed
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,18 @@ class CompressionResult:
         Raises:
             CompressionError: the folder holds something, and `overwrite` is not given or it is none of ours.
         """
+        from .card import renew_card
+
+        base = pipeline_root(self.source) if self.source else None
         return save_folder(
-            Path(folder), self.model, self.tokenizer, self.report, self.source, overwrite, max_shard_size
+            Path(folder),
+            self.model,
+            self.tokenizer,
+            self.report,
+            self.source,
+            overwrite,
+            max_shard_size,
+            write_card=lambda old, new: renew_card(old, new, base),
         )
 
     def push_to_hub(
@@ -109,7 +123,7 @@ class CompressionResult:
         Raises:
             CompressionError: a check fails, or the Hub does not take it; the sentence says what is published.
         """
-        from .hub import push_folder
+        from .hub.push import push_folder
 
         with tempfile.TemporaryDirectory() as scratch:
             name = repo_id.rpartition("/")[2]  # the title of the card
@@ -293,9 +307,7 @@ def compress_model(
     family = family_of(config)
     architecture = type(model).__name__
     layout = layout_of_model(model)
-    plan = make_plan(
-        config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype), skeleton=layout
-    )
+    plan = make_plan(config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype), layout=layout)
     if (texts or validation) and tokenizer is None:
         raise CompressionError(
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
@@ -304,7 +316,7 @@ def compress_model(
     _check_finite(model, family.title)
     with _measurable(model, device, ours=source is not None) as compute:
         wider = wider_tensors(plan, compute.state_dict())
-        plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, skeleton=layout)
+        plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, layout=layout)
 
         def measured() -> tuple[Statistics, CalibrationRecord | None]:
             if texts is None:
@@ -315,7 +327,7 @@ def compress_model(
         statistics, record = measured()
 
         def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
-            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, skeleton=layout)
+            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, layout=layout)
             # Moments are dropped as they are used, to save memory; whoever searches needs them again.
             known = (
                 statistics if max_loss is None else replace(statistics, input_moments=dict(statistics.input_moments))

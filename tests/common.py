@@ -16,7 +16,7 @@ from inputs import inputs_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from hf_offline_compress.families import FAMILIES, objective_of
+from hf_offline_compress.architectures.families import FAMILIES, objective_of
 from hf_offline_compress.structures import Autoencoder, Training
 
 WORDS = [

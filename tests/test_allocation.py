@@ -8,14 +8,15 @@ from common import make_model
 from test_calibration import matrices_of
 
 from hf_offline_compress import Recipe, Rule, make_plan
-from hf_offline_compress.allocation import Choices, allocate
-from hf_offline_compress.calibration import Statistics, collect
-from hf_offline_compress.calibration_text import Batch
-from hf_offline_compress.recipe import OBJECTIVES
-from hf_offline_compress.sensitivity import measure_sensitivity
-from hf_offline_compress.sizing import _gains
+from hf_offline_compress.allocate.allocation import Choices, allocate
+from hf_offline_compress.allocate.apply import _gains
+from hf_offline_compress.measure.inputs import collect
+from hf_offline_compress.measure.sensitivity import measure_sensitivity
+from hf_offline_compress.measure.statistics import Statistics
+from hf_offline_compress.measure.texts import Batch
+from hf_offline_compress.request.objective import OBJECTIVES
+from hf_offline_compress.solve.problems import problem_of
 from hf_offline_compress.structures import LowRank, Trellis
-from hf_offline_compress.weighting import problem_of
 
 
 def choices(seed, sizes=8, unit=10):

@@ -20,8 +20,15 @@ from test_damage import BAD_FILES, BAD_JSON, WEIGHTS, Damage, put, replaced, ten
 from transformers import AutoTokenizer
 
 from hf_offline_compress import CompressionError, compress
-from hf_offline_compress.base import COMPANIONS, WANTED, load_model, load_tokenizer, read_config, resolve_base
-from hf_offline_compress.tensor_files import INDEX_FILE
+from hf_offline_compress.base.checkpoint import (
+    COMPANIONS,
+    WANTED,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve_base,
+)
+from hf_offline_compress.foundation.tensor_files import INDEX_FILE
 
 LATIN = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncaf\u00e9\n".encode("latin-1")
 POOLING = "1_Pooling/config.json"

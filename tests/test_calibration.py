@@ -7,23 +7,16 @@ import torch
 from common import CORE, ONE_EACH, TEXTS, make_model, make_tokenizer
 
 from hf_offline_compress import CompressionError, compress
-from hf_offline_compress.calibration import collect
-from hf_offline_compress.calibration_text import (
-    TOKENS,
-    Batch,
-    count_tokens,
-    load_texts,
-    make_batches,
-    warn_of_overlap,
-)
-from hf_offline_compress.families import family_of
-from hf_offline_compress.sensitivity import measure_sensitivity
+from hf_offline_compress.architectures.stock import layout_of_config
+from hf_offline_compress.measure.inputs import collect
+from hf_offline_compress.measure.sensitivity import measure_sensitivity
+from hf_offline_compress.measure.texts import TOKENS, Batch, count_tokens, load_texts, make_batches, warn_of_overlap
 
 
 def matrices_of(model, *kinds):
     config = model.config.to_dict()
-    skeleton = family_of(config).skeleton(config, type(model).__name__)
-    return [m for m in skeleton.matrices if not kinds or m.kind in kinds]
+    layout = layout_of_config(config, type(model).__name__)
+    return [m for m in layout.matrices if not kinds or m.kind in kinds]
 
 
 def test_bundled_text():

@@ -15,24 +15,25 @@ import pytest
 import yaml
 from common import TEXTS, make_model, make_tokenizer, run_cli, save_base
 
-from hf_offline_compress import CompressionError, Recipe, Rule, compress, load_recipe, recipe
+from hf_offline_compress import CompressionError, Recipe, Rule, compress, load_recipe
+from hf_offline_compress.architectures.families import FAMILIES
+from hf_offline_compress.artifact.reading import EVALUATION_FILE
 from hf_offline_compress.card import (
     free_section,
     inherited_metadata,
     parse_card,
     read_inputs,
     render_card,
+    renew_card,
     write_card,
-    write_card_if_possible,
 )
 from hf_offline_compress.card.citations import citations
 from hf_offline_compress.card.command import reproduction
 from hf_offline_compress.card.inputs import CardInputs
 from hf_offline_compress.card.limits import FACTORED, NOT_RESIZED
 from hf_offline_compress.card.metadata import pipeline_tag
-from hf_offline_compress.families import FAMILIES
-from hf_offline_compress.folder import EVALUATION_FILE
-from hf_offline_compress.recipe import preset_names
+from hf_offline_compress.request.reading import preset_names, recipe_from_dict
+from hf_offline_compress.request.selectors import split_selectors
 from hf_offline_compress.structures import STRUCTURES, Kronecker, LowRank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -364,7 +365,7 @@ def test_the_command_gives_the_recipe_again(inputs, name, changes):
     assert options["recipe"] == name and options["seed"] == "0" and options["calibration"] == "TEXTS.txt"
     given = {key: options[key].strip("'") for key in ("modules", "grouping", "storage", "allocation") if key in options}
     if "modules" in given:
-        given["modules"] = recipe.split_selectors(given["modules"])
+        given["modules"] = split_selectors(given["modules"])
     ratio = float(options["ratio"]) if "ratio" in options else None
     assert load_recipe(name).override(ratio=ratio, **given) == wanted
     assert set(given) | ({"ratio"} if ratio else set()) == set(changes)
@@ -390,7 +391,7 @@ def test_any_other_recipe_is_there_as_yaml(inputs):
         card = section(render_card(changed), "How it was made")
         assert "--recipe recipe.yaml" in card
         shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
-        assert recipe.recipe_from_dict(shown) == recipe.recipe_from_dict(content)
+        assert recipe_from_dict(shown) == recipe.recipe_from_dict(content)
 
 
 def test_the_command_is_the_one_that_was_given(tmp_path):
@@ -657,7 +658,8 @@ def test_without_jinja(folder, monkeypatch):
     monkeypatch.setattr("hf_offline_compress.card.writing.find_spec", lambda name: None)
     with pytest.raises(CompressionError, match="needs Jinja2, which is not installed; the extra 'card' has it"):
         write_card(folder)
-    assert write_card_if_possible(folder) is None and not (folder / "README.md").exists()
+    renew_card(folder, folder)
+    assert not (folder / "README.md").exists()
 
 
 def test_the_command(folder):

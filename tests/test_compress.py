@@ -11,7 +11,7 @@ from common import CORE, TEXTS, make_model, make_tokenizer, save_base
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress.compressor as compressor
-import hf_offline_compress.solving as solving
+import hf_offline_compress.solve.groups as solving
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
 from hf_offline_compress.card.writing import END
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
@@ -355,7 +355,7 @@ def test_a_failure_while_saving_leaves_what_was_there(base, tmp_path, monkeypatc
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_offline_compress.folder.copy_companions", fail)
+    monkeypatch.setattr("hf_offline_compress.artifact.writing.copy_companions", fail)
     with pytest.raises(KeyboardInterrupt):
         result.save(target, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if overwrite else [])

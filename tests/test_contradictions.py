@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_offline_compress import CompressionError, compress
-from hf_offline_compress.export import dense_model
+from hf_offline_compress.export.dense import dense_model
 
 
 def quick(base, **options):

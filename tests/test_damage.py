@@ -19,10 +19,10 @@ from typer.main import get_command
 import hf_offline_compress.evaluate.benchmarking as benchmarking
 import hf_offline_compress.verifying.loading as loading
 from hf_offline_compress import CompressionError, compress, export_folder, inspect_folder, write_card
+from hf_offline_compress.artifact.probe import load_as_a_stranger
 from hf_offline_compress.cli import app
 from hf_offline_compress.evaluate.benchmark_worker import Held, failure
 from hf_offline_compress.evaluate.records import Data, Evaluation, metric, write_evaluations
-from hf_offline_compress.probe import load_as_a_stranger
 
 WEIGHTS, CONFIG, REPORT = "model.safetensors", "config.json", "compression_report.json"
 EVALUATION, RECORD, CARD = "evaluation.json", "verification.json", "README.md"
@@ -467,7 +467,7 @@ def test_a_full_disk_keeps_the_numbers_of_evaluate(whole, base, text, tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     shutil.copytree(whole, tmp_path / "small")
-    monkeypatch.setattr("hf_offline_compress.files.tempfile.mkstemp", full)
+    monkeypatch.setattr("hf_offline_compress.foundation.files.tempfile.mkstemp", full)
     given = arguments("evaluate", tmp_path / "small", base, text, None)
     assert COMMAND.main([*given, "--quiet"], standalone_mode=False) == 1
     said, errors = capsys.readouterr()

@@ -8,8 +8,8 @@ from common import nonlinear, outputs_of
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from hf_offline_compress.plan import make_plan
-from hf_offline_compress.recipe import Recipe, Rule
+from hf_offline_compress.plan.make import make_plan
+from hf_offline_compress.request.recipe import Recipe, Rule
 from hf_offline_compress.runtime import trellis_compressed, weights_compressed
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.modeling_compressed import compressed_class

@@ -12,7 +12,9 @@ import yaml
 from common import save_base
 from loopback_hub import TOKEN, LoopbackHub
 
-from hf_offline_compress.recipe import DEFAULT_RECIPE, KINDS, SHORTHANDS, preset_names, recipe_from_dict
+from hf_offline_compress.architectures.families import KINDS, SHORTHANDS
+from hf_offline_compress.request.reading import preset_names, recipe_from_dict
+from hf_offline_compress.request.recipe import DEFAULT_RECIPE
 from hf_offline_compress.structures import STRUCTURES
 
 ROOT = Path(__file__).resolve().parents[1]

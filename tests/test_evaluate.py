@@ -18,18 +18,19 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from hf_offline_compress import CompressionError, compress
-from hf_offline_compress.base import BaseCheckpoint
-from hf_offline_compress.evaluate import agreement, classification, evaluate_folder, pair, records, sentence_embeddings
-from hf_offline_compress.evaluate.metrics import METRICS, normalized, score, squad_scores
-from hf_offline_compress.evaluate.perplexity import masked_lines, masked_perplexity
-from hf_offline_compress.evaluate.predictions import class_agreement, language_agreement
-from hf_offline_compress.evaluate.processes import Processes
-from hf_offline_compress.evaluate.pseudo_perplexity import pseudo_perplexity
+from hf_offline_compress.architectures.families import family_of
+from hf_offline_compress.base.checkpoint import BaseCheckpoint
+from hf_offline_compress.evaluate import classification, evaluate_folder, pair, records, sentence_embeddings
 from hf_offline_compress.evaluate.question_answering import answers, best_span, make_windows, training_features
 from hf_offline_compress.evaluate.task_data import Example, load_splits, load_training
 from hf_offline_compress.evaluate.tasks import TASKS, TaskSettings, find_task
 from hf_offline_compress.evaluate.text_evaluation import TextSettings
-from hf_offline_compress.families import family_of
+from hf_offline_compress.foundation.processes import Processes
+from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.perplexity import masked_lines, masked_perplexity
+from hf_offline_compress.metrics.predictions import class_agreement, language_agreement
+from hf_offline_compress.metrics.pseudo_perplexity import pseudo_perplexity
+from hf_offline_compress.metrics.scores import METRICS, normalized, score, squad_scores
 
 LINES = [f"{text} zebra {WORDS[i % 18]} {text} ostrich" for i, text in enumerate(TEXTS[:12])]
 HEADS = {
@@ -697,7 +698,7 @@ def test_a_base_on_the_hub_is_found_by_the_report(made, monkeypatch):
 
 
 def test_missing_libraries_are_named_before_any_work(clean, monkeypatch):
-    from hf_offline_compress.evaluate import metrics
+    from hf_offline_compress.metrics import scores as metrics
 
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "sklearn" else object())
     with pytest.raises(

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, compress
-from hf_offline_compress.export import EXPORT_FILE, dense_model, export_folder
-from hf_offline_compress.families import is_language_model
+from hf_offline_compress.architectures.families import is_language_model
+from hf_offline_compress.export.dense import EXPORT_FILE, dense_model, export_folder
 from hf_offline_compress.structures import Codebook, Kronecker, LowRank, Quantized
 
 CALIBRATED = Objective(l2=1.0, calibrated=True)
@@ -228,7 +228,7 @@ def test_a_failure_leaves_what_was_there(small, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("hf_offline_compress.export.copy_companions", full)
+    monkeypatch.setattr("hf_offline_compress.export.dense.copy_companions", full)
     with pytest.raises(OSError, match="no space"):
         export_folder(small, out, overwrite=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

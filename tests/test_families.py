@@ -6,7 +6,8 @@ import pytest
 from common import HEADS, make_model
 
 from hf_offline_compress import CompressionError, load_recipe, make_plan
-from hf_offline_compress.families import FAMILIES, KINDS, family_of
+from hf_offline_compress.architectures.families import FAMILIES, KINDS, family_of
+from hf_offline_compress.architectures.stock import layout_of_config
 
 WIDTHS = (
     "hidden_size",
@@ -26,16 +27,16 @@ def stored_shapes(model):
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def skeleton_of(model):
+def layout_of(model):
     config = model.config.to_dict()
-    return family_of(config).skeleton(config, type(model).__name__)
+    return layout_of_config(config, type(model).__name__)
 
 
 @pytest.mark.parametrize("model_type,head", HEADS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_skeleton_is_the_model(model_type, head, tied):
+def test_layout_is_the_model(model_type, head, tied):
     model = make_model(model_type, head, tie_word_embeddings=tied)
-    assert skeleton_of(model).parameters == stored_shapes(model)
+    assert layout_of(model).parameters == stored_shapes(model)
 
 
 @pytest.mark.parametrize(
@@ -49,28 +50,28 @@ def test_skeleton_is_the_model(model_type, head, tied):
         ("gpt2", "GPT2DoubleHeadsModel", {"summary_use_proj": False}),
     ],
 )
-def test_skeleton_of_unusual_configs(model_type, head, overrides):
+def test_layout_of_unusual_configs(model_type, head, overrides):
     model = make_model(model_type, head, **overrides)
-    assert skeleton_of(model).parameters == stored_shapes(model)
+    assert layout_of(model).parameters == stored_shapes(model)
 
 
 @pytest.mark.parametrize("model_type,head", HEADS)
 def test_matrices_are_views_of_the_checkpoint(model_type, head):
     model = make_model(model_type, head)
-    skeleton = skeleton_of(model)
+    layout = layout_of(model)
     state = model.state_dict()
-    for matrix in skeleton.matrices:
+    for matrix in layout.matrices:
         assert matrix.kind in KINDS
-        assert tuple(matrix.dense(state, skeleton.prefix).shape) == (matrix.rows, matrix.columns)
-    layers = {matrix.layer for matrix in skeleton.matrices if matrix.kind == "query"}
+        assert tuple(matrix.dense(state, layout.prefix).shape) == (matrix.rows, matrix.columns)
+    layers = {matrix.layer for matrix in layout.matrices if matrix.kind == "query"}
     assert layers == ({0} if model_type == "albert" else {0, 1, 2})  # whose layers are one
 
 
 def test_fused_parts_are_cut_and_turned():
     model = make_model("gpt2", "GPT2Model")
-    skeleton = skeleton_of(model)
+    layout = layout_of(model)
     weight = model.h[1].attn.c_attn.weight  # [in, 3 * out]
-    parts = {m.part: m for m in skeleton.matrices if m.layer == 1 and m.part}
+    parts = {m.part: m for m in layout.matrices if m.layer == 1 and m.part}
     for i, part in enumerate(("query", "key", "value")):
         assert parts[part].dense(model.state_dict(), "").equal(weight[:, 32 * i : 32 * (i + 1)].T)
 
@@ -79,10 +80,10 @@ def test_fused_parts_are_cut_and_turned():
 def test_every_kind_of_the_table_is_found(model_type, head):
     entry = FAMILIES[model_type].entry
     kinds = {part for kind in entry.kinds.values() for part in ((kind,) if isinstance(kind, str) else kind)}
-    skeleton = skeleton_of(make_model(model_type, head))
-    found = {matrix.kind for matrix in skeleton.matrices}
+    layout = layout_of(make_model(model_type, head))
+    found = {matrix.kind for matrix in layout.matrices}
     assert found - {"head"} | {"pooler"} == kinds | {"word_embeddings", "pooler"}
-    assert ("pooler" in found) == any(name.startswith(f"{skeleton.prefix}pooler") for name in skeleton.parameters)
+    assert ("pooler" in found) == any(name.startswith(f"{layout.prefix}pooler") for name in layout.parameters)
 
 
 @pytest.mark.parametrize("model_type,head", HEADS)
@@ -92,8 +93,8 @@ def test_small_reaches_its_ratio_where_matrices_dominate(model_type, head):
     config |= {name: size * 16 for name, size in config.items() if name in WIDTHS and size}
     config |= {"vocab_size": 9000, "head_dim": 128}
     plan = make_plan(config, load_recipe("small"), architecture=head)
-    assert plan.skeleton.total * 4 / plan.file_bytes >= 8
-    matrices = sum(prod(shape) for shape in plan.skeleton.parameters.values() if len(shape) > 1)
+    assert plan.layout.total * 4 / plan.file_bytes >= 8
+    matrices = sum(prod(shape) for shape in plan.layout.parameters.values() if len(shape) > 1)
     assert plan.parameters >= 0.99 * matrices
 
 
@@ -113,4 +114,4 @@ def test_what_cannot_be_compressed(config, message):
 
 def test_unknown_head():
     with pytest.raises(CompressionError, match="BertForPoetry.*BertForMaskedLM"):
-        FAMILIES["bert"].skeleton({}, "BertForPoetry")
+        layout_of_config({"model_type": "bert"}, "BertForPoetry")

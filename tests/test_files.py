@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from hf_offline_compress import CompressionError
-from hf_offline_compress.files import check_target, keep_others, whole_folder, write_whole
+from hf_offline_compress.foundation.files import check_target, keep_others, whole_folder, write_whole
 
 
 def ours(folder):

@@ -10,9 +10,11 @@ from common import save_base
 from typer.testing import CliRunner
 
 import hf_offline_compress
-from hf_offline_compress import CompressionError, compress, progress, solving
+from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.cli import app
-from hf_offline_compress.recipe import preset_names
+from hf_offline_compress.foundation import progress
+from hf_offline_compress.request.reading import preset_names
+from hf_offline_compress.solve import groups as solving
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 WIDE = {"hidden_size": 48, "intermediate_size": 1536, "vocab_size": 30_522, "num_hidden_layers": 12}
@@ -109,15 +111,15 @@ def test_public_names_are_listed_and_there():
 
 
 SLOW = {
-    "plan": ("hf_offline_compress.base.read_config", ("plan", "x")),
+    "plan": ("hf_offline_compress.base.checkpoint.read_config", ("plan", "x")),
     "compress": ("hf_offline_compress.compressor.compress", ("compress", "{base}", "{tmp}/o")),
-    "inspect": ("hf_offline_compress.folder.inspect_folder", ("inspect", "x")),
+    "inspect": ("hf_offline_compress.artifact.reading.inspect_folder", ("inspect", "x")),
     "evaluate": ("hf_offline_compress.evaluate.evaluation.evaluate_folder", ("evaluate", "x", "--text", "x")),
     "benchmark": ("hf_offline_compress.evaluate.benchmarking.benchmark_folder", ("benchmark", "x")),
     "card": ("hf_offline_compress.card.write_card", ("card", "x")),
     "verify": ("hf_offline_compress.verifying.verify_folder", ("verify", "x")),
     "push": ("hf_offline_compress.hub.push_folder", ("push", "x", "me/x")),
-    "export": ("hf_offline_compress.export.check_export", ("export", "x", "{tmp}/o")),
+    "export": ("hf_offline_compress.export.dense.check_export", ("export", "x", "{tmp}/o")),
     "presets": ("hf_offline_compress.cli.presets.print_json", ("presets", "--json")),
 }
 

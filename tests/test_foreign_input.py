@@ -9,13 +9,13 @@ import pytest
 from common import make_tokenizer, save_base
 
 from hf_offline_compress import CompressionError, Recipe, compress
-from hf_offline_compress.base import copy_companions, read_config
-from hf_offline_compress.calibration_text import load_texts, make_batches
-from hf_offline_compress.evaluate.perplexity import _pieces, tokenized_lines
-from hf_offline_compress.files import belongs_to
-from hf_offline_compress.parsing import check_pattern, read_yaml
-from hf_offline_compress.recipe import load_recipe
-from hf_offline_compress.verifying.files import outside_links
+from hf_offline_compress.artifact.sizes import outside_links
+from hf_offline_compress.base.checkpoint import copy_companions, read_config
+from hf_offline_compress.foundation.files import belongs_to
+from hf_offline_compress.foundation.parsing import check_pattern, read_yaml
+from hf_offline_compress.measure.texts import load_texts, make_batches
+from hf_offline_compress.metrics.perplexity import _pieces, tokenized_lines
+from hf_offline_compress.request.reading import load_recipe
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -17,7 +17,7 @@ from hf_offline_compress import CompressionError
 from hf_offline_compress.cli.output import run
 from hf_offline_compress.errors import UnsavedError
 from hf_offline_compress.evaluate.records import metric, read_evaluations, saving, write_evaluations
-from hf_offline_compress.files import whole_folder
+from hf_offline_compress.foundation.files import whole_folder
 
 
 def outcome(work, capsys, debug=False):
@@ -124,7 +124,7 @@ def test_numbers_are_not_lost_where_they_cannot_be_written(tmp_path, monkeypatch
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hf_offline_compress.files.tempfile.mkstemp", full)
+    monkeypatch.setattr("hf_offline_compress.foundation.files.tempfile.mkstemp", full)
     with (
         pytest.raises(
             UnsavedError, match=r"not added to evaluation.json: There is no space left .*; free some"

@@ -6,8 +6,8 @@ from common import TEXTS, make_model, make_tokenizer
 from test_calibration import matrices_of
 
 from hf_offline_compress import CompressionError
-from hf_offline_compress.calibration_text import Batch, load_texts, make_batches
-from hf_offline_compress.importance import measure_importance
+from hf_offline_compress.measure.importance import measure_importance
+from hf_offline_compress.measure.texts import Batch, load_texts, make_batches
 
 KINDS = ("fisher", "l1_sensitivity")
 LANGUAGE = [

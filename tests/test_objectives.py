@@ -5,10 +5,11 @@ import torch
 from common import HEADS, TEXTS, make_model, make_tokenizer
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
-from hf_offline_compress.calibration_text import Batch
-from hf_offline_compress.evaluate.perplexity import is_causal, perplexity
-from hf_offline_compress.families import FAMILIES, objective_of
-from hf_offline_compress.sensitivity import _portions, measure_sensitivity
+from hf_offline_compress.architectures.families import FAMILIES, objective_of
+from hf_offline_compress.architectures.stock import layout_of_config
+from hf_offline_compress.measure.sensitivity import _portions, measure_sensitivity
+from hf_offline_compress.measure.texts import Batch
+from hf_offline_compress.metrics.perplexity import is_causal, perplexity
 from hf_offline_compress.structures import Quantized
 
 CAUSAL = [(t, h) for t, h in HEADS if FAMILIES[t].entry.causal and objective_of(h) == "causal" and "Double" not in h]
@@ -56,8 +57,8 @@ def test_a_discriminator_is_no_masked_language_model():
 def test_the_sensitivity_of_a_discriminator_predicts_the_change_of_its_answers():
     """Half the curvature of what is told of each token, summed, is the divergence that a small error makes."""
     model = make_model("electra", "ElectraForPreTraining", layers=1)
-    skeleton = FAMILIES["electra"].skeleton(model.config.to_dict(), "ElectraForPreTraining")
-    matrix = next(m for m in skeleton.matrices if m.kind == "output")
+    layout = layout_of_config(model.config.to_dict(), "ElectraForPreTraining")
+    matrix = next(m for m in layout.matrices if m.kind == "output")
     ids = torch.randint(5, 60, (300, 12))
     mask = torch.ones_like(ids)
     mask[:, 9:] = 0

@@ -8,8 +8,8 @@ from common import TEXTS, WORDS, make_model, make_tokenizer
 from torch.nn import functional as F
 
 from hf_offline_compress import CompressionError, compress
-from hf_offline_compress.evaluate import perplexity as module
-from hf_offline_compress.evaluate.perplexity import causal_perplexity, masked_lines, masked_perplexity, perplexity
+from hf_offline_compress.metrics import perplexity as module
+from hf_offline_compress.metrics.perplexity import causal_perplexity, masked_lines, masked_perplexity, perplexity
 
 MASKED = [("bert", "BertForMaskedLM"), ("bert", "BertForPreTraining"), ("roberta", "RobertaForMaskedLM")]
 CAUSAL = [("gpt2", "GPT2LMHeadModel"), ("bert", "BertLMHeadModel"), ("roberta", "RobertaForCausalLM")]

@@ -6,8 +6,8 @@ import pytest
 from common import nonlinear
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, load_recipe, make_plan
-from hf_offline_compress.families import Matrix
-from hf_offline_compress.plan import shape_of
+from hf_offline_compress.architectures.layout import Matrix
+from hf_offline_compress.plan.make import shape_of
 from hf_offline_compress.structures import Autoencoder, GroupShape, LowRank, Storage
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
@@ -59,7 +59,7 @@ def test_groups_and_bytes(recipe, grouping, groups, storage):
         counted += size
     assert counted == outcome.stored_bytes
     assert sum(len(group.matrices) for group in outcome.groups) == 73
-    assert outcome.parameters + sum(item.parameters for item in outcome.dense) == outcome.skeleton.total == 109482240
+    assert outcome.parameters + sum(item.parameters for item in outcome.dense) == outcome.layout.total == 109482240
 
 
 def test_blocks_are_neighbouring_layers():
@@ -129,7 +129,7 @@ def test_the_tied_head_is_counted_once():
     untied = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
     tied = {**untied, "tie_word_embeddings": True}
     words = 50257 * 768
-    assert plan(config=untied).skeleton.total - plan(config=tied).skeleton.total == words
+    assert plan(config=untied).layout.total - plan(config=tied).layout.total == words
     assert "head_lm_head" in {group.name for group in plan(config=untied, modules="all").groups}
     assert "head_lm_head" not in {group.name for group in plan(config=tied, modules="linears,word_embeddings").groups}
 

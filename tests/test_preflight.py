@@ -11,8 +11,8 @@ import torch
 from common import TEXTS, error_of, make_model, make_tokenizer, save_base
 from typer.testing import CliRunner
 
+import hf_offline_compress.artifact.writing as folders
 import hf_offline_compress.compressor as compressor
-import hf_offline_compress.folder as folders
 from hf_offline_compress import CompressionError, compress, inspect_folder, make_plan, write_card
 from hf_offline_compress.cli import app
 
@@ -75,7 +75,7 @@ def test_names_are_text(result, tmp_path, name):
     assert f'AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)' in card
 
 
-@pytest.mark.parametrize("accessory", ["write_card_if_possible", "copy_companions", "report"])
+@pytest.mark.parametrize("accessory", ["renew_card", "copy_companions", "report"])
 def test_an_accessory_that_fails_loses_no_model(result, tmp_path, monkeypatch, caplog, accessory):
     def fail(*args, **options):
         raise ZeroDivisionError("of no interest")
@@ -85,7 +85,7 @@ def test_an_accessory_that_fails_loses_no_model(result, tmp_path, monkeypatch, c
     elif accessory == "copy_companions":
         monkeypatch.setattr(folders, accessory, fail)
     else:
-        monkeypatch.setattr("hf_offline_compress.card.write_card_if_possible", fail)
+        monkeypatch.setattr("hf_offline_compress.card.renew_card", fail)
     out = result.save(tmp_path / "out")
     assert type(result.model).from_pretrained(out).compressed_modules()
     assert "ZeroDivisionError: of no interest" in caplog.text and caplog.records[0].levelno == logging.WARNING

@@ -22,12 +22,13 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 import hf_offline_compress
-from hf_offline_compress import CompressionError, hub_errors, push_folder
-from hf_offline_compress import hub as publishing
+from hf_offline_compress import CompressionError, push_folder
 from hf_offline_compress.card.snippets import with_model_id
 from hf_offline_compress.card.writing import BEGIN, END
 from hf_offline_compress.cli import app
 from hf_offline_compress.cli.output import run
+from hf_offline_compress.foundation import hub_errors
+from hf_offline_compress.hub import push as publishing
 from hf_offline_compress.verifying import Check, Verification, check_files, folder_files
 from hf_offline_compress.verifying import _file_checks as verify_files
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from hf_offline_compress import Recipe, Rule, compress
-from hf_offline_compress.recipe import OBJECTIVES
+from hf_offline_compress.request.objective import OBJECTIVES
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.solvers import Problem, codebook, feedback, solve, solve_all
 from hf_offline_compress.solvers import quantized as solver

@@ -6,7 +6,10 @@ import pytest
 import yaml
 
 from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, load_recipe
-from hf_offline_compress.recipe import Budget, parse_bytes, preset_names, recipe_from_dict, split_selectors
+from hf_offline_compress.foundation.parsing import parse_bytes
+from hf_offline_compress.request.budget import Budget
+from hf_offline_compress.request.reading import preset_names, recipe_from_dict
+from hf_offline_compress.request.selectors import split_selectors
 from hf_offline_compress.structures import Autoencoder, LowRank, Training
 
 EPOCHS = {"method": "epochs", "epochs": 1, "batch_size": 1}

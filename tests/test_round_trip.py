@@ -18,8 +18,8 @@ from inputs import TEXT
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
-from hf_offline_compress.families import FAMILIES, is_language_model
-from hf_offline_compress.recipe import Budget
+from hf_offline_compress.architectures.families import FAMILIES, is_language_model
+from hf_offline_compress.request.budget import Budget
 from hf_offline_compress.structures import (
     Autoencoder,
     Codebook,
@@ -251,7 +251,7 @@ def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe
             form = next(form for form in plan.forms(group) if form.structure.name == "trellis")
             forms[group.name, *chosen[group.name]] = replace(form, size=size)
     if RECIPES[recipe].budget:
-        allowed = plan.skeleton.total * 4 / RECIPES[recipe].budget.total_ratio
+        allowed = plan.layout.total * 4 / RECIPES[recipe].budget.total_ratio
         plan = plan.reformed({g.name: forms.get((g.name, *chosen.get(g.name, ("dense",)))) for g in plan.groups})
         assert len({(group.structure.name, group.size) for group in plan.groups}) > 1
         if recipe == "storages":

@@ -4,9 +4,9 @@ import pytest
 from common import TEXTS, make_model, make_tokenizer
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
-from hf_offline_compress.calibration_text import CalibrationText
-from hf_offline_compress.recipe import Budget
-from hf_offline_compress.searching import HELD_OUT, TRIALS, Trial, hold_out, largest_ratio
+from hf_offline_compress.allocate.search import HELD_OUT, TRIALS, Trial, hold_out, largest_ratio
+from hf_offline_compress.measure.texts import CalibrationText
+from hf_offline_compress.request.budget import Budget
 from hf_offline_compress.structures import Quantized
 
 RECIPE = Recipe(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hf_offline_compress import CompressionError
-from hf_offline_compress.arguments import token_of
+from hf_offline_compress.foundation.arguments import token_of
 from hf_offline_compress.verifying import secrets
 from hf_offline_compress.verifying.code import _pipeline_code
 from hf_offline_compress.verifying.foreign import foreign_kind

@@ -7,8 +7,8 @@ import pytest
 import torch
 from common import nonlinear
 
-from hf_offline_compress.calibration import add_gram_
-from hf_offline_compress.recipe import Objective
+from hf_offline_compress.measure.statistics import add_gram_
+from hf_offline_compress.request.objective import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.numbers_compressed import unpack_numbers
 from hf_offline_compress.runtime.packing_compressed import unpack

@@ -5,7 +5,7 @@ import torch
 from common import TEXTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-import hf_offline_compress.solving as solving
+import hf_offline_compress.solve.groups as solving
 from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.runtime.storing_compressed import holding, holds
 from hf_offline_compress.solvers import solve_all

@@ -12,7 +12,8 @@ from common import HEADS, error_of, make_model, make_tokenizer, run_cli, save_ba
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress
-from hf_offline_compress import CompressionError, probe, verify_folder
+from hf_offline_compress import CompressionError, verify_folder
+from hf_offline_compress.artifact import probe
 from hf_offline_compress.verifying import check_files
 from hf_offline_compress.verifying.loading import load_checks
 

@@ -2,7 +2,7 @@
 
 from .inputs import CardInputs, read_inputs
 from .metadata import inherited_metadata
-from .writing import CARD_FILE, free_section, parse_card, render_card, write_card, write_card_if_possible
+from .writing import CARD_FILE, free_section, parse_card, render_card, renew_card, write_card
 
 __all__ = [
     "CARD_FILE",
@@ -12,6 +12,6 @@ __all__ = [
     "parse_card",
     "read_inputs",
     "render_card",
+    "renew_card",
     "write_card",
-    "write_card_if_possible",
 ]

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from ..errors import CompressionError
-from ..recipe import Recipe, load_recipe, preset_names, recipe_from_dict, split_selectors
+from ..request.reading import load_recipe, preset_names, recipe_from_dict
+from ..request.recipe import Recipe
+from ..request.selectors import split_selectors
 from .inputs import CardInputs
 
 RECIPE_FILE = "recipe.yaml"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base import TOKENIZER_FILES
-from ..folder import inspect_folder, read_evaluation, stock_name
-from ..verifying.files import folder_files, trainer_files
-from ..verifying.record import RECORD_FILE
+from ..artifact.reading import inspect_folder, read_evaluation, stock_name
+from ..artifact.record import RECORD_FILE
+from ..artifact.sizes import folder_files, trainer_files
+from ..base.checkpoint import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)

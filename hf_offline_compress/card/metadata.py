@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CompressionError
-from ..parsing import read_yaml
+from ..foundation.parsing import read_yaml
 from .inputs import CardInputs, file_name
 
 if TYPE_CHECKING:

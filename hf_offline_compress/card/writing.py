@@ -6,29 +6,23 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact.reading import REPORT_FILE
 from ..errors import CompressionError, needs_extra
-from ..files import write_whole
-from ..folder import REPORT_FILE
-from ..parsing import read_yaml
+from ..foundation.files import write_whole
+from ..foundation.parsing import read_yaml
 from . import tables
 from .citations import citations
 from .command import TEXTS, reproduction
 from .inputs import CardInputs, read_inputs
 from .limits import limits
-from .metadata import (
-    KEPT,
-    WRITTEN,
-    base_on_hub,
-    card_data,
-    check_given,
-    inherited_metadata,
-)
+from .metadata import KEPT, WRITTEN, base_on_hub, card_data, check_given, inherited_metadata
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -146,12 +140,39 @@ def _earlier(path: Path, overwrite: bool) -> str:
         ) from error
 
 
-def write_card_if_possible(folder: str | Path, **options: Any) -> Path | None:
-    """Write a folder's card where Jinja2 is installed, and return its path; None where it is not. See `write_card`."""
-    if find_spec("jinja2") is None:
-        logger.info("No model card was written. %s", needs_extra("A card", "Jinja2", "card"))
-        return None
-    return write_card(folder, **options)
+def renew_card(old: Path, new: Path, base: str | Path | None = None) -> None:
+    """Write the card of a folder that takes another's place, with the user's notes of the old one.
+
+    A README.md that is no card of ours is kept as it is. Without Jinja2 no card is written.
+
+    Args:
+        old: the folder that is replaced, or none yet; the new card has its name.
+        new: the folder, still under another name.
+        base: where the base's card lies; see `write_card`.
+    """
+    if _keep_notes(old / CARD_FILE, new / CARD_FILE):
+        if find_spec("jinja2") is None:
+            logger.info("No model card was written. %s", needs_extra("A card", "Jinja2", "card"))
+        else:
+            write_card(new, name=old.resolve().name, base=base)
+
+
+def _keep_notes(old: Path, new: Path) -> bool:
+    """Begin the new card with the user's notes of the old one; return whether there is a card to write.
+
+    A README.md that is no card of ours is kept as it is.
+    """
+    try:
+        text = old.read_text("utf-8") if old.is_file() else ""
+    except (OSError, UnicodeDecodeError):
+        text = None
+    notes = free_section(text) if text else None
+    if text is None or (text.strip() and notes is None):
+        shutil.copyfile(old, new)
+        return False
+    if notes is not None:  # its metadata is of what the old folder was made from
+        new.write_text(f"---\n---\n{BEGIN}\n{notes}{END}\n", "utf-8")
+    return True
 
 
 def render_card(
@@ -177,7 +198,7 @@ def render_card(
     if "base_model" not in facts and (hub := base_on_hub(inputs.report)):
         facts["base_model"] = hub
     data = card_data(inputs, facts)
-    template = (files("hf_offline_compress") / "templates" / "card.md.jinja").read_text("utf-8")
+    template = (files(__package__) / "templates" / "card.md.jinja").read_text("utf-8")
     context = _context(inputs, facts, inherited, model_id or inputs.name)
     card = ModelCard.from_template(data, template_str=template, notes=f"{BEGIN}\n{notes}{END}", **context)
     return str(card).rstrip() + "\n"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..progress import stage
+from ..foundation.progress import stage
 from .evaluate import BaseOption
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, megabytes, print_json, print_table, run

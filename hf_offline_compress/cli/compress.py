@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..preflight import shard_bytes
-from ..progress import stage
-from ..recipe import DEFAULT_RECIPE, load_recipe, split_selectors
+from ..foundation.preflight import shard_bytes
+from ..foundation.progress import stage
+from ..request.reading import load_recipe
+from ..request.recipe import DEFAULT_RECIPE
+from ..request.selectors import split_selectors
 from .options import (
     Allocation,
     AsJson,
@@ -84,7 +86,8 @@ def compress(
     """Compress BASE and write a folder that AutoModel loads."""
 
     def work() -> None:
-        from ..folder import check_target, inspect_folder
+        from ..artifact.reading import inspect_folder
+        from ..artifact.writing import check_target
 
         started = time.monotonic()
         check_target(out, overwrite, [base])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..progress import stage
+from ..foundation.progress import stage
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, print_json, print_table, run
 

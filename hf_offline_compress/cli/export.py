@@ -25,7 +25,7 @@ def export(
     """Write FOLDER as a stock dense checkpoint, for tools that know only those (ONNX export, serving)."""
 
     def work() -> None:
-        from ..export import EXPORT_FILE, check_export, export_folder
+        from ..export.dense import EXPORT_FILE, check_export, export_folder
 
         check_export(folder, out, dtype=dtype, overwrite=overwrite)  # before torch is imported
         calm(quiet)

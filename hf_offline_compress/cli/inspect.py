@@ -8,7 +8,7 @@ from .options import AsJson, Debug, Folder, Quiet, app
 from .output import megabytes, print_dense, print_field, print_json, print_table, print_text, run
 
 if TYPE_CHECKING:
-    from ..folder import FolderContents
+    from ..artifact.reading import FolderContents
 
 
 @app.command()
@@ -21,7 +21,7 @@ def inspect(
     """Show what is in a compressed folder: plan, bytes, recipe, base, versions."""
 
     def work() -> None:
-        from ..folder import inspect_folder
+        from ..artifact.reading import inspect_folder
 
         contents = inspect_folder(folder)
         if as_json:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..recipe import Recipe, Rule, preset_names
+from ..request.reading import preset_names
+from ..request.recipe import Recipe, Rule
 from ..runtime.architectures_compressed import ARCHITECTURES
 
 HELP = {

@@ -16,8 +16,8 @@ from typing import Any
 import typer
 
 from ..errors import CompressionError, is_out_of_memory
-from ..files import is_out_of_space
-from ..progress import alive, showing, stage
+from ..foundation.files import is_out_of_space
+from ..foundation.progress import alive, showing, stage
 
 WIDTH = 80
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import DEFAULT_RECIPE, load_recipe, split_selectors
+from ..request.reading import load_recipe
+from ..request.recipe import DEFAULT_RECIPE
+from ..request.selectors import split_selectors
 from .options import (
     Allocation,
     AsJson,
@@ -26,7 +28,7 @@ from .options import (
 from .output import megabytes, print_dense, print_json, print_table, print_text, run
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plan.groups import Plan
 
 
 @app.command()
@@ -50,9 +52,9 @@ def plan(
     """Show what compress would do, from the base's config alone."""
 
     def work() -> None:
-        from ..base import read_config, resolve_architecture
-        from ..plan import make_plan
-        from ..progress import stage
+        from ..base.checkpoint import read_config, resolve_architecture
+        from ..foundation.progress import stage
+        from ..plan.make import make_plan
 
         asked = load_recipe(recipe).override(
             modules=split_selectors(modules),
@@ -84,7 +86,7 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
         "allocation": outcome.recipe.allocation,
         "ratio": outcome.ratio,
         "total_ratio": outcome.total_ratio,
-        "parameters": outcome.skeleton.total,
+        "parameters": outcome.layout.total,
         "total_stored_bytes": outcome.total_stored_bytes,
         "groups": [
             {
@@ -125,7 +127,7 @@ def _print_plan(name: str, outcome: Plan) -> None:
     print_text(f"size: {', '.join(f'{unit} ({structure})' for structure, unit in units.items())}.")
     print_text("ratio: bytes in float32, over the bytes here.")
     print_dense([(item.name, item.parameters, item.reason) for item in outcome.dense])
-    total = outcome.skeleton.total * 4
+    total = outcome.layout.total * 4
     by_gain = outcome.recipe.allocation == "by_gain"
     print(f"\nchosen matrices  {megabytes(outcome.parameters * 4)} -> {_chosen(outcome, by_gain)}")
     print(f"whole model      {megabytes(total)} -> {_whole(outcome, by_gain)}")
@@ -149,7 +151,7 @@ def _chosen(outcome: Plan, by_gain: bool) -> str:
 
 def _whole(outcome: Plan, by_gain: bool) -> str:
     """Return what compress will write in all: exactly, or what it will not exceed."""
-    total, budget = outcome.skeleton.total, outcome.recipe.budget
+    total, budget = outcome.layout.total, outcome.recipe.budget
     if by_gain and budget:
         allowed = budget.allowed(total)
         return f"at most {megabytes(allowed)} (total ratio {total * 4 / allowed:.2f})"

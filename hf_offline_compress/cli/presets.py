@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 
-from ..recipe import DEFAULT_RECIPE, Recipe, load_recipe, preset_names
+from ..request.reading import load_recipe, preset_names
+from ..request.recipe import DEFAULT_RECIPE, Recipe
 from .options import AsJson, Debug, Quiet, app
 from .output import WIDTH, print_json, print_text, run
 

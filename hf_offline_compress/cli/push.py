@@ -43,7 +43,7 @@ def push(
     def work() -> None:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-        from ..hub import push_folder
+        from ..hub.push import push_folder
 
         if quiet or as_json:
             disable_progress_bars()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .output import WIDTH, megabytes, print_table, print_text
 
 if TYPE_CHECKING:
-    from ..report import GroupReport, Report
+    from ..artifact.report import GroupReport, Report
 
 
 def print_summary(out: Path, base: str, report: Report, written: int, seconds: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .agreement import agreement, sentence_embeddings
+from ..metrics.agreement import agreement, sentence_embeddings
 
 if TYPE_CHECKING:
     from .benchmarking import benchmark_folder

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import seed_of
 from ..errors import CompressionError, listing
-from ..progress import bar, stage
+from ..foundation.arguments import seed_of
+from ..foundation.processes import launched_processes
+from ..foundation.progress import bar, stage
 from .pair import Pair, find_pair
-from .processes import launched_processes
 from .records import check_writable, library_versions, saving, write_evaluations
 
 LOADS = 3

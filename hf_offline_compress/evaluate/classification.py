@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CompressionError, listing
-from .perplexity import evaluating
-from .processes import ALONE, Processes
+from ..foundation.processes import ALONE, Processes
+from ..metrics.perplexity import evaluating
 from .task_data import Example
 from .tasks import Task
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import seed_of
-from ..calibration_text import load_texts
 from ..errors import CompressionError, listing
-from .metrics import require
+from ..foundation.arguments import seed_of
+from ..foundation.processes import launched_processes
+from ..measure.texts import load_texts
+from ..metrics.scores import require
 from .pair import find_pair
-from .processes import launched_processes
 from .records import Evaluation, check_writable, saving, write_evaluations
 from .task_evaluation import evaluate_task
 from .tasks import TaskSettings, find_task

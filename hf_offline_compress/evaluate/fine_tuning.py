@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from ..base import quiet_transformers
+from ..base.checkpoint import quiet_transformers
 from ..errors import CompressionError
-from .processes import Processes
+from ..foundation.processes import Processes
 from .tasks import Settings
 
 

@@ -10,21 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base import (
+from ..architectures.families import objective_of
+from ..artifact.reading import REPORT_FILE, FolderContents, inspect_folder
+from ..base.checkpoint import (
     TOKENIZER_FILES,
     UNWRAPPED,
     BaseCheckpoint,
+    check_fit,
     clamp_length,
     drop_absent,
     load_tokenizer,
     quiet_transformers,
     resolve_base,
 )
-from ..base_files import check_base_texts
+from ..base.files import check_base_texts
 from ..errors import CompressionError, listing, refusing
-from ..families import objective_of
-from ..folder import REPORT_FILE, FolderContents, check_fit, inspect_folder
-from ..progress import stage
+from ..foundation.progress import stage
 from ..runtime.architectures_compressed import architecture_of
 
 # What must be equal in the configs of a base and of what was made from it.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CompressionError
-from .perplexity import evaluating
-from .processes import ALONE, Processes
+from ..foundation.processes import ALONE, Processes
+from ..metrics.perplexity import evaluating
 from .task_data import Example
 
 # As in SQuAD's reference implementations: so many starts and ends are tried, and no longer answers.

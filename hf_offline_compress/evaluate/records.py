@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..artifact.reading import EVALUATION_FILE, EVALUATION_FORMAT, read_evaluation
 from ..errors import CompressionError, UnsavedError
-from ..files import write_whole
-from ..folder import EVALUATION_FILE, EVALUATION_FORMAT, read_evaluation
+from ..foundation.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def metric(name: str, better: str, base: float, compressed: float) -> Metric:
 
 def library_versions() -> dict[str, str]:
     """Return the versions that an evaluation depends on."""
-    from ..report import versions
+    from ..artifact.report import versions
 
     found = versions()
     for module, name in {

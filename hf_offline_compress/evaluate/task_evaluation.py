@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..architectures.families import family_of
 from ..errors import CompressionError
-from ..families import family_of
-from ..progress import stage
-from .agreement import sentence_embeddings
+from ..foundation.processes import Processes
+from ..foundation.progress import stage
+from ..metrics.agreement import sentence_embeddings
+from ..metrics.scores import require, score, squad_scores
 from .classification import class_order, classifier_logits, predictions, texts_of
 from .fine_tuning import train
-from .metrics import require, score, squad_scores
 from .pair import Pair
-from .processes import Processes
 from .question_answering import answers, make_windows, training_features
 from .records import Evaluation, metric
 from .task_data import Example, Split, load_splits, load_training

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..calibration_text import CalibrationText
 from ..errors import CompressionError, listing
-from .agreement import agreement, sentence_embeddings
+from ..foundation.processes import Processes
+from ..measure.texts import CalibrationText
+from ..metrics.agreement import agreement, sentence_embeddings
+from ..metrics.perplexity import Perplexity, causal_perplexity, masked_perplexity
+from ..metrics.predictions import PredictionAgreement, class_agreement, language_agreement
+from ..metrics.pseudo_perplexity import pseudo_perplexity
 from .classification import classifier_logits
 from .pair import Pair, language_model_kind
-from .perplexity import Perplexity, causal_perplexity, masked_perplexity
-from .predictions import PredictionAgreement, class_agreement, language_agreement
-from .processes import Processes
-from .pseudo_perplexity import pseudo_perplexity
 from .records import Data, Evaluation, Metric, metric
 
 MEASURES = ("perplexity", "pseudo_perplexity", "agreement")

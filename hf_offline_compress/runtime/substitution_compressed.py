@@ -8,14 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures_compressed import architecture_of, part_rows, within_layer
 from .bounds_compressed import fits
-from .layers_compressed import (
-    EMBEDDINGS,
-    LINEARS,
-    CompressedEmbedding,
-    CompressedLinear,
-    FusedLinear,
-    TiedHead,
-)
+from .layers_compressed import EMBEDDINGS, LINEARS, CompressedEmbedding, CompressedLinear, FusedLinear, TiedHead
 from .weights_compressed import CompressedWeight, set_decoding
 
 DECODERS = "compression_decoders"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..recipe import Objective
+from ..request.objective import Objective
 from ..structures import GroupShape, Size, Structure
 
 

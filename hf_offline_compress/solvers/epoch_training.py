@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..recipe import Objective
+from ..request.objective import Objective
 from ..structures import Autoencoder
 from .base import Problem
 from .low_rank import leading_vectors

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..recipe import Objective
+from ..request.objective import Objective
 from ..runtime.structures_compressed import ACTIVATIONS
 from ..structures import Autoencoder
 from .base import Factors, Problem

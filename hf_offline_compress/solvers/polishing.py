@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..recipe import Objective
+from ..request.objective import Objective
 from .base import Problem
 
 ANNEALED_TO = 0.1

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..artifact.record import read_record, weight_files, write_record
+from ..artifact.sizes import folder_files, outside_links, trainer_files
 from ..errors import CompressionError, shortened
-from ..progress import stage
+from ..foundation.progress import stage
 from .card import card_check
 from .checks import Check, Verification, outcome
 from .code import code_check
 from .content import content_checks
-from .files import folder_files, outside_links, trainer_files
 from .loading import load_checks
-from .record import read_record, weight_files, write_record
 
 __all__ = ["Check", "Verification", "check_files", "folder_files", "trainer_files", "verify_folder", "write_record"]
 
@@ -61,7 +61,7 @@ def check_files(folder: str | Path) -> Verification:
 
 def _file_checks(folder: Path, token: str | None = None) -> tuple[list[Check], dict[str, Any] | None]:
     """Return the checks of the files, and the folder's record if it has a readable one."""
-    from ..folder import compressed_config, is_compressed, is_part
+    from ..artifact.reading import compressed_config, is_compressed, is_part
 
     if not is_compressed(folder):
         raise CompressionError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompressionError
-from ..parsing import read_yaml
+from ..foundation.parsing import read_yaml
 from .checks import Check
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..artifact.sizes import folder_files
 from ..version import __version__
 from .checks import Check, outcome
-from .files import folder_files
 
 RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
 _STEP = re.compile(r"checkpoint-\d+/[^/]+$")

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..tensor_files import damage
+from ..artifact.sizes import folder_files
+from ..foundation.tensor_files import damage
 from .checks import Check, outcome
-from .files import folder_files
 from .foreign import foreign_kind
 from .secrets import secret_in
 

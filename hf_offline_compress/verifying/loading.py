@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import probe
+from ..artifact import probe
+from ..artifact.record import TOLERANCES
 from .checks import Check, outcome
-from .record import TOLERANCES
 
 WITH, WITHOUT = "with", "without"
 
@@ -73,7 +73,7 @@ def _load(folder: Path, modes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 def _environment(home: Path) -> dict[str, str]:
     """Return an environment without a network, without tokens, and with no code left from other runs."""
     environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
-    package = Path(probe.__file__).resolve().parents[1]
+    package = Path(probe.__file__).resolve().parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     return environment | {
         "HF_HUB_OFFLINE": "1",

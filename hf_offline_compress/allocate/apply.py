@@ -1,0 +1,107 @@
+"""Plan + model + statistics → what each group becomes: bytes go where they gain most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..foundation.progress import bar
+from ..measure.statistics import Statistics
+from ..plan.groups import FLOAT32, Group, Plan
+from ..solve.problems import problem_of
+from ..solvers import expected_errors
+from ..structures import Size
+from .allocation import Choices, allocate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How often the budget is spent anew, and the share of it that is not worth that.
+TRIES, NEARLY_NOTHING = 4, 0.002
+
+
+def allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Plan:
+    """Return the plan with the bytes that its groups have in all given to those that gain most from them.
+
+    Each group has one of its rule's structures, at one of its sizes; under a budget for everything, it may also stay dense.
+    Groups whose errors are not known beforehand keep what they have.
+
+    Args:
+        model: the base.
+        plan: with a budget in its recipe for everything, or with the sizes that the ratios of its rules give.
+        statistics: of calibration.
+        progress: show a progress bar.
+    """
+    groups = [group for group in plan.groups if group.structure.known_gains]
+    allowed = plan.recipe.budget.allowed(plan.layout.total) if plan.recipe.budget else None
+    # Where everything would fit as it is, there is nothing to weigh: what is asked for is a compressed model.
+    may_stay = allowed is not None and plan.reformed(dict.fromkeys([g.name for g in groups])).file_bytes > allowed
+    state, found = model.state_dict(), []
+    for group in bar(groups, "allocating", "group", progress):
+        found.append(_gains(group, plan, state, statistics, may_stay))
+    if allowed is None:
+        budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in groups)
+    else:
+        budget = allowed - (plan.file_bytes - sum(group.stored_bytes for group in groups))
+    best: Plan | None = None
+    tries = 0
+    while best is None or tries < TRIES:
+        chosen = allocate([gains.choices for gains in found], budget)
+        forms = {group.name: gains.forms[i] for group, gains, i in zip(groups, found, chosen, strict=True)}
+        sized = plan.reformed(forms)
+        if allowed is None:
+            return sized
+        left = allowed - sized.file_bytes
+        if left >= 0 and (best is None or sized.file_bytes > best.file_bytes):
+            best = sized
+        if 0 <= left < NEARLY_NOTHING * allowed:
+            break
+        # Other forms, another header of the file. What was within the budget may miss it by a little next time.
+        budget += left if left < 0 else 0.9 * left
+        tries += 1
+    assert best is not None
+    return best
+
+
+@dataclass(frozen=True)
+class _Gains:
+    """What a group may become, None standing for dense, and what errors and bytes that means."""
+
+    forms: list[Group | None]
+    choices: Choices
+
+
+def _gains(group: Group, plan: Plan, state: dict[str, torch.Tensor], statistics: Statistics, may_stay: bool) -> _Gains:
+    dense = plan.dense_bytes(group.matrices)
+    forms: list[Group | None] = []
+    errors: list[float] = []
+    costs: list[float] = []
+
+    def add(form: Group, known: Mapping[Size, float]) -> None:
+        cost = form.stored_bytes
+        if cost < dense:
+            forms.append(form)
+            errors.append(known[form.size])
+            costs.append(float(cost))
+
+    for _, of_structure in groupby(plan.forms(group), key=lambda form: form.structure):
+        by_storage = {storage: list(sizes) for storage, sizes in groupby(of_structure, key=lambda form: form.storage)}
+        some = [sizes[0] for sizes in by_storage.values()]
+        if all(form.stored_bytes >= dense for form in some):  # these are the smallest
+            continue
+        problem = problem_of(some[0], state, plan.layout.prefix, statistics)
+        for sizes, known in zip(by_storage.values(), expected_errors(problem, list(by_storage)), strict=True):
+            for form in sizes:
+                add(form, known)
+            for size in known:
+                if not isinstance(size, int):  # finer than what the plan knows of
+                    add(replace(sizes[0], size=size), known)
+    if may_stay:
+        forms.append(None)
+        errors.append(0.0)
+        costs.append(float(dense))
+    return _Gains(forms, Choices(torch.tensor(errors, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64)))

@@ -1,0 +1,1 @@
+"""The compressed model and its folder: built, reported, recorded, written whole, read back without torch."""

@@ -1,0 +1,193 @@
+"""What was kept, and at what cost: the one record that folder, card and command line speak from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan.groups import Dense, Group, Plan
+from ..request.recipe import STORAGES
+from ..solvers import Problem
+
+VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: what it was, what it became, how far that is from it.
+
+    Attributes:
+        name: as in the plan.
+        kind: of its matrices.
+        structure: name of the structure.
+        size: rank, latent width, or whatever the structure counts.
+        members: names of the matrices.
+        rows: of all members together.
+        columns: of each.
+        parameters: dense weights.
+        stored_bytes: bytes of the factors.
+        ratio: 4 bytes × parameters over stored bytes.
+        storage: how the factors are kept.
+        objective: what was minimised, with the weights of its terms.
+        relative_error: ‖W − Ŵ‖ / ‖W‖.
+        cosine_distance: mean over rows of 1 − cos(ŵ, w); zero rows left out.
+        calibrated_error: the relative error weighted by real inputs, ‖(W − Ŵ) H^½‖ / ‖W H^½‖; None without calibration.
+        seconds: time to solve it.
+        notes: what the solver said.
+    """
+
+    name: str
+    kind: str
+    structure: str
+    size: float
+    members: tuple[str, ...]
+    rows: int
+    columns: int
+    parameters: int
+    stored_bytes: int
+    ratio: float
+    storage: str
+    objective: dict[str, Any]
+    relative_error: float
+    cosine_distance: float
+    calibrated_error: float | None
+    seconds: float
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compression.
+
+    Attributes:
+        base: name and revision of the base model, and bytes of its weight files if it has any.
+        architecture: stock class of the base.
+        recipe: what was asked for, with all overrides in it.
+        seed: of everything random.
+        dtype: of what stays dense.
+        calibration: source, hash and size of the text; None if no text was used.
+        validation: source and hash of the text that training was judged by; None if it was judged by its loss.
+        search: loss allowed and sizes tried, where the size was searched for; else None.
+        options: how the base was loaded, as far as that was asked for.
+        groups: what was compressed.
+        dense: what was not, and why.
+        totals: bytes, parameters and ratios of the whole.
+        seconds: time for each stage.
+        versions: of the libraries.
+    """
+
+    base: dict[str, Any]
+    architecture: str
+    recipe: dict[str, Any]
+    seed: int
+    dtype: str
+    calibration: dict[str, Any] | None
+    validation: dict[str, str] | None
+    search: dict[str, Any] | None
+    options: dict[str, Any]
+    groups: tuple[GroupReport, ...]
+    dense: tuple[Dense, ...]
+    totals: dict[str, float]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        """Return one line; `to_dict` has the rest."""
+        size, ratio = self.totals["stored_bytes"] / 1e6, self.totals["total_ratio"]
+        return (
+            f"<Report: {self.base['name']} ({self.architecture}) with recipe {self.recipe['name']}, {len(self.groups)} groups, "
+            f"{size:.2f} MB of tensors, {ratio:.2f} x smaller than in float32>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Report:
+        """Return the report that plain JSON holds."""
+        values = dict(content)
+        values["groups"] = tuple(GroupReport(**{**g, "members": tuple(g["members"])}) for g in values["groups"])
+        values["dense"] = tuple(Dense(**item) for item in values["dense"])
+        return cls(**values)
+
+
+def group_report(
+    group: Group, problem: Problem, stored: list[Tensor], *, seconds: float, notes: dict[str, float]
+) -> GroupReport:
+    """Return the record of one group.
+
+    Args:
+        group: from the plan.
+        problem: what was to be solved, with the weights and how errors in them count.
+        stored: for each member what stands for its weight now, [rows, columns].
+        seconds: time to solve it.
+        notes: what the solver said.
+    """
+    squared = torch.zeros(2, dtype=torch.float64)  # of the error, of the weight
+    weighted = torch.zeros(2, dtype=torch.float64)
+    cosines: list[Tensor] = []
+    input_moments, row_weights = problem.input_moments, problem.row_weights
+    start = 0
+    for weight, replacement in zip(problem.weights, stored, strict=True):
+        weight, replacement = weight.float(), replacement.float().to(weight.device)
+        importance = None if row_weights is None else row_weights[start : start + len(weight)].to(weight)
+        start += len(weight)
+        for i, part in enumerate((weight - replacement, weight)):
+            rows = part.square().sum(dim=1)
+            squared[i] += rows.sum(dtype=torch.float64).cpu()
+            if input_moments is not None:
+                rows = ((part @ input_moments.to(part)) * part).sum(dim=1)
+            if importance is not None:
+                rows = rows * importance
+            weighted[i] += rows.sum(dtype=torch.float64).cpu()
+        used = weight.norm(dim=1) > 0
+        cosines.append(1 - torch.nn.functional.cosine_similarity(weight[used], replacement[used], dim=1))
+    calibrated = input_moments is not None or row_weights is not None
+    return GroupReport(
+        name=group.name,
+        kind=group.matrices[0].kind,
+        structure=group.structure.name,
+        size=group.shown_size,
+        members=tuple(matrix.name for matrix in group.matrices),
+        rows=group.rows,
+        columns=group.columns,
+        parameters=group.parameters,
+        stored_bytes=group.stored_bytes,
+        ratio=group.ratio,
+        storage=str(group.storage),
+        objective=asdict(problem.objective),
+        relative_error=_root_ratio(squared),
+        cosine_distance=float(torch.cat(cosines).mean()) if cosines else 0.0,
+        calibrated_error=_root_ratio(weighted) if calibrated else None,
+        seconds=round(seconds, 3),
+        notes=notes,
+    )
+
+
+def totals(plan: Plan) -> dict[str, float]:
+    """Return bytes, parameters and ratios of a plan; bytes of tensors, without file headers."""
+    return {
+        "parameters": plan.layout.total,
+        "dense_bytes": plan.layout.total * STORAGES[plan.dtype],
+        "stored_bytes": plan.total_stored_bytes,
+        "total_ratio": plan.total_ratio,
+        "compressed_parameters": plan.parameters,
+        "compressed_stored_bytes": plan.stored_bytes,
+        "ratio": plan.ratio,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+
+
+def _root_ratio(pair: Tensor) -> float:
+    return float((pair[0].clamp_min(0) / pair[1]).sqrt()) if pair[1] > 0 else 0.0

@@ -1,0 +1,1 @@
+"""The base checkpoint: found, checked, loaded, with the files that travel along."""

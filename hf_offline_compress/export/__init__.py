@@ -1,0 +1,1 @@
+"""What other tools load, made from a compressed folder."""

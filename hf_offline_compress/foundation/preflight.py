@@ -1,0 +1,72 @@
+"""What can be known to fail before any work is done: too little room on the disk, sizes of files, devices."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CompressionError
+from .parsing import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+# Beside the weights: tokenizer, code, card, report.
+BESIDE = 2_000_000
+SMALLEST_SHARD = 1_000
+
+
+def check_room(target: Path, weight_bytes: int) -> None:
+    """Raise CompressionError where the disk has no room for a folder with so many bytes of weights."""
+    free, needed = shutil.disk_usage(_existing(target.resolve())).free, weight_bytes + BESIDE
+    if free < needed:
+        raise CompressionError(
+            f"'{target}' needs {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free; make room, or pass another "
+            "place."
+        )
+
+
+def shard_bytes(size: str | int) -> int:
+    """Return a shard size in bytes.
+
+    Raises:
+        CompressionError: it is no size, or so small that every tensor would be a file.
+    """
+    found = parse_bytes(size)
+    if found < SMALLEST_SHARD:
+        raise CompressionError(
+            f"max_shard_size is {size!r}, which would make a file of every tensor; give {SMALLEST_SHARD:,} bytes or more, "
+            "e.g. 5GB."
+        )
+    return found
+
+
+def found_device(device: str | torch.device | None) -> torch.device:
+    """Return the device by its name; the CPU for None.
+
+    Raises:
+        CompressionError: there is none of that name, or none that computes.
+    """
+    import torch
+
+    try:
+        found = torch.device("cpu" if device is None else device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # torch raises all of them
+        there = [
+            "cpu",
+            *(["cuda"] if torch.cuda.is_available() else []),
+            *(["mps"] if torch.mps.is_available() else []),
+        ]
+        raise CompressionError(
+            f"There is no device '{device}' here; there is {' and '.join(there)}. Leave --device (device=) out for the CPU."
+        ) from error
+    return found
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest of a path and its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())

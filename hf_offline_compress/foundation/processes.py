@@ -1,0 +1,95 @@
+"""Batches shared by several processes, as `accelerate launch` starts them; without it, one process does all.
+
+Which batch there is does not depend on the number of processes, and results come back in the order of the batches: what
+is computed from them is the same, however many processes there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from ..errors import CompressionError, needs_extra
+from .preflight import found_device
+from .progress import bar
+
+# Where launchers say how many processes there are: torchrun and accelerate, and the kinds of MPI.
+COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share an evaluation.
+
+    Attributes:
+        index: of this one.
+        count: how many there are.
+        device: where this one computes; None for the device of the model.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: str | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.index == 0
+
+    def map(
+        self, work: Callable[[Item], Result], items: Sequence[Item], *, desc: str = "", progress: bool = False
+    ) -> list[Result]:
+        """Return the results of all items in their order; every process works on its share and gets all results.
+
+        Args:
+            work: item → what shall be known of it; tensors on the CPU.
+            items: the same in every process, batches in most cases.
+            desc: what a progress bar says.
+            progress: show one, in the main process.
+        """
+        mine = range(self.index, len(items), self.count)
+        shown = bar(mine, desc, "batch", progress and self.is_main)
+        results = [(i, work(items[i])) for i in shown]
+        if self.count > 1:
+            from accelerate.utils import gather_object
+
+            results = sorted(gather_object(results), key=lambda pair: pair[0])
+        return [result for _, result in results]
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+ALONE = Processes()
+
+
+def launched_processes(device: str | None = None) -> Processes:
+    """Return the processes that `accelerate launch` (or torchrun) has started; this one alone if it has started none.
+
+    Args:
+        device: where to compute; by default accelerate's choice where it has launched several processes, else the CPU.
+
+    Raises:
+        CompressionError: there are several processes and no accelerate, or there is no such device.
+    """
+    import torch
+
+    wanted = found_device(device)
+    if all(int(os.environ.get(name, "1")) <= 1 for name in COUNTS):
+        return Processes(device=str(wanted))
+    if find_spec("accelerate") is None:
+        raise CompressionError(needs_extra("Sharing work among several processes", "accelerate", "evaluate"))
+    from accelerate import PartialState
+
+    # Without being told so, accelerate does not connect processes that have no GPU.
+    state: Any = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    return Processes(state.process_index, state.num_processes, str(state.device))

@@ -1,0 +1,1 @@
+"""Statistics of a model on text: what each group's errors cost."""

@@ -1,0 +1,83 @@
+"""Model + text → the statistics that groups need, first of all second moments of linear layers' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.layout import Matrix
+from .statistics import CHOICES, Statistics, add_gram_
+from .texts import Batch
+
+if TYPE_CHECKING:
+    pass
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    matrices: Iterable[Matrix],
+    batches: Sequence[Batch],
+    *,
+    tied: bool = False,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Statistics:
+    """Run the batches through the model and return the statistics of the given matrices.
+
+    Inputs that several matrices share are measured once. Moments are summed in float32, in which a forward pass is
+    computed as well.
+
+    Args:
+        model: stock model of a supported family, in evaluation mode.
+        matrices: those whose statistics are wanted.
+        batches: token ids with attention masks; padding is left out of everything.
+        tied: also measure the inputs of the output embeddings, as moments of the word embeddings.
+        progress: wraps the batches, e.g. in a progress bar.
+    """
+    wanted = list(matrices)
+    statistics = Statistics()
+    base: Any = model.base_model
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+    mask: Tensor | None = None
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            # [sequences, length, columns] → [tokens, columns]; poolers and classifiers see [sequences, columns]
+            # and relative positions are no places of the text
+            x = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
+            x = x.float()
+            if name not in sums:
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+            add_gram_(sums[name], x)
+            seen[name] = seen.get(name, 0) + len(x)
+
+        return hook
+
+    handles = []
+    for name, matrix in {m.inputs: m for m in wanted if not m.embedding}.items():
+        root = base if matrix.in_base else model
+        handles.append(root.get_submodule(matrix.module).register_forward_pre_hook(observe(name)))
+    words = next((matrix for matrix in wanted if matrix.embedding and matrix.kind == "word_embeddings"), None)
+    head = tied and words is not None and model.get_output_embeddings() is not None  # type: ignore[operator]
+    if head and words is not None:
+        handles.append(model.get_output_embeddings().register_forward_pre_hook(observe(words.inputs)))  # type: ignore[operator]
+    device = next(model.parameters()).device
+    # A head costs a vocabulary of logits for each token: it is run only if its own inputs are wanted.
+    runner = model if head or any(not matrix.in_base for matrix in wanted) else base
+    try:
+        for batch in progress(batches) if handles else ():
+            mask = batch.attention_mask.bool().to(device)
+            ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
+            if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
+                ids, attended = ids[None], attended[None]
+            runner(input_ids=ids, attention_mask=attended)
+    finally:
+        for handle in handles:
+            handle.remove()
+    statistics.input_moments = {name: total.div_(max(1, seen[name])) for name, total in sums.items()}
+    return statistics

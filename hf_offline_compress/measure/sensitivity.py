@@ -1,0 +1,190 @@
+"""What an error at a layer's output does to the model's own output, to second order: the Gauss-Newton metric.
+
+For a model f and an error δ at some layer's output, the model's output changes by J δ. For hidden states that is measured
+in squared length; for logits, as divergence between the predicted distributions, whose second-order form is the Fisher
+matrix F. Either way the expected change is δᵀ G δ with G = E[g gᵀ], where g is the gradient of ⟨v, f⟩ with v ~ N(0, 1), or
+of −log p(y) with y drawn from the model's own prediction: no labels are needed (Martens & Grosse, ICML 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..architectures.families import objective_of
+from ..architectures.layout import Matrix
+from ..plan.make import SEVERAL_INPUTS
+from .statistics import CHOICES, Sensitivity, add_gram_
+from .texts import Batch
+
+# A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
+TOKENS_AT_ONCE = 256
+TOKENS = 8_192
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    matrices: Iterable[Matrix],
+    batches: Sequence[Batch],
+    *,
+    mask_token: int | None,
+    seed: int,
+    squares: Collection[str] = (),
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Sensitivity:
+    """Return the sensitivity of the model's output to errors at the outputs of the given matrices.
+
+    The model's output is its logits where it has any, else its last hidden states.
+
+    Matrices that the model's output does not depend on have no moments in what is returned.
+
+    Args:
+        model: stock model in evaluation mode; its parameters get no gradients.
+        matrices: those whose outputs are asked for; of embeddings, only the word embeddings.
+        batches: token ids with attention masks.
+        mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
+        seed: of the drawn directions and labels.
+        squares: names of the matrices whose outputs are asked for one by one, which takes much less room.
+        progress: wraps the parts of the batches, e.g. in a progress bar.
+    """
+    wanted = list(matrices)
+    sums: dict[str, Tensor] = {}
+    base: Any = model.base_model
+    mask: Tensor | None = None
+
+    def accumulate(name: str, gradient: Tensor) -> None:
+        # Relative positions are no places of the text, and poolers have none.
+        placed = mask is not None and gradient.shape[:-1] == mask.shape
+        flat = gradient[mask] if placed else gradient.reshape(-1, gradient.shape[-1])
+        single = name in squares
+        if name not in sums:
+            sums[name] = flat.new_zeros(flat.shape[1:] if single else (flat.shape[1],) * 2, dtype=torch.float32)
+        if single:
+            sums[name] += flat.float().square().sum(dim=0)
+        else:
+            add_gram_(sums[name], flat.float())
+
+    def watch(parts: list[Matrix]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:  # relative positions do not depend on the words
+                output = output.detach().requires_grad_()
+
+            def backward(gradient: Tensor) -> None:
+                for m in parts:
+                    accumulate(m.name, gradient[..., m.start : m.start + m.rows] if m.part else gradient)
+
+            output.register_hook(backward)
+            return output
+
+        return hook
+
+    by_module: dict[tuple[str, bool], list[Matrix]] = {}
+    for matrix in wanted:
+        by_module.setdefault((matrix.module, matrix.in_base), []).append(matrix)
+    handles = [base.get_input_embeddings().register_forward_hook(_as_leaf)]
+    handles += [
+        (base if in_base else model).get_submodule(module).register_forward_hook(watch(parts))
+        for (module, in_base), parts in by_module.items()
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    pooled = any(matrix.kind == "pooler" for matrix in wanted)
+    headed = _speaks(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
+    tokens, curvature = 0, 0.0
+    try:
+        with torch.enable_grad(), _frozen(model):
+            for batch in progress(_portions(batches)):
+                device = next(model.parameters()).device
+                mask = batch.attention_mask.bool().to(device)
+                ids = batch.input_ids.to(device)
+                places = mask & (ids == mask_token) if mask_token is not None else mask
+                loss, at_logits = _probe(model, ids, mask, places, generator, headed, pooled)
+                loss.backward()
+                tokens += int(mask.sum())
+                curvature += at_logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    moments = {name: total.div_(max(1, tokens)) for name, total in sums.items()}
+    single = {name: moments.pop(name) for name in squares if name in moments}
+    return Sensitivity(moments, single, curvature / max(1, tokens))
+
+
+def _probe(
+    model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator, headed: bool, pooled: bool
+) -> tuple[Tensor, float]:
+    """Return a scalar whose gradient is the probe's, and Σ g² at the logits of a language model."""
+    if headed:
+        if type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
+            ids, mask = ids[None], mask[None]
+        output = model(input_ids=ids, attention_mask=mask.long())
+        loss, curvature = ids.new_zeros((), dtype=torch.float32), 0.0
+        discriminative = objective_of(type(model).__name__) == "discriminative"
+        for name, logits in output.items():
+            if not name.endswith("logits"):
+                continue
+            if discriminative:  # one number a token: whether it was replaced
+                told = logits[places].float()
+                drawn = torch.bernoulli(told.detach().sigmoid().cpu(), generator=generator).to(told)
+                loss = loss + F.binary_cross_entropy_with_logits(told, drawn, reduction="sum")
+                continue
+            per_token = logits.dim() == 3
+            chosen = (logits[places] if per_token else logits).float()
+            if chosen.shape[-1] == 1:  # a regression: the squared error's curvature is constant
+                loss = loss + (chosen * torch.randn(chosen.shape, generator=generator).to(chosen)).sum()
+                continue
+            probabilities = chosen.detach().softmax(dim=-1)
+            drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(chosen.device)
+            loss = loss + F.cross_entropy(chosen, drawn, reduction="sum")
+            if per_token:
+                residual = probabilities - F.one_hot(drawn, chosen.shape[-1])
+                curvature += float(residual.square().sum())
+        return loss, curvature
+    base: Any = model.base_model
+    output = base(input_ids=ids, attention_mask=mask.long())
+    hidden = output[0]
+    loss = (hidden * torch.randn(hidden.shape, generator=generator).to(hidden))[mask].sum()
+    if pooled:  # only where the pooler is asked about: who does not use it should not pay for it
+        summary = output.pooler_output
+        loss = loss + (summary * torch.randn(summary.shape, generator=generator).to(summary)).sum()
+    return loss, 0.0
+
+
+def _speaks(model: nn.Module) -> bool:
+    """Whether the model has logits on plain batches: a head, but not one that chooses between several inputs."""
+    return model.base_model is not model and not type(model).__name__.endswith(SEVERAL_INPUTS)
+
+
+def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Let gradients begin at the word embeddings, since no parameter asks for any."""
+    return output.detach().requires_grad_()
+
+
+def _portions(batches: Sequence[Batch]) -> list[Batch]:
+    """Return about `TOKENS` tokens in portions of about `TOKENS_AT_ONCE`, spread evenly over lengths."""
+    total = sum(int(batch.attention_mask.sum()) for batch in batches)
+    every = max(1, round(total / TOKENS))
+    portions = [
+        Batch(ids, mask)
+        for batch in batches
+        for at_once in [max(1, TOKENS_AT_ONCE // batch.input_ids.shape[1])]
+        for ids, mask in zip(batch.input_ids.split(at_once), batch.attention_mask.split(at_once), strict=True)
+    ]
+    return portions[::every]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Any:
+    """Turn off the gradients of all parameters for a while."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)

@@ -1,0 +1,389 @@
+"""Calibration text: where it comes from, and its tokens. The text itself is never stored; its hash is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressionError, listing, needs_extra
+
+TOKENS = 16_384
+# Counting tokens takes no model, so there may be more of them.
+COUNTED = 2**20
+COUNTED_AT_ONCE = 256
+LENGTH = 128
+# More than a token has, but for runs of one character.
+CHARACTERS = 64
+MOST_BYTES = 2**30
+BATCH_SIZE = 16
+MASKED = 0.15
+MOSTLY = 0.5
+# With fewer tokens nothing can be measured; with fewer than these, not much: results vary with the seed.
+LEAST_TOKENS, FEW_TOKENS = 256, 4_000
+# So many lines say whether a text is a table or JSON.
+LOOKED_AT = 64
+TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "document", "review")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Texts, and what a report says of them.
+
+    Attributes:
+        texts: at least one, none empty.
+        source: "bundled", "caller", a file's name or a data set's.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the texts, one a line."""
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What of a calibration is written down.
+
+    Attributes:
+        source: see `CalibrationText`.
+        sha256: hash of all texts.
+        texts: how many were used.
+        tokens: how many tokens, padding not counted.
+        counted: how many tokens were counted, for embeddings; 0 if none were.
+        masked: share of tokens replaced by the mask token.
+        seed: of the choice of texts and of masked places.
+    """
+
+    source: str
+    sha256: str
+    texts: int
+    tokens: int
+    counted: int
+    masked: float
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and attention mask, both [sequences, length]."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def load_texts(calibration: str | Path | Iterable[str] | None, purpose: str = "calibration") -> CalibrationText | None:
+    """Return the texts that a user means, or None for no calibration.
+
+    Args:
+        calibration: "bundled" (the package's own text), None or "none", texts, a local file with one text a line, or the
+            name of a `datasets` data set ("name", "name:config" or "name:config:split").
+
+        purpose: what errors call the text.
+
+    Raises:
+        CompressionError: there is no such file or data set, or it has no usable line.
+    """
+    if calibration is None or calibration == "none":
+        return None
+    if calibration == "bundled":
+        return _texts((files(__package__) / "data" / "calibration.txt").read_text("utf-8").splitlines(), "bundled")
+    if not isinstance(calibration, str | Path):
+        lines = list(calibration) if isinstance(calibration, Iterable) else [calibration]  # a generator gives them once
+        if not all(isinstance(text, str) for text in lines):
+            raise CompressionError(
+                f"The {purpose} must be texts: a list of strings or a generator of them, a file, or a data set's name; this is a "
+                f"{type(calibration).__name__} and holds what is no string."
+            )
+        return _texts(lines, "caller", purpose)
+    path = Path(calibration)
+    if path.is_file():
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise CompressionError(
+                f"The {purpose} file '{path.name}' has {size / 1e9:.1f} GB; texts are read whole, so at most "
+                f"{MOST_BYTES / 1e9:.1f} GB. Pass its first lines."
+            )
+        try:
+            return _texts(path.read_text("utf-8").splitlines(), path.name, purpose)
+        except UnicodeDecodeError as error:
+            raise CompressionError(f"The {purpose} file '{path.name}' is not UTF-8 text.") from error
+    if (
+        isinstance(calibration, Path)
+        or path.suffix in (".txt", ".text", ".csv", ".json", ".jsonl", ".md")
+        or path.is_dir()
+    ):
+        raise CompressionError(f"There is no {purpose} file '{calibration}'; pass a text file with one text a line.")
+    return _texts(_from_datasets(calibration, purpose), calibration, purpose)
+
+
+def make_batches(
+    text: CalibrationText,
+    tokenizer: Any,
+    *,
+    masked: bool,
+    positions: int,
+    seed: int,
+    batch_size: int | None = None,
+    vocabulary: int | None = None,
+) -> tuple[list[Batch], CalibrationRecord]:
+    """Return about `TOKENS` tokens of the texts, in batches of texts of like length.
+
+    Args:
+        text: what to tokenize.
+        tokenizer: the base's.
+        masked: replace 15 % of the tokens by the mask token, as a masked language model has seen them.
+        positions: longest sequence that the model takes.
+        seed: of the choice of texts and of masked places.
+        batch_size: sequences a batch.
+        vocabulary: tokens that the model has; the tokenizer may have more, for padding.
+
+    Raises:
+        CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
+            it is needed, or the model lacks some of them.
+    """
+    order = list(text.texts)
+    random.Random(seed).shuffle(order)  # noqa: S311
+    sequences, special, tokens, words, unknown, empty = [], [], 0, 0, 0, 0
+    # GPT-2 has one token for everything special, and none for the unknown.
+    unknown_token = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    never_words = {*tokenizer.all_special_ids} - {unknown_token}
+    for start in range(0, len(order), 64):
+        encoded = _encoded(order[start : start + 64], tokenizer, positions)
+        for ids, specials in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            if tokens >= TOKENS or not ids:
+                break
+            sequences.append(ids)
+            special.append(specials)
+            tokens += len(ids)
+            plain = [i for i, is_special in zip(ids, specials, strict=True) if not is_special]
+            words += len(plain)
+            empty += sum(token in never_words for token in plain)
+            unknown += plain.count(unknown_token)
+        if tokens >= TOKENS:
+            break
+    if unknown > MOSTLY * words or not words:
+        raise CompressionError(
+            f"The tokenizer knows almost none of the calibration text '{text.source}' ({unknown} of {words} "
+            "tokens are unknown to it); pass a calibration of your own, in the model's language."
+        )
+    if masked and tokenizer.mask_token_id is None:
+        raise CompressionError("The tokenizer has no mask token, which a masked language model's calibration needs.")
+    _check_amount(text, words, empty, min(LENGTH, positions))
+    if vocabulary is not None:
+        _check_known(torch.tensor([token for ids in sequences for token in ids]), tokenizer, vocabulary)
+    padding = padding_of(tokenizer, vocabulary)
+    batches = _batches(sequences, special, tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
+    record = CalibrationRecord(text.source, text.sha256, len(sequences), tokens, 0, MASKED if masked else 0.0, seed)
+    return batches, record
+
+
+def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positions: int, rows: int) -> Tensor:
+    """Return how often each token is looked up, [rows], float64, in all texts or the first `COUNTED` tokens of them.
+
+    Args:
+        text: what to tokenize.
+        tokenizer: the base's.
+        masked: count 15 % of the tokens as the mask token, as a masked language model has seen them.
+        positions: longest sequence that the model takes.
+        rows: of the embedding.
+    """
+    counts = torch.zeros(rows, dtype=torch.float64)
+    for start in range(0, len(text.texts), COUNTED_AT_ONCE):
+        encoded = _encoded(text.texts[start : start + COUNTED_AT_ONCE], tokenizer, positions)
+        ids, special = (
+            torch.tensor([number for sequence in encoded[key] for number in sequence], dtype=torch.long)
+            for key in ("input_ids", "special_tokens_mask")
+        )
+        _check_known(ids, tokenizer, rows)
+        hidden = MASKED * (1 - special.double()) * masked
+        counts += torch.bincount(ids, 1 - hidden, minlength=rows)
+        if masked:
+            counts[tokenizer.mask_token_id] += hidden.sum()
+        if counts.sum() >= COUNTED:
+            break
+    return counts
+
+
+def cut(text: str, tokens: int) -> str:
+    """Return the beginning of a text, enough for so many tokens.
+
+    Tokenizers cut what they have tokenized whole, and one line may be a whole book.
+    """
+    return text[: tokens * CHARACTERS]
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any, positions: int) -> Any:
+    """Return ids and special tokens of texts, each cut to the length that calibration has."""
+    texts = [cut(text, LENGTH) for text in texts]
+    return tokenizer(texts, truncation=True, max_length=min(LENGTH, positions), return_special_tokens_mask=True)
+
+
+def padding_of(tokenizer: Any, vocabulary: int | None) -> int:
+    """Return the token to pad with, one that a model with so many has: the attention mask hides it, but it is looked up."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(i) for i in known if i is not None and (vocabulary is None or i < vocabulary)), 0)
+
+
+def _check_amount(text: CalibrationText, words: int, empty: int, length: int) -> None:
+    """Raise CompressionError where there is too little text, and warn of what is nearly nothing.
+
+    Args:
+        text: as it was given.
+        words: tokens of it that are used, but for those that the tokenizer puts around each text.
+        empty: of these, special tokens, which stand for no text.
+        length: tokens of a text, at most.
+    """
+    if words < LEAST_TOKENS:
+        raise CompressionError(
+            f"The calibration text '{text.source}' has {words} tokens, and needs {LEAST_TOKENS} at least, better "
+            f"{FEW_TOKENS:,} (of each line, or text, the first {length} count); pass more text, calibration='bundled', or "
+            "calibration=None (--calibration none) for a compression without."
+        )
+    if words < FEW_TOKENS and text.source != "bundled":
+        logger.warning(
+            "The calibration text '%s' has only %s tokens: below %s, results vary with the seed; give more.",
+            text.source,
+            f"{words:,}",
+            f"{FEW_TOKENS:,}",
+        )
+    if empty > MOSTLY * words:
+        logger.warning("The calibration text '%s' is mostly special tokens, and so hardly a text.", text.source)
+
+
+def _check_known(tokens: Tensor, tokenizer: Any, vocabulary: int) -> None:
+    """Raise CompressionError where a text has tokens that the model does not."""
+    if unknown := tokens[tokens >= vocabulary].unique().tolist():
+        raise CompressionError(
+            f"The tokenizer makes tokens of the calibration text that the model does not have: it has {vocabulary:,}, and "
+            f"{tokenizer.convert_ids_to_tokens(unknown[0])!r} is number {unknown[0]:,}. Pass the tokenizer that the model was "
+            "trained with, or resize the model's embeddings and train them."
+        )
+
+
+def _batches(
+    sequences: list[list[int]],
+    special: list[list[int]],
+    tokenizer: Any,
+    masked: bool,
+    seed: int,
+    batch_size: int,
+    padding: int,
+) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    batches = []
+    for start in range(0, len(by_length), batch_size):
+        chosen = by_length[start : start + batch_size]
+        longest = max(len(sequences[i]) for i in chosen)
+        ids = torch.full((len(chosen), longest), padding)
+        mask = torch.zeros_like(ids)
+        free = torch.zeros_like(ids, dtype=torch.bool)
+        for row, i in enumerate(chosen):
+            length = len(sequences[i])
+            ids[row, :length] = torch.tensor(sequences[i])
+            mask[row, :length] = 1
+            free[row, :length] = torch.tensor(special[i]) == 0
+        if masked:
+            hidden = (torch.rand(ids.shape, generator=generator) < MASKED) & free
+            if not hidden.any() and free.any():  # the loss of a masked language model lies at masked tokens alone
+                places = free.nonzero()
+                hidden[tuple(places[len(places) // 2])] = True
+            ids[hidden] = tokenizer.mask_token_id
+        batches.append(Batch(ids, mask))
+    return batches
+
+
+def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> CalibrationText:
+    texts = tuple(stripped for line in lines if (stripped := line.strip()))
+    if not texts:
+        raise CompressionError(f"The {purpose} '{source}' has no usable line; it needs at least one text.")
+    if source != "bundled" and (doubt := _doubt(texts)):
+        logger.warning("The %s text '%s' %s", purpose.removesuffix(" text"), source, doubt)
+    return CalibrationText(texts, source)
+
+
+def warn_of_overlap(text: CalibrationText | None, validation: CalibrationText | None) -> None:
+    """Warn where a validation text is, in good part, the calibration text: it would judge by what was measured on it."""
+    if text is None or validation is None:
+        return
+    known = set(text.texts)
+    if sum(line in known for line in validation.texts) > MOSTLY * len(validation.texts):
+        logger.warning(
+            "The validation text '%s' is part of the calibration text '%s', so it judges too kindly; pass held-out text.",
+            validation.source,
+            text.source,
+        )
+
+
+def _doubt(texts: Sequence[str]) -> str | None:
+    """Return what makes texts unlike those that a model reads, as the end of a sentence; None for nothing."""
+    if len(texts) > 1 and len(set(texts)) == 1:
+        return "is one line over and over; pass texts of many kinds."
+    some = texts[:LOOKED_AT]
+    words = Counter(word for text in some for word in text.split())
+    word, times = words.most_common(1)[0]
+    if times > MOSTLY * words.total() and words.total() > 1:
+        return f"is mostly one word, '{word[:40]}'; pass texts of many kinds."
+    if sum(map(_is_json, some)) > MOSTLY * len(some):
+        return "looks like JSON lines; pass the texts alone, one a line."
+    if len(some) >= 5 and any(_is_table(some, mark) for mark in "\t,;"):
+        return "looks like a table (CSV); pass the column of texts alone, one a line."
+    return None
+
+
+def _is_json(line: str) -> bool:
+    if line[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_table(lines: Sequence[str], mark: str) -> bool:
+    """Whether nearly all lines have as many separators as the first one, and more than prose would."""
+    wanted = lines[0].count(mark)
+    alike = sum(line.count(mark) == wanted for line in lines)
+    return wanted >= (1 if mark == "\t" else 2) and alike >= 0.9 * len(lines)
+
+
+def _from_datasets(spec: str, purpose: str) -> list[str]:
+    """Return texts of a data set, of its text column, as many as a calibration can use."""
+    try:
+        import datasets
+    except ImportError as error:
+        reading = f"'{spec}' is no local file, and reading it as a data set"
+        raise CompressionError(needs_extra(reading, "datasets", "datasets")) from error
+    name, config, split = [*spec.split(":"), "", ""][:3]
+    try:
+        stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        column = next((c for c in TEXT_COLUMNS if c in (stream.column_names or [])), None)
+        if column is None:
+            raise CompressionError(f"The data set '{spec}' has none of the columns {listing(TEXT_COLUMNS)}.")
+        return [str(row[column]) for row in stream.take(4096)]
+    except CompressionError:
+        raise
+    except Exception as error:  # datasets raises many kinds
+        raise CompressionError(
+            f"There is no {purpose} file '{spec}', and no data set of that name could be loaded: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error

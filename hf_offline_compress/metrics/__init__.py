@@ -1,0 +1,1 @@
+"""How good a model is on a text. Models and texts only: the judge of sizes and the evaluation both use it."""

@@ -1,0 +1,1 @@
+"""What becomes of every matrix, and in how many bytes, before any weight is read."""

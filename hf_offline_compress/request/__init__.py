@@ -1,0 +1,1 @@
+"""What the user asks for: recipes, their parts, and the presets."""

@@ -1,0 +1,1 @@
+"""Problems from plan and statistics, and their factors."""

@@ -1,0 +1,113 @@
+"""Plan + statistics → factors of every group, rounded to their storage, and a report of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..artifact.building import named_tensors, reconstructed, rounded_factors
+from ..artifact.report import GroupReport, group_report
+from ..foundation.memory import release_memory
+from ..foundation.progress import bar as progress_bar
+from ..measure.statistics import Statistics
+from ..plan.groups import Group, Plan
+from ..solvers import ANY_SIZES, BATCHED_SOLVERS, Factors, Problem, rounded_to_integers, solve_all
+from .precision import wider_storage
+from .problems import problem_of
+
+# Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
+# take several times as much.
+WEIGHTS_AT_ONCE, METRICS_AT_ONCE = 2**23, 2**25
+
+
+def solve_groups(
+    plan: Plan,
+    state: Mapping[str, Any],
+    statistics: Statistics,
+    *,
+    seed: int,
+    progress: bool,
+    judge: Callable[[Group], Callable[[Tensor], float]] | None = None,
+) -> tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]:
+    """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each.
+
+    Last come the names of groups whose storage does not hold their numbers, with the dtypes that do: what was solved is of
+    no use then, and they are to be planned anew.
+
+    Args:
+        plan: what is to be solved.
+        state: the base's tensors.
+        statistics: of calibration; moments are dropped after their last use.
+        seed: of everything random.
+        progress: show a progress bar.
+        judge: group → (rows → how bad the model is with them); chooses among the steps of training.
+
+    Raises:
+        CompressionError: what a solver gave is not finite, or not held by the model's own dtype.
+    """
+    prefix = plan.layout.prefix
+    tensors: dict[str, Tensor] = {}
+    reports: dict[str, GroupReport] = {}
+    wider: dict[str, str] = {}
+    # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
+    order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
+    batches = _batches(order)
+    last_use = {m.inputs: group.name for batch in batches for _, group in batch for m in group.matrices}
+
+    def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> None:
+        started = time.perf_counter()
+        problems = []
+        for index, group in batch:
+            problem = problem_of(group, state, prefix, statistics)
+            own = judge(group) if judge else None
+            problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
+        solved = solve_all(problems)
+        seconds = (time.perf_counter() - started) / len(batch)
+        for (_, group), problem, found in zip(batch, problems, solved, strict=True):
+
+            def in_storage(form: Group, problem: Problem = problem, found: Factors = found) -> Factors:
+                return rounded_to_integers(problem, found, form.storage) if form.storage.bits else found
+
+            factors = in_storage(group)
+            if dtype := wider_storage(group, plan.dtype, factors, in_storage):
+                wider[group.name] = dtype
+            stored = rounded_factors(group, factors, plan.dtype)
+            tensors.update(named_tensors(group, stored, prefix))
+            reports[group.name] = group_report(
+                group, problem, list(reconstructed(group, stored)), seconds=seconds, notes=factors.notes
+            )
+            for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
+                if last_use[matrix.inputs] == group.name:
+                    statistics.input_moments.pop(matrix.inputs, None)
+
+    with progress_bar(None, "compressing", "group", progress, total=len(plan.groups)) as bar:
+        for batch in batches:
+
+            def step(share: float, before: float = bar.n, count: int = len(batch)) -> None:
+                bar.update(int(before + share * count + 1e-6) - bar.n)  # whole groups
+
+            solve_batch(batch, step)
+            release_memory()  # what this batch took is gone; the next one is of another shape
+            step(1.0)
+    return tensors, [reports[group.name] for group in plan.groups], wider
+
+
+def _batches(order: list[tuple[int, Group]]) -> list[list[tuple[int, Group]]]:
+    """Return the groups in batches of those that are best solved together."""
+    batches: list[list[tuple[int, Group]]] = []
+    found: dict[Any, list[tuple[int, Group]]] = {}
+    for index, group in order:
+        size = None if group.structure.name in ANY_SIZES else group.size
+        key: Any = (group.structure, group.rule.objective, group.shape, size)
+        batch = found.get(key)
+        metric = group.columns**2 if group.rule.objective.calibrated else 0
+        most = min(WEIGHTS_AT_ONCE // group.parameters, METRICS_AT_ONCE // max(1, metric))
+        if group.structure.name not in BATCHED_SOLVERS or batch is None or len(batch) >= most:
+            batch = found[key] = []
+            batches.append(batch)
+        batch.append((index, group))
+    return batches

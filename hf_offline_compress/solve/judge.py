@@ -1,0 +1,65 @@
+"""Held-out text as the judge of training: how well the model speaks with a group's weights replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..architectures.families import is_language_model
+from ..errors import CompressionError
+from ..measure.texts import CalibrationText
+from ..metrics.perplexity import perplexity
+from ..plan.groups import Group, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A judge is asked many times: so many texts are enough to tell one epoch from another.
+TEXTS = 100
+LENGTH = 128
+
+
+def check_judged(architecture: str) -> None:
+    """Raise CompressionError if a stock class is no language model."""
+    if not is_language_model(architecture):
+        raise CompressionError(
+            f"Validation text chooses by perplexity, which {architecture} has none of: it is no language model. Leave the "
+            "validation text out, or choose a head with auto_class."
+        )
+
+
+def perplexity_judge(
+    model: PreTrainedModel, plan: Plan, tokenizer: Any, texts: CalibrationText
+) -> Callable[[Group], Callable[[Tensor], float]]:
+    """Return group → (rows of all members → the model's perplexity with them, everything else as it is).
+
+    Raises:
+        CompressionError: the model is no language model.
+    """
+    check_judged(plan.architecture)
+    lines = [line for text in texts.texts for line in text.splitlines() if len(line.split()) >= 20][:TEXTS]
+    if not lines:
+        raise CompressionError(f"The validation text '{texts.source}' has no line of 20 words or more.")
+    state = model.state_dict()
+
+    def judge(group: Group) -> Callable[[Tensor], float]:
+        weights = [matrix.dense(state, plan.layout.prefix) for matrix in group.matrices]
+
+        def judged(rows: Tensor) -> float:
+            kept = [weight.clone() for weight in weights]
+            try:
+                with torch.no_grad():
+                    for weight, part in zip(weights, rows.split(group.shape.rows), strict=True):
+                        weight.copy_(part)  # views: this is the model's own memory
+                return perplexity(model, tokenizer, lines, block=LENGTH).perplexity
+            finally:
+                with torch.no_grad():
+                    for weight, before in zip(weights, kept, strict=True):
+                        weight.copy_(before)
+
+        return judged
+
+    return judge

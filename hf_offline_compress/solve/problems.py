@@ -1,0 +1,72 @@
+"""Plan + statistics → problems: how errors in each group are weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..measure.statistics import Statistics
+from ..plan.groups import Group
+from ..solvers import Problem
+
+# Rows of an embedding count by how often their token occurs, and each as if so many times more: a token that the text lacks
+# may well occur in use, the less likely the more text there is (additive smoothing; Laplace's rule has 1).
+TIMES_MORE = 3.0
+# Rows that the text says nothing of are not given up: they weigh this share of the mean.
+LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
+
+
+def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: Statistics) -> Problem:
+    """Return what is to be solved for a group: its matrices, and how errors in them are weighted."""
+    weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
+    first, objective = group.matrices[0], group.rule.objective
+    problem = Problem(group.structure, objective, group.size, weights, heads=first.heads, embedding=first.embedding)
+    if objective.importance != "none":
+        return _important(group, problem, statistics)
+    if not objective.calibrated:
+        return problem
+    sensitivity = statistics.sensitivity
+    if first.embedding:
+        return _embedding_problem(group, problem, statistics)
+    found = [statistics.input_moments[m.inputs] for m in group.matrices]
+    pooled = torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
+    problem = replace(problem, input_moments=pooled, member_moments=tuple(found))
+    if not sensitivity or not objective.sensitive:
+        return problem
+    if group.structure.mixes_outputs:
+        return replace(problem, output_moments=tuple(sensitivity.output_moments[m.name] for m in group.matrices))
+    squares = torch.cat([sensitivity.squares(m.name) for m in group.matrices])
+    return replace(problem, row_weights=squares + LEAST_SENSITIVITY * squares.mean())
+
+
+def _important(group: Group, problem: Problem, statistics: Statistics) -> Problem:
+    """Return the problem with squared errors weighted by squared importances, as FWSVD has it (ICLR 2022)."""
+    objective = group.rule.objective
+    measured = statistics.importance[objective.importance, objective.parameter_wise]
+    found = [measured[matrix.name] for matrix in group.matrices]
+    mean = torch.stack([weights.mean() for weights in found]).mean()
+    squared = [weights.clamp_min(LEAST_IMPORTANCE * mean).square() for weights in found]
+    if objective.parameter_wise:
+        return replace(problem, parameter_weights=tuple(squared))
+    return replace(problem, row_weights=torch.cat(squared))
+
+
+def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -> Problem:
+    """Return the problem of an embedding, whose rows count by how often they are looked up; positions all alike."""
+    (matrix,) = group.matrices
+    counts, sensitivity = statistics.token_counts, statistics.sensitivity
+    moments = None
+    if sensitivity and group.rule.objective.sensitive:
+        moments = sensitivity.output_moments[str(statistics.word_embeddings)]
+    if matrix.kind != "word_embeddings" or counts is None:
+        if moments is None:  # nothing to weigh positions by
+            return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
+        return replace(problem, row_weights=torch.full((matrix.rows,), 1 / matrix.rows), input_moments=moments)
+    shares = (counts + TIMES_MORE) / (counts + TIMES_MORE).sum()
+    if sensitivity and moments is not None and matrix.inputs in statistics.input_moments:
+        # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
+        moments = moments + sensitivity.head_share * statistics.input_moments[matrix.inputs]
+    return replace(problem, row_weights=shares, input_moments=moments)

@@ -1,0 +1,101 @@
+"""The rooms of the package: what each may import, in the order in which the data flows, without circles."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_offline_compress
+
+PACKAGE = Path(hf_offline_compress.__file__).parent
+# From the bottom up: a module imports from its own room and from those before it. Root modules are rooms of one.
+ROOMS = (
+    ("errors", "version"),
+    ("runtime",),
+    ("foundation",),
+    ("structures",),
+    ("architectures",),
+    ("registration",),
+    ("base",),
+    ("request",),
+    ("plan",),
+    ("measure",),
+    ("solvers",),
+    ("artifact",),
+    ("metrics",),
+    ("solve",),
+    ("allocate",),
+    ("card",),
+    ("verifying",),
+    ("hub",),
+    ("compressor",),
+    ("evaluate", "export"),
+    ("",),  # the package itself: the public names
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def modules():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+MODULES = dict(modules())
+
+
+def room_of(module):
+    return module.partition(".")[0]
+
+
+def imports_of(module):
+    """Give the modules of the package that one imports, those within functions included."""
+    file = MODULES[module]
+    here = module.split(".") if module else []
+    package = here if file.name == "__init__.py" else here[:-1]
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(PACKAGE.name)):
+            if node.level:
+                base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            else:
+                base = node.module.split(".")[1:]
+            for name in node.names:
+                inner = ".".join([*base, name.name])
+                yield inner if inner in MODULES else ".".join(base)
+
+
+def test_every_module_has_a_room():
+    assert {room_of(module) for module in MODULES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    own = FLOOR[room_of(module)]
+    above = [name for name in imports_of(module) if room_of(name) != room_of(module) and FLOOR[room_of(name)] >= own]
+    assert not above, f"{module} imports {above}, which {'are' if len(above) > 1 else 'is'} not below it"
+
+
+def test_no_circles_within_rooms():
+    graph = {module: {name for name in imports_of(module) if name != module} for module in MODULES}
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            path.append(module)
+            for name in sorted(graph[module]):
+                visit(name)
+            path.pop()
+            done.add(module)
+
+    for module in graph:
+        visit(module)
+    assert any(graph.values())
+
+
+def test_the_runtime_is_alone():
+    assert not {name for module in MODULES if room_of(module) == "runtime" for name in imports_of(module)} - {
+        name for name in MODULES if room_of(name) == "runtime"
+    }
