@@ -162,7 +162,13 @@ def test_signs_of_life_name_the_stage_and_redraw_bars(monkeypatch, capsys):
 
 
 def test_stages_of_compressing_are_told(out):
-    for stage in ("starting", "finding the base", "loading the base", "saving small", "loading what was saved"):
+    for stage in (
+        "importing torch and transformers",
+        "finding the base",
+        "loading the base",
+        "saving small",
+        "loading what was saved",
+    ):
         assert f"\n{stage}" in f"\n{out.told}", stage
 
 

@@ -17,7 +17,7 @@ from ..foundation.tensor_files import check_weights
 from ..runtime.architectures_compressed import CLASS_PREFIX, MODEL_TYPES, TYPE_PREFIX
 from .record import RECORD_FILE
 from .schemas import CONFIG, EVALUATION, REPORT
-from .sizes import folder_files
+from .sizes import file_sizes
 
 if TYPE_CHECKING:
     pass
@@ -43,22 +43,32 @@ class FolderContents:
         config: the contents of config.json.
         report: the contents of the compression report; None where the model was saved anew after it was compressed, as
             Trainer does.
-        weights: file name → bytes on disk, of every safetensors file.
+        files: file name → bytes on disk, of every file that would be published.
     """
 
     name: str
     config: dict[str, Any]
     report: dict[str, Any] | None
-    weights: dict[str, int]
+    files: dict[str, int]
 
     def __repr__(self) -> str:
         """Return one line."""
         return f"<FolderContents: {self.name}, {self.weight_bytes / 1e6:.2f} MB of weights>"
 
     @property
+    def weights(self) -> dict[str, int]:
+        """File name → bytes of every safetensors file."""
+        return {name: size for name, size in self.files.items() if name.endswith(".safetensors")}
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(self.weights.values())
+
+    @property
+    def folder_bytes(self) -> int:
+        """Bytes of all files: weights, tokenizer, code, report, card and whatever else is there."""
+        return sum(self.files.values())
 
     @property
     def architecture(self) -> str:
@@ -76,8 +86,7 @@ def inspect_folder(folder: str | Path) -> FolderContents:
     config = compressed_config(path)
     report = _report(path)
     check_weights(path, ADVICE)
-    weights = {name: (path / name).stat().st_size for name in folder_files(path) if name.endswith(".safetensors")}
-    return FolderContents(path.resolve().name, config, report, weights)
+    return FolderContents(path.resolve().name, config, report, file_sizes(path))
 
 
 def compressed_config(folder: Path) -> dict[str, Any]:

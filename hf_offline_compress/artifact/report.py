@@ -77,7 +77,8 @@ class Report:
         options: how the base was loaded, as far as that was asked for.
         groups: what was compressed.
         dense: what was not, and why.
-        totals: bytes, parameters and ratios of the whole.
+        totals: bytes, parameters and ratios of the whole; in a saved report also `folder_bytes`, of all that loading needs:
+            weights, config, code, tokenizer and what else comes with the base (not report, record and card).
         seconds: time for each stage.
         versions: of the libraries.
     """

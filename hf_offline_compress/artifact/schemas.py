@@ -46,6 +46,7 @@ REPORT: dict[Any, Any] = {
         "compressed_parameters": int,
         "compressed_stored_bytes": NUMBER,
         "ratio": NUMBER,
+        "folder_bytes?": NUMBER,
     },
     "seconds?": ({str: NUMBER}, None),
     "versions": {str: str},

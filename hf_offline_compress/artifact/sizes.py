@@ -17,6 +17,11 @@ def folder_files(folder: Path) -> list[str]:
     return [name for name in _all_files(folder) if not _TRAINER.fullmatch(name)]
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return name → bytes of the files of a folder, as `folder_files` lists them."""
+    return {name: (folder / name).stat().st_size for name in folder_files(folder)}
+
+
 def trainer_files(folder: Path) -> list[str]:
     """Return the files that Trainer has left in a folder, relative to it and sorted."""
     return [name for name in _all_files(folder) if _TRAINER.fullmatch(name)]

@@ -15,9 +15,11 @@ from ..foundation import files
 from ..foundation.files import read_json, whole_folder
 from ..foundation.preflight import check_room, shard_bytes
 from ..foundation.progress import stage
+from ..foundation.tokenizer_files import compact_tokenizer
 from .reading import EVALUATION_FILE, REPORT_FILE, is_compressed, is_part
 from .record import read_record, write_record
 from .saved import check_saved
+from .sizes import file_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,8 +63,11 @@ def save_folder(
         with _accessory("Not all files that come with the base were copied"):
             if source is not None:
                 copy_companions(source, partial)
+        compact_tokenizer(partial)
         with _accessory(f"{REPORT_FILE} was not written"):
-            text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+            content = report.to_dict()
+            content["totals"]["folder_bytes"] = sum(file_sizes(partial).values())
+            text = json.dumps(content, indent=2, ensure_ascii=False)
             (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
         with stage("loading what was saved, to check it"):
             write_record(partial, model)

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ..errors import CompressionError, listing, refusing
 from ..foundation.arguments import token_of
 from ..foundation.files import belongs_to
 from ..foundation.schemas import TEXT, mismatch
+from ..foundation.tokenizer_files import TOKENIZER_FILE, without_spaces
 from ..runtime.architectures_compressed import Architecture, token_limit
 from ..runtime.bounds_compressed import check_sizes
 from .downloading import MODULE, cached_name, check_id, fetch_file, fetch_files
@@ -350,6 +351,28 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             _unpickle(pickled, stored)
             copied.append(f"{folder}/{stored.name}")
     return copied
+
+
+def companion_bytes(base: str | Path) -> int | None:
+    """Return the bytes of a base's tokenizer and of what else travels along; None where it is not a folder on this disk.
+
+    A tokenizer.json counts as it will be written, without white space.
+    """
+    if (folder := _folder(base)) is None:
+        return None
+    inner = _locate(base, None, None).inner
+    places = ([folder / inner / name, folder / name] for name in COMPANIONS)
+    found = [next((file for file in each if file.is_file()), None) for each in places]
+    modules = [folder / each for each in _module_folders(folder) if each != inner]
+    found += [f for each in modules for f in each.iterdir() if f.suffix in (".json", ".txt", ".safetensors")]
+    return sum(_written_bytes(file) for file in found if file is not None and belongs_to(folder, file))
+
+
+def _written_bytes(file: Path) -> int:
+    if file.name == TOKENIZER_FILE:
+        with suppress(ValueError, RecursionError):
+            return len(without_spaces(file.read_text("utf-8")).encode())
+    return file.stat().st_size
 
 
 def pipeline_root(source: Path) -> Path:

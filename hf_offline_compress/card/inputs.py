@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifact.reading import inspect_folder, read_evaluation, stock_name
 from ..artifact.record import RECORD_FILE
-from ..artifact.sizes import folder_files, trainer_files
+from ..artifact.sizes import file_sizes, trainer_files
 from ..base.checkpoint import TOKENIZER_FILES
 
 
@@ -36,6 +36,11 @@ class CardInputs:
     def weight_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
+
+    @property
+    def folder_bytes(self) -> int:
+        """Bytes of all files but the card."""
+        return sum(self.files.values())
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -99,7 +104,7 @@ def read_inputs(folder: str | Path, *, name: str | None = None) -> CardInputs:
         CompressionError: it is no such folder, or its evaluation.json cannot be read.
     """
     contents, path = inspect_folder(folder), Path(folder)
-    files = {file: (path / file).stat().st_size for file in folder_files(path) if Path(file).name != "README.md"}
+    files = {file: size for file, size in file_sizes(path).items() if Path(file).name != "README.md"}
     return CardInputs(
         name or contents.name,
         contents.config,

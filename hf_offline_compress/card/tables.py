@@ -106,6 +106,7 @@ def sizes(inputs: CardInputs) -> str:
         (f"bytes of all tensors, base in {inputs.report['dtype']}", count(totals["dense_bytes"])),
         ("bytes of all tensors, this model", count(totals["stored_bytes"])),
         ("bytes of its weight files, headers included", count(inputs.weight_bytes)),
+        ("bytes of all files but this card", count(inputs.folder_bytes)),
         ("parameters of the compressed matrices", count(totals["compressed_parameters"])),
         ("bytes that are stored for them", count(totals["compressed_stored_bytes"])),
         ("ratio of the compressed matrices", f"{totals['ratio']:.2f}"),

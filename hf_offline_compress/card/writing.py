@@ -303,6 +303,7 @@ def _unreported(inputs: CardInputs) -> dict[str, Any]:
 def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
     """Return what the model is, and how large."""
     size = f"The weights take {inputs.weight_bytes / tables.MEGA:.2f} MB on disk"
+    whole = f"All files together, tokenizer and code included, take {inputs.folder_bytes / tables.MEGA:.2f} MB."
     if not inputs.report:
         hub = _first(facts.get("base_model"))
         base = f" of [{hub}](https://huggingface.co/{hub})" if hub else ""
@@ -312,6 +313,7 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
             f"{tables.count(members)} of its weight matrices are kept in a smaller form, and {_rest(inputs)}.",
             str(inputs.since),
             f"{size}.",
+            whole,
         ]
     report, totals = inputs.report, inputs.report["totals"]
     base, hub = tables.cell(inputs.base_name), _first(facts.get("base_model"))
@@ -328,6 +330,7 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
         + (f": {_sentence(recipe)}" if recipe.get("description") else "."),
         *([inputs.since] if inputs.since else []),
         f"{size}, {dense / inputs.weight_bytes:.2f} times less than the base in float32.",
+        whole,
     ]
 
 

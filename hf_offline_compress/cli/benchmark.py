@@ -45,7 +45,7 @@ def benchmark(
         batches, lengths = numbers("batch", batch), numbers("length", length)
         calm(quiet)
 
-        with stage("starting"):
+        with stage("importing torch and transformers"):
             from ..evaluate.benchmarking import benchmark_folder
 
         unsaved = None

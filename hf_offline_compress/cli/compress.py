@@ -94,7 +94,7 @@ def compress(
         shard_bytes(max_shard_size)
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
         calm(quiet)
-        with stage("starting"):  # which takes seconds: torch is imported
+        with stage("importing torch and transformers"):  # which takes seconds
             from ..compressor import compress as do
 
         result = do(
@@ -121,9 +121,11 @@ def compress(
             target=out,
         )
         result.save(out, overwrite=overwrite, max_shard_size=max_shard_size)
+        saved = inspect_folder(out)
         if as_json:
-            print_json(result.report.to_dict())
+            print_json(saved.report or result.report.to_dict())
         elif not quiet:
-            print_summary(out, base, result.report, inspect_folder(out).weight_bytes, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            print_summary(out, base, result.report, saved.weight_bytes, saved.folder_bytes, seconds)
 
     run(work, debug, quiet)

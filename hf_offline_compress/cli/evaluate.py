@@ -100,7 +100,7 @@ def evaluate(
         calm(quiet)
         from ..errors import CompressionError, UnsavedError
 
-        with stage("starting"):
+        with stage("importing torch and transformers"):
             from ..evaluate.evaluation import evaluate_folder
         from ..evaluate.tasks import TaskSettings
         from ..evaluate.text_evaluation import TextSettings

@@ -30,6 +30,7 @@ def inspect(
                     "folder": contents.name,
                     "weights": contents.weights,
                     "weight_bytes": contents.weight_bytes,
+                    "folder_bytes": contents.folder_bytes,
                     "compression": contents.config["compression"],
                     "report": contents.report,
                 }
@@ -65,6 +66,7 @@ def _print_report(contents: FolderContents, report: dict[str, Any]) -> None:
             f"{totals['parameters']:,} parameters",
         ],
     )
+    _print_files(contents)
     print_field("versions", [f"{name} {number}" for name, number in report["versions"].items()])
     print()
     rows = [
@@ -83,6 +85,13 @@ def _print_report(contents: FolderContents, report: dict[str, Any]) -> None:
     print_dense([(item["name"], item["parameters"], item["reason"]) for item in report["dense"]])
 
 
+def _print_files(contents: FolderContents) -> None:
+    """Print what all files take, and which of them are the largest beside the weights."""
+    beside = sorted((size, name) for name, size in contents.files.items() if name not in contents.weights)
+    largest = [f"{megabytes(size)} {name}" for size, name in reversed(beside[-2:])]
+    print_field("all files", [f"{megabytes(contents.folder_bytes)} on disk", *largest])
+
+
 def _print_config(contents: FolderContents) -> None:
     """Print what the config knows of a folder that was saved anew after it was compressed."""
     compression = contents.config["compression"]
@@ -90,6 +99,7 @@ def _print_config(contents: FolderContents) -> None:
     print_field("base", [contents.architecture])
     print_field("decoding", [compression["decoding"]])
     print_field("weights", [f"{megabytes(contents.weight_bytes)} on disk"])
+    _print_files(contents)
     print()
     rows = [
         (name, group["structure"], f"{len(group['members']):,}", group.get("storage", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..request.reading import load_recipe
@@ -52,7 +53,7 @@ def plan(
     """Show what compress would do, from the base's config alone."""
 
     def work() -> None:
-        from ..base.checkpoint import read_config, resolve_architecture
+        from ..base.checkpoint import companion_bytes, read_config, resolve_architecture
         from ..foundation.progress import stage
         from ..plan.make import make_plan
 
@@ -69,12 +70,21 @@ def plan(
             name, config = read_config(base, revision=revision)
         with stage("importing the model's classes", at_once=False):
             outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)
+        companions = companion_bytes(base)
+        beside = None if companions is None else companions + _code_bytes()
         if as_json:
-            print_json(_plan_json(name, outcome))
+            print_json({**_plan_json(name, outcome), "beside_bytes": beside})
         elif not quiet:
-            _print_plan(name, outcome)
+            _print_plan(name, outcome, beside)
 
     run(work, debug, quiet)
+
+
+def _code_bytes() -> int:
+    """Return the bytes of the code that travels with every model."""
+    from .. import runtime
+
+    return sum(file.stat().st_size for file in Path(str(runtime.__file__)).parent.glob("*_compressed.py"))
 
 
 def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:
     }
 
 
-def _print_plan(name: str, outcome: Plan) -> None:
+def _print_plan(name: str, outcome: Plan, beside: int | None) -> None:
     print_text(f"{name} ({outcome.architecture}, {outcome.dtype}) with recipe {outcome.recipe.name}")
     print()
     rows = [
@@ -131,6 +141,8 @@ def _print_plan(name: str, outcome: Plan) -> None:
     by_gain = outcome.recipe.allocation == "by_gain"
     print(f"\nchosen matrices  {megabytes(outcome.parameters * 4)} -> {_chosen(outcome, by_gain)}")
     print(f"whole model      {megabytes(total)} -> {_whole(outcome, by_gain)}")
+    if beside is not None:
+        print(f"beside weights   {megabytes(beside)} of tokenizer, code and what else comes along")
     if by_gain:
         print()
         print_text(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..artifact.report import GroupReport, Report
 
 
-def print_summary(out: Path, base: str, report: Report, written: int, seconds: float) -> None:
+def print_summary(out: Path, base: str, report: Report, written: int, whole: int, seconds: float) -> None:
     """Print a line for each kind of matrices, one for the whole, and the next command.
 
     Args:
@@ -20,6 +20,7 @@ def print_summary(out: Path, base: str, report: Report, written: int, seconds: f
         base: as it was given on the command line.
         report: of the compression.
         written: bytes of all weight files.
+        whole: bytes of all files of the folder.
         seconds: that all of it took, loading and saving too.
     """
     kinds: dict[str, list[GroupReport]] = {}
@@ -44,6 +45,7 @@ def print_summary(out: Path, base: str, report: Report, written: int, seconds: f
     on_text = any(group.calibrated_error is not None for group in report.groups)
     print()
     print(f"{out}: {megabytes(written)} of weights, {dense / written:.2f} x smaller than the base in float32")
+    print_text(f"all files, tokenizer and code included: {megabytes(whole)}")
     print_text(
         "expected loss: the share of these layers' outputs (squared) that changes on the calibration text"
         if on_text
