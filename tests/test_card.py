@@ -392,7 +392,7 @@ def test_any_other_recipe_is_there_as_yaml(inputs):
         card = section(render_card(changed), "How it was made")
         assert "--recipe recipe.yaml" in card
         shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
-        assert recipe_from_dict(shown) == recipe.recipe_from_dict(content)
+        assert recipe_from_dict(shown) == recipe_from_dict(content)
 
 
 def test_the_command_is_the_one_that_was_given(tmp_path):
