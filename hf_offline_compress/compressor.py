@@ -16,7 +16,7 @@ from torch import nn
 
 from .allocate.apply import allocated
 from .allocate.search import loss_judge, search_ratio, searched_on
-from .architectures.families import family_of
+from .architectures.families import family_of, objective_of
 from .architectures.stock import layout_of_model
 from .artifact.building import build_model
 from .artifact.report import GroupReport, Report, totals, versions
@@ -31,12 +31,14 @@ from .base.checkpoint import (
     resolve_base,
 )
 from .base.given import check_base, check_tokenizer
+from .base.texts import languages_of, prompts_of
 from .errors import CompressionError, listing
 from .foundation.arguments import real, seed_of, whole
 from .foundation.memory import release_memory
 from .foundation.preflight import check_room, found_device
 from .foundation.progress import stage
 from .measure.collect import measure
+from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
 from .measure.texts import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
 from .plan.groups import Plan
@@ -313,6 +315,11 @@ def compress_model(
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
             "calibration=None and no validation for a data-free compression."
         )
+    if texts is not None:
+        folder = pipeline_root(source.folder) if source else None
+        warn_of_languages(texts, languages_of(folder) if folder else (), tokenizer)
+        prompts = prompts_of(folder) if folder else ()
+        texts = presented(texts, tokenizer, prompts=prompts, chat=objective_of(architecture) == "causal")
     _check_finite(model, family.title)
     with _measurable(model, device, ours=source is not None) as compute:
         wider = wider_tensors(plan, compute.state_dict())

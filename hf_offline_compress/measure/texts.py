@@ -45,10 +45,16 @@ class CalibrationText:
     Attributes:
         texts: at least one, none empty.
         source: "bundled", "caller", a file's name or a data set's.
+        read: the same texts as the model reads them, with prompts or as chats; empty where they are read as they are.
+        prompts: that stand before the texts in `read`.
+        chat: share of the texts in `read` that are chats.
     """
 
     texts: tuple[str, ...]
     source: str
+    read: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    chat: float = 0.0
 
     @property
     def sha256(self) -> str:
@@ -68,6 +74,8 @@ class CalibrationRecord:
         counted: how many tokens were counted, for embeddings; 0 if none were.
         masked: share of tokens replaced by the mask token.
         seed: of the choice of texts and of masked places.
+        prompts: that stood before the texts.
+        chat: share of the texts that were put into the chat template.
     """
 
     source: str
@@ -77,6 +85,8 @@ class CalibrationRecord:
     counted: int
     masked: float
     seed: int
+    prompts: tuple[str, ...] = ()
+    chat: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON."""
@@ -160,7 +170,7 @@ def make_batches(
         CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
             it is needed, or the model lacks some of them.
     """
-    order = list(text.texts)
+    order = list(text.read or text.texts)
     random.Random(seed).shuffle(order)  # noqa: S311
     sequences, special, tokens, words, unknown, empty = [], [], 0, 0, 0, 0
     # GPT-2 has one token for everything special, and none for the unknown.
@@ -192,7 +202,10 @@ def make_batches(
         _check_known(torch.tensor([token for ids in sequences for token in ids]), tokenizer, vocabulary)
     padding = padding_of(tokenizer, vocabulary)
     batches = _batches(sequences, special, tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
-    record = CalibrationRecord(text.source, text.sha256, len(sequences), tokens, 0, MASKED if masked else 0.0, seed)
+    share = MASKED if masked else 0.0
+    record = CalibrationRecord(
+        text.source, text.sha256, len(sequences), tokens, 0, share, seed, text.prompts, text.chat
+    )
     return batches, record
 
 
@@ -207,8 +220,9 @@ def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positio
         rows: of the embedding.
     """
     counts = torch.zeros(rows, dtype=torch.float64)
-    for start in range(0, len(text.texts), COUNTED_AT_ONCE):
-        encoded = _encoded(text.texts[start : start + COUNTED_AT_ONCE], tokenizer, positions)
+    texts = text.read or text.texts
+    for start in range(0, len(texts), COUNTED_AT_ONCE):
+        encoded = _encoded(texts[start : start + COUNTED_AT_ONCE], tokenizer, positions)
         ids, special = (
             torch.tensor([number for sequence in encoded[key] for number in sequence], dtype=torch.long)
             for key in ("input_ids", "special_tokens_mask")
