@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import registration
 from .errors import CompressionError
 from .request.objective import Objective
+from .request.options import CompressionOptions
 from .request.reading import load_recipe
 from .request.recipe import Grouping, Recipe, Rule
 from .version import __version__
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompressionError",
+    "CompressionOptions",
     "CompressionResult",
     "Grouping",
     "Objective",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from .base.texts import languages_of, prompts_of
 from .errors import CompressionError, listing
 from .foundation.arguments import real, seed_of, whole
 from .foundation.memory import release_memory
+from .foundation.options import chosen, documented
 from .foundation.preflight import check_room, found_device
 from .foundation.progress import stage
 from .measure.collect import measure
@@ -43,6 +44,7 @@ from .measure.statistics import Statistics
 from .measure.texts import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
 from .plan.groups import Plan
 from .plan.make import make_plan
+from .request.options import CompressionOptions
 from .request.reading import load_recipe
 from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
 from .solve.groups import solve_groups
@@ -141,175 +143,121 @@ class CompressionResult:
             )
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, read and checked: the recipe with all overrides in it, the texts, and the options."""
+
+    recipe: Recipe
+    texts: CalibrationText | None
+    validation: CalibrationText | None
+    options: CompressionOptions
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is compressed; where it has a source, it is ours to take apart."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    dtype: str
+    source: BaseCheckpoint | None = None
+    plan: Plan | None = None
+
+
+@documented(CompressionOptions)
 def compress(
     base: str | Path | PreTrainedModel,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
-    *,
-    ratio: float | None = None,
-    modules: str | Sequence[str] | None = None,
-    grouping: str | None = None,
-    storage: str | None = None,
-    allocation: str | None = None,
-    total_ratio: float | None = None,
-    max_bytes: int | str | None = None,
-    max_loss: float | None = None,
-    calibration: str | Path | Sequence[str] | None = "bundled",
-    validation: str | Path | Sequence[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    auto_class: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    trust_remote_code: bool = False,
-    progress: bool = True,
-    target: str | Path | None = None,
+    options: CompressionOptions | None = None,
+    **changes: Any,
 ) -> CompressionResult:
     """Return a smaller model that does nearly what `base` does; nothing is fine-tuned, and `base` is left as it is.
 
     Args:
         base: a Hub id, a local folder, or a stock model in memory.
-        recipe: a preset's name, a YAML file, or a `Recipe`; the keywords below override it.
-        ratio: 4 bytes × parameters of the chosen matrices, over the bytes stored for them.
-        modules: kinds, shorthands, or regular expressions that match whole module names.
-        grouping: "separated", "concatenated" or "blocks:N".
-        storage: how stored factors are kept: "float32", "float16", "bfloat16", or packed "int8", "int4", "int3", "int2".
-        allocation: "uniform", every group at the ratio; or "by_gain", all together, each as large as pays most.
-        total_ratio: 4 bytes × all parameters, over the bytes of all weight files: a budget for everything.
-        max_bytes: the same budget in bytes, e.g. 6_000_000 or "6MB".
-        max_loss: instead of a size, the loss that is allowed: the largest relative rise of perplexity, or for models
-            without a language-model head fall of agreement, 0.01 being 1 %. The smallest budget that keeps it is searched
-            for, which takes several times as long. It is judged on `validation`, or on held-out calibration text.
-        calibration: "bundled", texts, a file with one text a line, a data set's name, or None for no data.
-        validation: texts, a file or a data set's name; of what is trained, the step with the lowest perplexity on it is
-            kept, and not that with the lowest loss. For language models.
-        tokenizer: of the base, if that is a model in memory.
-        auto_class: which class to load the base with, e.g. "AutoModelForMaskedLM"; by default the one it was saved from.
-        dtype: what the base is loaded and computed in, and what the result has. By default it is computed in float32,
-            and the result has the checkpoint's dtype.
-        device: where it is computed, e.g. "cuda"; by default on the CPU, or where a model in memory lies.
-        batch_size: calibration texts in one forward pass.
-        seed: of everything random.
-        revision: of a base on the Hub.
-        token: for a base on the Hub; by default the one you are logged in with.
-        trust_remote_code: run code that comes with the base's tokenizer. The model is always a stock class.
-        progress: show progress bars.
-        target: where the result will be saved; that there is room for it is checked before any work.
+        recipe: a preset's name, a YAML file, or a `Recipe`.
+        options: all that follows in one object, which several calls can share.
+        **changes: any of these, by name; they change `options`.
+        {options}
 
     Raises:
         CompressionError: something in the request cannot be done. Nothing has been written.
     """
     check_base(base)
-    check_tokenizer(tokenizer)
-    seed = seed_of(seed)
-    batch_size = None if batch_size is None else whole(batch_size, "batch_size", 1)
-    max_loss = None if max_loss is None else real(max_loss, "max_loss")
-    if device is not None:
-        found_device(device)
-    recipe = load_recipe(recipe).override(
-        modules=modules,
-        ratio=ratio,
-        grouping=grouping,
-        storage=storage,
-        allocation=allocation,
-        total_ratio=total_ratio,
-        max_bytes=max_bytes,
+    request = _request(recipe, chosen(CompressionOptions, options, changes))
+    options, clock = request.options, _Clock()
+    if isinstance(base, nn.Module):
+        model = _narrow_enough(base)
+        dtype = _dtype_name(options.dtype or model.dtype)
+        assert dtype is not None
+        return _compressed(_Subject(model, options.tokenizer, dtype), request, clock)
+
+    with stage("finding the base"):
+        source = resolve_base(base, revision=options.revision, token=options.token)
+    architecture = resolve_architecture(source.config, options.auto_class)
+    wanted = _dtype_name(options.dtype)
+    stored = wanted or _checkpoint_dtype(source)
+    # The plan is made before the weights are read, so that what cannot be done is said at once.
+    plan = make_plan(source.config, request.recipe, architecture=architecture, dtype=wanted)
+    if options.target is not None and options.max_loss is None:
+        check_room(Path(options.target), plan.file_bytes)
+    if request.validation and options.max_loss is None:
+        check_judged(architecture)
+    tokenizer = options.tokenizer or load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    with clock("load"), stage("loading the base"):
+        model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
+    return _compressed(_Subject(model, tokenizer, stored or plan.dtype, source, plan), request, clock)
+
+
+def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Request:
+    """Return a request whose numbers, names and texts are known to be usable, whatever the base.
+
+    Raises:
+        CompressionError: something of it cannot be done.
+    """
+    check_tokenizer(options.tokenizer)
+    options = replace(
+        options,
+        seed=seed_of(options.seed),
+        batch_size=None if options.batch_size is None else whole(options.batch_size, "batch_size", 1),
+        max_loss=None if options.max_loss is None else real(options.max_loss, "max_loss"),
     )
-    texts = load_texts(calibration) if recipe.calibrated else None
+    if options.device is not None:
+        found_device(options.device)
+    recipe = load_recipe(recipe).override(**options.overrides)
+    texts = load_texts(options.calibration) if recipe.calibrated else None
     if texts is None:
         recipe = recipe.without_calibration()
     for rule in recipe.rules:
         for structure in rule.structures:
             structure.require()
-    judging = load_texts(validation, "validation")
-    warn_of_overlap(texts, judging)
-    if max_loss is not None:
-        texts, judging = searched_on(max_loss, recipe, texts, judging, (ratio, total_ratio, max_bytes))
-    clock = _Clock()
-    options: dict[str, Any] = {
-        "validation": judging,
-        "max_loss": max_loss,
-        "seed": seed,
-        "batch_size": batch_size,
-        "progress": progress,
-        "clock": clock,
-    }
-    if isinstance(base, nn.Module):
-        return compress_model(base, recipe, texts, tokenizer=tokenizer, dtype=dtype, device=device, **options)
-
-    with stage("finding the base"):
-        source = resolve_base(base, revision=revision, token=token)
-    architecture = resolve_architecture(source.config, auto_class)
-    wanted = _dtype_name(dtype)
-    stored = wanted or _checkpoint_dtype(source)
-    # The plan is made before the weights are read, so that what cannot be done is said at once.
-    planned = make_plan(source.config, recipe, architecture=architecture, dtype=wanted)
-    if target is not None and max_loss is None:
-        check_room(Path(target), planned.file_bytes)
-    if judging and max_loss is None:
-        check_judged(architecture)
-    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
-    with clock("load"), stage("loading the base"):
-        model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
-    return compress_model(
-        model,
-        recipe,
-        texts,
-        tokenizer=tokenizer,
-        dtype=stored,
-        device=device,
-        source=source,
-        options={"auto_class": auto_class, "dtype": wanted, "batch_size": batch_size},
-        **options,
-    )
+    validation = load_texts(options.validation, "validation")
+    warn_of_overlap(texts, validation)
+    if options.max_loss is not None:
+        sizes = (options.ratio, options.total_ratio, options.max_bytes)
+        texts, validation = searched_on(options.max_loss, recipe, texts, validation, sizes)
+    return _Request(recipe, texts, validation, options)
 
 
-def compress_model(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    texts: CalibrationText | None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    source: BaseCheckpoint | None = None,
-    validation: CalibrationText | None = None,
-    max_loss: float | None = None,
-    options: dict[str, Any] | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    clock: _Clock | None = None,
-) -> CompressionResult:
-    """Return the compressed form of a model in memory; needs no network. See `compress`.
-
-    Args:
-        model: a stock model; if it has a `source`, it is ours to take apart.
-        recipe: with all overrides in it.
-        texts: calibration text; None makes every objective data-free.
-        tokenizer: needed if there is text.
-        dtype: of the result; by default the model's.
-        device: where it is computed.
-        source: where the model was loaded from, if it was.
-        validation: text that chooses among the steps of training, or judges sizes; see `compress`.
-        max_loss: that is allowed; needs a budget in the recipe, and validation text.
-        options: how the base was loaded, for the report.
-        batch_size: texts in one forward pass.
-        seed: of everything random.
-        progress: show progress bars.
-        clock: measures the stages.
-    """
-    clock = clock or _Clock()
-    if texts is None:
-        recipe = recipe.without_calibration()
-    model = _narrow_enough(model)
+def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> CompressionResult:
+    """Return the compressed form of a model in memory; needs no network."""
+    model, tokenizer, source, options = subject.model, subject.tokenizer, subject.source, request.options
+    texts, validation, max_loss, progress = request.texts, request.validation, options.max_loss, options.progress
     config = model.config.to_dict()
-    family = family_of(config)
-    architecture = type(model).__name__
-    layout = layout_of_model(model)
-    plan = make_plan(config, recipe, architecture=architecture, dtype=_dtype_name(dtype or model.dtype), layout=layout)
+    layout, wider = layout_of_model(model), dict[str, str]()
+
+    def planned(recipe: Recipe, known: Plan | None) -> Plan:
+        """Return the plan for a recipe; the known one where it is just that."""
+        if (
+            known
+            and (known.recipe, known.layout, known.dtype) == (recipe, layout, subject.dtype)
+            and known.wider == wider
+        ):
+            return known
+        name = type(model).__name__
+        return make_plan(config, recipe, architecture=name, dtype=subject.dtype, wider=dict(wider), layout=layout)
+
+    plan = planned(request.recipe, subject.plan)
     if (texts or validation) and tokenizer is None:
         raise CompressionError(
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
@@ -319,23 +267,25 @@ def compress_model(
         folder = pipeline_root(source.folder) if source else None
         warn_of_languages(texts, languages_of(folder) if folder else (), tokenizer)
         prompts = prompts_of(folder) if folder else ()
-        texts = presented(texts, tokenizer, prompts=prompts, chat=objective_of(architecture) == "causal")
-    _check_finite(model, family.title)
-    with _measurable(model, device, ours=source is not None) as compute:
-        wider = wider_tensors(plan, compute.state_dict())
-        plan = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, layout=layout)
+        texts = presented(texts, tokenizer, prompts=prompts, chat=objective_of(type(model).__name__) == "causal")
+    _check_finite(model, family_of(config).title)
+    with _measurable(model, options.device, ours=source is not None) as compute:
+        wider |= wider_tensors(plan, compute.state_dict())
+        plan = planned(request.recipe, plan)
 
         def measured() -> tuple[Statistics, CalibrationRecord | None]:
             if texts is None:
                 return Statistics(), None
             with clock("calibrate"):
-                return measure(compute, plan, texts, tokenizer, seed=seed, batch_size=batch_size, progress=progress)
+                return measure(
+                    compute, plan, texts, tokenizer, seed=options.seed, batch_size=options.batch_size, progress=progress
+                )
 
         statistics, record = measured()
 
         def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
-            sized = make_plan(config, recipe, architecture=architecture, dtype=plan.dtype, wider=wider, layout=layout)
-            # Moments are dropped as they are used, to save memory; whoever searches needs them again.
+            sized = planned(recipe, plan)
+            # Moments are dropped as they are used, to save memory; a search needs them again.
             known = (
                 statistics if max_loss is None else replace(statistics, input_moments=dict(statistics.input_moments))
             )
@@ -347,7 +297,7 @@ def compress_model(
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
                 factors, reports, lost = solve_groups(
-                    sized, compute.state_dict(), known, seed=seed, progress=progress, judge=judge
+                    sized, compute.state_dict(), known, seed=options.seed, progress=progress, judge=judge
                 )
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
@@ -359,29 +309,33 @@ def compress_model(
 
         search = None
         if max_loss is None:
-            plan, built, reports = solved(recipe)
+            plan, built, reports = solved(request.recipe)
         else:
             assert validation is not None and tokenizer is not None
             with clock("search"):
                 judge = loss_judge(compute, tokenizer, validation)
-                (plan, built, reports), recipe, trials = search_ratio(solved, recipe, plan, judge, max_loss, progress)
+                (plan, built, reports), recipe, trials = search_ratio(
+                    solved, request.recipe, plan, judge, max_loss, progress
+                )
+                request = replace(request, recipe=recipe)
             search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
         tell(plan)
     name = source.name if source else Path(str(model.config.name_or_path or "a model in memory")).name
+    loaded = {"auto_class": options.auto_class, "dtype": _dtype_name(options.dtype), "batch_size": options.batch_size}
     report = Report(
         base={
             "name": name,
             "revision": source.revision if source else None,
             "weight_bytes": source.weight_bytes if source else None,
         },
-        architecture=architecture,
-        recipe=recipe.to_dict(),
-        seed=seed,
+        architecture=type(model).__name__,
+        recipe=request.recipe.to_dict(),
+        seed=options.seed,
         dtype=plan.dtype,
         calibration=record.to_dict() if record else None,
         validation={"source": validation.source, "sha256": validation.sha256} if validation else None,
         search=search,
-        options={key: value for key, value in (options or {}).items() if value is not None},
+        options={key: value for key, value in loaded.items() if value is not None} if source else {},
         groups=tuple(reports),
         dense=plan.dense,
         totals=totals(plan),

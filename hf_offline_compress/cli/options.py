@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..request.reading import preset_names
-from ..request.recipe import Recipe, Rule
 from ..runtime.architectures_compressed import ARCHITECTURES
 
-HELP = {
-    item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
-}
+# Stands for the options of a command until they are read; see `takes`.
+NOTHING_ELSE: Any = None
 
 app = typer.Typer(
     help="Make transformer models several times smaller, offline; AutoModel loads the result. Architectures: "
@@ -35,27 +36,6 @@ RecipeOption = Annotated[
         autocompletion=preset_names,
     ),
 ]
-Ratio = Annotated[float | None, typer.Option(help=HELP["ratio"], show_default=False)]
-Modules = Annotated[str | None, typer.Option(help=HELP["modules"] + "; with commas between", show_default=False)]
-GroupingOption = Annotated[str | None, typer.Option(help=HELP["grouping"], show_default=False)]
-Storage = Annotated[str | None, typer.Option(help=HELP["storage"], show_default=False)]
-Allocation = Annotated[str | None, typer.Option(help=HELP["allocation"], show_default=False)]
-TotalRatio = Annotated[
-    float | None,
-    typer.Option(
-        help="4 bytes x all parameters, over the bytes of all weight files: a budget for all", show_default=False
-    ),
-]
-MaxBytes = Annotated[
-    str | None, typer.Option(help="the same budget in bytes, e.g. 6MB (of 1,000,000 bytes)", show_default=False)
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="dtype of the model; the checkpoint's if not given", show_default=False)
-]
-AutoClass = Annotated[
-    str | None,
-    typer.Option(help="class to load the base with; the one it was saved from if not given", show_default=False),
-]
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="a folder that compress has written", show_default=False)
 ]
@@ -66,3 +46,47 @@ Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a b
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
+
+
+def takes(
+    kind: type[Any], names: Collection[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a command the fields of an options dataclass in place of its argument `options`.
+
+    Args:
+        kind: the dataclass; of its fields, those that the command line knows.
+        names: of fields, if not all of them.
+    """
+    known = [item for item in fields(kind) if item.metadata["cli"] and (names is None or item.name in names)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        place = list(signature.parameters).index("options")
+        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+        shown = [
+            inspect.Parameter(
+                item.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=item.default, annotation=_typed(item)
+            )
+            for item in known
+        ]
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            asked = {item.name: given.pop(item.name) for item in known}
+            command(**given, options=kind(**asked))
+
+        called.__signature__ = signature.replace(parameters=[*own[:place], *shown, *own[place:]])  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shown)}
+        return called
+
+    return decorate
+
+
+def _typed(item: Any) -> Any:
+    """Return the annotation that Typer makes an option of."""
+    said = item.metadata
+    kind = said["cli"]
+    names = [f"--{item.name.replace('_', '-')}"] if kind is bool else []
+    limits = {"min": said["min"]} if "min" in said else {}
+    shown = typer.Option(*names, help=said.get("help", said["text"]), show_default=item.default is not None, **limits)
+    return Annotated[kind if item.default is not None else kind | None, shown]

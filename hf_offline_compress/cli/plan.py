@@ -5,47 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..request.options import OVERRIDES, CompressionOptions
 from ..request.reading import load_recipe
 from ..request.recipe import DEFAULT_RECIPE
 from ..request.selectors import split_selectors
-from .options import (
-    Allocation,
-    AsJson,
-    AutoClass,
-    Base,
-    Debug,
-    Dtype,
-    GroupingOption,
-    MaxBytes,
-    Modules,
-    Quiet,
-    Ratio,
-    RecipeOption,
-    Revision,
-    Storage,
-    TotalRatio,
-    app,
-)
+from .options import NOTHING_ELSE, AsJson, Base, Debug, Quiet, RecipeOption, app, takes
 from .output import megabytes, print_dense, print_json, print_table, print_text, run
 
 if TYPE_CHECKING:
     from ..plan.groups import Plan
 
 
+# What a plan depends on of all that a compression is asked for.
+PLANNED = (*OVERRIDES, "auto_class", "dtype", "revision")
+
+
 @app.command()
+@takes(CompressionOptions, PLANNED)
 def plan(
     base: Base,
     recipe: RecipeOption = DEFAULT_RECIPE,
-    ratio: Ratio = None,
-    modules: Modules = None,
-    grouping: GroupingOption = None,
-    storage: Storage = None,
-    allocation: Allocation = None,
-    total_ratio: TotalRatio = None,
-    max_bytes: MaxBytes = None,
-    auto_class: AutoClass = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    options: CompressionOptions = NOTHING_ELSE,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -57,19 +37,14 @@ def plan(
         from ..foundation.progress import stage
         from ..plan.make import make_plan
 
-        asked = load_recipe(recipe).override(
-            modules=split_selectors(modules),
-            ratio=ratio,
-            grouping=grouping,
-            storage=storage,
-            allocation=allocation,
-            total_ratio=total_ratio,
-            max_bytes=max_bytes,
-        )
+        changes = options.overrides | {"modules": split_selectors(options.modules)}
+        asked = load_recipe(recipe).override(**changes)
         with stage("finding the base", at_once=False):
-            name, config = read_config(base, revision=revision)
+            name, config = read_config(base, revision=options.revision)
         with stage("importing the model's classes", at_once=False):
-            outcome = make_plan(config, asked, architecture=resolve_architecture(config, auto_class), dtype=dtype)
+            outcome = make_plan(
+                config, asked, architecture=resolve_architecture(config, options.auto_class), dtype=options.dtype
+            )
         companions = companion_bytes(base)
         beside = None if companions is None else companions + _code_bytes()
         if as_json:

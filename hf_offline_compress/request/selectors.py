@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..architectures.families import KINDS, SHORTHANDS
 from ..architectures.layout import Matrix
@@ -21,9 +22,11 @@ def matches(matrix: Matrix, selectors: tuple[str, ...]) -> bool:
     return False
 
 
-def split_selectors(text: str | None) -> tuple[str, ...] | None:
+def split_selectors(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Return the selectors of a text with commas between them; commas inside brackets belong to an expression."""
-    return None if text is None else tuple(part.strip() for part in re.split(r",(?![^{\[(]*[}\])])", text))
+    if text is None or not isinstance(text, str):
+        return None if text is None else tuple(text)
+    return tuple(part.strip() for part in re.split(r",(?![^{\[(]*[}\])])", text))
 
 
 def names_of(content: object, label: str) -> tuple[str, ...]:

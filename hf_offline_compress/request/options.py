@@ -1,0 +1,94 @@
+"""Everything that a compression can be asked for beside its base and its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..foundation.options import option
+from .recipe import Recipe, Rule
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+OVERRIDES = ("ratio", "modules", "grouping", "storage", "allocation", "total_ratio", "max_bytes")
+_SAID = {
+    item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
+}
+
+
+@dataclass(frozen=True)
+class CompressionOptions:
+    """What `compress` takes beside base and recipe. The first seven override the recipe."""
+
+    ratio: float | None = option(None, _SAID["ratio"], cli=float)
+    modules: str | Sequence[str] | None = option(
+        None, _SAID["modules"], cli=str, help=f"{_SAID['modules']}; with commas between"
+    )
+    grouping: str | None = option(None, _SAID["grouping"], cli=str)
+    storage: str | None = option(None, _SAID["storage"], cli=str)
+    allocation: str | None = option(None, _SAID["allocation"], cli=str)
+    total_ratio: float | None = option(
+        None, "4 bytes x all parameters, over the bytes of all weight files: a budget for all", cli=float
+    )
+    max_bytes: int | str | None = option(None, "the same budget in bytes, e.g. 6MB (of 1,000,000 bytes)", cli=str)
+    max_loss: float | None = option(
+        None,
+        "instead of a size, the loss that is allowed: the largest relative rise of perplexity, or for models without a "
+        "language-model head fall of agreement, 0.01 being 1 %. The smallest budget that keeps it is searched for, which "
+        "takes several times as long. It is judged on `validation`, or on held-out calibration text",
+        cli=float,
+        help="find the smallest size whose loss on held-out text is at most this, e.g. 0.01 for 1 %",
+    )
+    calibration: str | Path | Sequence[str] | None = option(
+        "bundled",
+        "text to calibrate on: bundled, none (None), a file with one text a line, a data set's name, or texts",
+        cli=str,
+        help="text to calibrate on: bundled, none, a file with one text a line, or a data set's name",
+    )
+    validation: str | Path | Sequence[str] | None = option(
+        None,
+        "held-out text: what is trained keeps the step of lowest perplexity on it; a file, a data set's name, or texts",
+        cli=str,
+        help="held-out text: what is trained keeps the step of lowest perplexity on it; a file or a data set's name",
+    )
+    tokenizer: PreTrainedTokenizerBase | None = option(None, "of the base, if that is a model in memory")
+    auto_class: str | None = option(
+        None, "class to load the base with, e.g. AutoModelForMaskedLM; the one it was saved from if not given", cli=str
+    )
+    dtype: str | torch.dtype | None = option(
+        None,
+        "what the base is loaded and computed in, and what the result has. By default it is computed in float32, and the "
+        "result has the checkpoint's dtype",
+        cli=str,
+        help="dtype of the model; the checkpoint's if not given",
+    )
+    device: str | torch.device | None = option(
+        None,
+        "where to compute, e.g. cuda; by default on the CPU, or where a model in memory lies",
+        cli=str,
+        help="where to compute, e.g. cuda",
+    )
+    batch_size: int | None = option(None, "calibration texts in one forward pass", cli=int, min=1)
+    seed: int = option(0, "of everything random", cli=int)
+    revision: str | None = option(None, "branch, tag or commit of a base on the Hub", cli=str)
+    token: str | bool | None = option(None, "for a base on the Hub; by default the one you are logged in with")
+    trust_remote_code: bool = option(
+        False,
+        "run code that comes with the base's tokenizer. The model is always a stock class",
+        cli=bool,
+        help="run code that comes with the base's tokenizer",
+    )
+    progress: bool = option(True, "show progress bars")
+    target: str | Path | None = option(
+        None, "where the result will be saved; that there is room for it is checked before any work"
+    )
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What replaces values of the recipe; see `Recipe.override`."""
+        return {name: getattr(self, name) for name in OVERRIDES}
