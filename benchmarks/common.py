@@ -48,7 +48,7 @@ class Subject:
         name: in tables.
         model: dense, in float32.
         tokenizer: its own.
-        calibration: texts, or a file with one text a line.
+        calibration: texts, or a file with one text per line.
         measure: "agreement", which should be high, or "perplexity", which should be low.
         judge: a model → its measure.
     """

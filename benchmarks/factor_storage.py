@@ -1,9 +1,9 @@
-"""Low rank at equal bytes: fewer numbers in half precision, or more of them as whole numbers of few bits.
+"""Low rank at equal bytes: fewer numbers in half precision, or more of them as integers of few bits.
 
 usage: python benchmarks/factor_storage.py --data FOLDER --mlm FOLDER [--out FOLDER]
 
 The linear layers of MiniLM (agreement on sentences of STS-B dev) and of a masked language model (perplexity on test.txt).
-Ratios count every stored byte, scales and zeros of whole numbers too. With --out, a table (factor-storage.md and .csv) is
+Ratios count every stored byte, scales and zeros of integers too. With --out, a table (factor-storage.md and .csv) is
 written after every row, and a later run adds what it lacks.
 """
 

@@ -81,7 +81,7 @@ class Judged:
         name: one of `MODELS`.
         model: dense, in float32.
         tokenizer: its own.
-        calibration: texts, or a file with one text a line.
+        calibration: texts, or a file with one text per line.
         auto: class that loads it.
         measures: names of what `judge` returns, the first one first in importance.
         judge: a model → its measures.

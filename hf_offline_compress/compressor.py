@@ -261,7 +261,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     if (texts or validation) and tokenizer is None:
         raise CompressionError(
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
-            "calibration=None and no validation for a data-free compression."
+            "calibration=None and no validation to compress without data."
         )
     if texts is not None:
         folder = pipeline_root(source.folder) if source else None
@@ -379,7 +379,7 @@ def _check_finite(model: nn.Module, title: str) -> None:
     if bad:
         raise CompressionError(
             f"The base has NaN or infinite values in {listing(bad[:3])}{' …' if len(bad) > 3 else ''}; "
-            f"a {title} model with broken weights cannot be compressed. Save it again, or pass another checkpoint."
+            f"a {title} model with broken weights cannot be compressed. Save the model again, or pass another checkpoint."
         )
 
 

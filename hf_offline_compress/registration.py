@@ -32,7 +32,7 @@ def check_transformers() -> None:
     if not low <= tuple(int(part) for part in installed.split(".")[:2]) < high:
         raise ImportError(
             f"hf_offline_compress needs transformers>={low[0]}.{low[1]},<{high[0]}; installed is {installed}. "
-            f"`pip install 'transformers>={low[0]}.{low[1]},<{high[0]}'` gets one that works."
+            f"`pip install 'transformers>={low[0]}.{low[1]},<{high[0]}'` installs one."
         )
 
 

@@ -65,7 +65,7 @@ def test_every_command_takes_it(command, trained, base, text, in_process, tmp_pa
     if command == "inspect":
         assert "saved anew after it was compressed" in said and "query_0" in said
     if command == "verify":
-        assert "Trainer's own, pickles among them, are left out of a push: checkpoint-1/" in said
+        assert "Trainer's files, including pickles, are left out of a push: checkpoint-1/" in said
 
 
 def test_what_trainer_leaves_is_no_part_of_the_model(trained):
@@ -97,10 +97,10 @@ def test_a_folder_that_trainer_has_saved_into(small, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     assert "fine-tuned after it" not in write_card(folder).read_text()
     (folder / "verification.json").unlink()
-    assert "saved anew after it was compressed, and may have been fine-tuned." in write_card(folder).read_text()
+    assert "saved again after it was compressed, and may have been fine-tuned." in write_card(folder).read_text()
     (folder / "training_args.bin").write_bytes(b"\x80\x04.")
     card = write_card(folder).read_text()
-    assert "It was fine-tuned after it was compressed. The errors below are those before." in card
+    assert "It was fine-tuned after it was compressed. The errors below were measured before that." in card
     assert "not fine-tuned" not in card and "## Sizes" in card
 
 

@@ -130,7 +130,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "no SentencePiece": ("spiece.model", slow("GPTSw3Tokenizer", spiece__model=b"abc")),
     "an unknown class": ("tokenizer_config.json", slow("NoSuchTokenizer", vocab__txt=b"a\n")),
 }  # fmt: skip
-ADVICE = "Get it again|Get these files again|Get what is missing|convert it|add one|pass |Save a model|has no config.json|save"
+ADVICE = (
+    "Download (it|these files) again|Get what is missing|convert it|add one|pass |Save a model|has no config.json|save"
+)
 
 
 def refused(base):
@@ -250,18 +252,18 @@ def test_a_folder_of_the_cache_is_named_by_its_repository(repository, name, enco
 @pytest.mark.parametrize(
     "base,said",
     [
-        ("", "no Hub id either"),
-        ("a/b/c", "no Hub id either"),
-        ("-a", "no Hub id either"),
-        ("a--b", "no Hub id either"),
-        ("a/b.git", "no Hub id either"),
-        ("a\0b", "no Hub id either"),
-        ("bärt", "no Hub id either"),
-        ("a/" + "b" * 200, "no Hub id either"),
-        ("x" * 5000, "no Hub id either"),
+        ("", "not a Hub id"),
+        ("a/b/c", "not a Hub id"),
+        ("-a", "not a Hub id"),
+        ("a--b", "not a Hub id"),
+        ("a/b.git", "not a Hub id"),
+        ("a\0b", "not a Hub id"),
+        ("bärt", "not a Hub id"),
+        ("a/" + "b" * 200, "not a Hub id"),
+        ("x" * 5000, "not a Hub id"),
         ("https://huggingface.co/me/tiny/tree/main", "pass the repository's id, 'me/tiny'"),
         ("hf://me/tiny", "pass the repository's id, 'me/tiny'"),
-        (__file__, "pass the folder that it lies in"),
+        (__file__, "pass the folder that contains it"),
         ("me/tiny", "HF_HUB_OFFLINE is set: unset it"),
     ],
 )

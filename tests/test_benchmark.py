@@ -201,7 +201,7 @@ def test_a_process_that_dies_is_an_error(monkeypatch):
         ({"lengths": [16, 64]}, "A length of 64 tokens was asked for, and 'small' takes 40"),
         ({"models": ["base", "smaller"]}, "The model 'smaller' cannot be measured; known: base, bfloat16, int8"),
         ({"device": "nowhere"}, "There is no device 'nowhere'"),
-        ({"base": None}, "was made from 'base', which is no Hub id; pass its folder with --base"),
+        ({"base": None}, "was made from 'base', which is not a Hub id; pass its folder with --base"),
     ],
 )
 def test_wrong_requests(tmp_path, options, message):
@@ -213,4 +213,4 @@ def test_wrong_requests(tmp_path, options, message):
 
 def test_numbers_on_the_command_line(tmp_path):
     run = run_cli("benchmark", tmp_path, "--batch", "1,two")
-    assert run.returncode == 1 and "--batch takes whole numbers with commas between" in run.stderr
+    assert run.returncode == 1 and "--batch takes integers separated by commas" in run.stderr

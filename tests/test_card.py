@@ -277,15 +277,15 @@ def test_bars_are_as_long_as_numbers(inputs):
 
 
 def test_costs_are_stated(inputs):
-    text = section(render_card(inputs), "Limits and costs")
+    text = section(render_card(inputs), "Limitations")
     assert "Worse than the base: perplexity on test.txt is 12,345.7, of the base 85.41." in text
-    assert "on test.txt (a perfect copy in brackets) cosine 0.9877 (1.0000)." in text and "loss" not in text
-    assert "batch 1, length 128 takes 23.50 ms, the base 20.25 ms" in text
+    assert "on test.txt (identical outputs in brackets) cosine 0.9877 (1.0000)." in text and "loss" not in text
+    assert "batch 1, length 128 takes 23.50 ms; the base takes 20.25 ms" in text
     assert "Takes 190.50 MB of memory, the base 181.00 MB of memory" in text and "Loads in" not in text
     assert "int8 (torch dynamic) (0.04 MB)" in text
     assert "dense from then on" in text and "not fine-tuned" in text and "cannot be resized" in text
     assert "It has not been evaluated" in section(
-        render_card(CardInputs(inputs.name, inputs.config, inputs.report, files=inputs.files)), "Limits and costs"
+        render_card(CardInputs(inputs.name, inputs.config, inputs.report, files=inputs.files)), "Limitations"
     )
 
 
@@ -306,7 +306,7 @@ def test_what_factors_cost_in_memory(inputs, integers, decoding, said):
     for group in changed.config["compression"]["groups"].values():
         group |= {"structure": "low_rank"} | ({"integers": integers} if integers else {})
     changed.config["compression"]["decoding"] = decoding
-    costs = section(render_card(changed), "Limits and costs")
+    costs = section(render_card(changed), "Limitations")
     assert said in costs and ("cannot be resized" in costs) == bool(integers)
 
 
@@ -608,7 +608,7 @@ def test_notes_and_metadata_of_the_user_are_kept(folder):
 def test_another_readme_is_not_overwritten(folder):
     path = folder / "README.md"
     path.write_text("# Mine\n")
-    with pytest.raises(CompressionError, match=r"has a README\.md that is no card of this command"):
+    with pytest.raises(CompressionError, match=r"has a README\.md that this command did not write"):
         write_card(folder)
     assert path.read_text() == "# Mine\n"
     assert "Mine" not in write_card(folder, overwrite=True).read_text()
@@ -635,14 +635,14 @@ def test_nothing_of_this_machine_is_in_it(made, inputs):
 @pytest.mark.parametrize(
     "change,options,message",
     [
-        ("", {"license": "Apache 2.0"}, "The licence 'Apache 2.0' is none that the Hub knows"),
+        ("", {"license": "Apache 2.0"}, "The licence 'Apache 2.0' is not one that the Hub knows"),
         ("", {"language": ["English!"]}, "The language 'English!' is none"),
-        ("", {"base_model": "./tiny"}, r"The base model './tiny' is no id on the Hub"),
+        ("", {"base_model": "./tiny"}, r"The base model './tiny' is not a Hub id"),
         ("", {"base_model": "tiny"}, "pass owner/name"),
         ("", {"base": "nowhere"}, "There is no folder 'nowhere' of the base"),
         ("{", {}, "cannot be read"),
         ('{"format_version": 9}', {}, "has format 9"),
-        ("no folder", {}, "is no compressed folder"),
+        ("no folder", {}, "is not a compressed folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(folder, tmp_path, change, options, message):

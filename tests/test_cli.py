@@ -155,9 +155,9 @@ def test_overwrite(base, tmp_path):
         (("plan", "{base}", "--recipe", "wavelets"), 1, "error: There is no recipe 'wavelets'"),
         (("plan", "./absent"), 1, "error: There is no folder './absent'"),
         (("plan", "{base}", "--modules", "heads"), 1, "error: The kind of modules 'heads' is unknown"),
-        (("plan", "{base}", "--ratio", "0.5"), 1, "error: The ratio 0.5 would not make anything smaller"),
+        (("plan", "{base}", "--ratio", "0.5"), 1, "error: The ratio 0.5 would not make the model smaller"),
         (("plan", "{base}", "--grouping", "piles"), 1, "error: The grouping 'piles' is unknown"),
-        (("inspect", "{base}"), 1, "is no compressed folder"),
+        (("inspect", "{base}"), 1, "is not a compressed folder"),
         (
             ("compress", "{base}", "{out}", "--calibration", "absent.txt"),
             1,

@@ -19,7 +19,7 @@ from typer.main import get_command
 import hf_offline_compress.evaluate.benchmarking as benchmarking
 import hf_offline_compress.verifying.loading as loading
 from hf_offline_compress import CompressionError, compress, export_folder, inspect_folder, write_card
-from hf_offline_compress.artifact.probe import load_as_a_stranger
+from hf_offline_compress.artifact.probe import load_in_clean_process
 from hf_offline_compress.cli import app
 from hf_offline_compress.evaluate.benchmark_worker import Held, failure
 from hf_offline_compress.evaluate.records import Data, Evaluation, metric, write_evaluations
@@ -368,7 +368,7 @@ def in_process(monkeypatch):
 
     def load(folder, modes):
         try:
-            found = load_as_a_stranger(folder, trust=False, inputs=None)
+            found = load_in_clean_process(folder, trust=False, inputs=None)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         return dict.fromkeys(modes, found)
@@ -400,7 +400,7 @@ READERS = {
     "tokenizer_config.json": ("evaluate", "export"),
 }
 NAMED = {WEIGHTS: "model.safetensors|weights", "tokenizer_config.json": "tokenizer"}
-ADVICE = "[Gg]et |Delete it|[Dd]elete|compress |[Ss]ave it|move it away|Mend it|pass |make it anew|export needs"
+ADVICE = "[Gg]et |Delete it|[Dd]elete|compress |[Ss]ave it|move it away|Fix it|pass |make it again|export needs"
 
 
 @pytest.mark.parametrize("name", DAMAGES)

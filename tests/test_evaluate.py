@@ -112,7 +112,7 @@ def test_pseudo_perplexity_as_a_naive_loop_says(model_type, head):
     found = pseudo_perplexity(model, tokenizer, LINES[:5], block=30, batch_size=7)
     assert (found.tokens, found.lines) == (len(losses), 5)
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
-    with pytest.raises(CompressionError, match="no masked language model"):
+    with pytest.raises(CompressionError, match="not a masked language model"):
         pseudo_perplexity(make_model("gpt2", "GPT2LMHeadModel"), make_tokenizer("gpt2"), LINES)
 
 
@@ -640,7 +640,7 @@ def test_code_in_the_folder_is_not_run(clean):
         ("body", {"text": LINES, "fine_tune": True}, "belong to a task"),
         ("body", {"text": LINES, "dtype": "int8"}, "dtype 'int8' is not one of float32"),
         ("body", {"text": LINES, "limit": 0}, "limit must be at least 1"),
-        ("body", {"text": LINES, "base": None}, "'small' was made from 'base', which is no Hub id; pass its folder"),
+        ("body", {"text": LINES, "base": None}, "'small' was made from 'base', which is not a Hub id; pass its folder"),
         ("body", {"text": LINES, "measures": ["speed"]}, "no measure 'speed'; known: perplexity"),
         ("body", {"text": LINES, "measures": ["perplexity"]}, "needs a language model, and RobertaModel is none"),
         ("causal", {"text": LINES, "measures": ["pseudo_perplexity"]}, "needs a masked language model, and GPT2LM"),
@@ -672,7 +672,7 @@ def test_another_model_is_no_base(made, tmp_path):
     other = save_base(tmp_path / "other", "roberta", "RobertaModel", num_hidden_layers=2)
     with pytest.raises(CompressionError, match="'other' has num_hidden_layers 2 in its config.json, and 'small' has 3"):
         pair.find_pair(folder, other)
-    with pytest.raises(CompressionError, match="no compressed folder"):
+    with pytest.raises(CompressionError, match="not a compressed folder"):
         pair.find_pair(other, folder)
 
 

@@ -187,8 +187,8 @@ def test_companions_travel_along(small, tmp_path):
 @pytest.mark.parametrize(
     "case,message",
     [
-        ("no folder", "no compressed folder"),
-        ("dense", "no compressed folder"),
+        ("no folder", "not a compressed folder"),
+        ("dense", "not a compressed folder"),
         ("dtype", "The dtype 'int3' is not supported"),
         ("in use", "is not empty; pass another, or --overwrite"),
         ("not ours", "was not written by an export"),

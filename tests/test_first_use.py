@@ -1,4 +1,4 @@
-"""What a new user meets: signs of life, tables of 80 columns, help, completion, and what to do next."""
+"""What a new user meets: progress updates, tables of 80 columns, help, completion, and what to do next."""
 
 import json
 import re
@@ -167,7 +167,7 @@ def test_stages_of_compressing_are_told(out):
         "finding the base",
         "loading the base",
         "saving small",
-        "loading what was saved",
+        "loading the saved model",
     ):
         assert f"\n{stage}" in f"\n{out.told}", stage
 

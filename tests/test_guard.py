@@ -38,9 +38,9 @@ def failing(error):
     "error,message",
     [
         (CompressionError("No.\n Pass another."), "error: No. Pass another."),
-        (KeyError("rows"), "error: Something unforeseen went wrong (KeyError: 'rows'); --debug shows where."),
-        (AssertionError(), "error: Something unforeseen went wrong (AssertionError); --debug shows where."),
-        (RecursionError("deep"), "error: Something unforeseen went wrong (RecursionError: deep); --debug shows where."),
+        (KeyError("rows"), "error: Unexpected error (KeyError: 'rows'); --debug shows where."),
+        (AssertionError(), "error: Unexpected error (AssertionError); --debug shows where."),
+        (RecursionError("deep"), "error: Unexpected error (RecursionError: deep); --debug shows where."),
         (PermissionError(errno.EACCES, "Permission denied", "some/file"), "error: Permission denied: 'some/file'"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), "error: There is no space left on the disk"),
         (MemoryError(), "error: There is not enough memory; pass a smaller --batch-size"),

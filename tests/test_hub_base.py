@@ -58,8 +58,8 @@ def test_plan_from_the_hub_fetches_the_config_alone(hub, tmp_path):
         (("me/nothing",), "neither a folder nor a repository on the Hub named 'me/nothing'"),
         (("me/empty",), "'me/empty' on the Hub has no config.json"),
         (("me/gated",), "'me/gated' is gated"),
-        (("me/tiny", "--revision", "old"), "'me/tiny' has no such revision"),
-        (("one/two/three",), "no folder 'one/two/three', and it is no Hub id either"),
+        (("me/tiny", "--revision", "old"), "'me/tiny' does not have this revision"),
+        (("one/two/three",), "no folder 'one/two/three', and it is not a Hub id"),
     ],
 )
 def test_what_the_hub_refuses(hub, tmp_path, arguments, message):

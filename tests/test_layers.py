@@ -81,7 +81,7 @@ def make(kind, entry, shared=False, **options):
         torch.nn.init.normal_(parameter)
         if name.endswith("scale_range"):  # logarithms, in 255 steps
             parameter.data.mul_(0.01)
-        elif name.endswith("_scales"):  # of whole numbers up to 7
+        elif name.endswith("_scales"):  # of integers up to 7
             parameter.data.mul_(0.2)
     for name, buffer in both.named_buffers():
         if name.endswith("order"):

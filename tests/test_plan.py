@@ -107,7 +107,7 @@ def test_factors_have_the_models_dtype():
         (
             {"ratio": 2},
             {**BERT, "dtype": "float16"},
-            "the model, stored in float16, is at 2 already. Ask for more, e.g. ratio 4",
+            "the model, stored in float16, is at 2 already. Ask for a larger one, e.g. ratio 4",
         ),
         ({"modules": r"h\..*"}, BERT, "matches no weight matrix of this BertModel; it has word_embeddings, "),
         ({"modules": "pooler"}, {**BERT, "architectures": ["BertForMaskedLM"]}, "'pooler' matches no weight matrix"),

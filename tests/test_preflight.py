@@ -36,15 +36,15 @@ def run(*arguments):
     [
         ("x" * 256, (), "is too long: 256 bytes, where 255 are allowed"),
         (".", (), r"'\.' is not empty; pass another"),
-        ("a file/out", (), "is no folder; pass another"),
-        ("out", ("--max-shard-size", "1"), "max_shard_size is '1', which would make a file of every tensor"),
+        ("a file/out", (), "is not a folder; pass another"),
+        ("out", ("--max-shard-size", "1"), "max_shard_size is '1', which would put every tensor in its own file"),
         ("out", ("--max-shard-size", "big"), "The size 'big' is unknown"),
         ("out", ("--device", "xyz"), "There is no device 'xyz' here; there is cpu.*Leave --device"),
         ("out", ("--device", "mps"), "There is no device 'mps' here"),
         ("out", ("--device", "meta"), "There is no device 'meta' here"),
         ("out", ("--device", "cuda:63"), "There is no device 'cuda:63' here"),
-        ("out", ("--seed", 2**64), "`seed` must be a whole number from 0 to"),
-        ("out", ("--seed", -1), "`seed` must be a whole number from 0 to"),
+        ("out", ("--seed", 2**64), "`seed` must be an integer from 0 to"),
+        ("out", ("--seed", -1), "`seed` must be an integer from 0 to"),
     ],
 )
 def test_before_any_work(base, tmp_path, monkeypatch, out, options, message):
@@ -135,10 +135,10 @@ def test_what_is_no_base(make, message):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"tokenizer": "bert-base-uncased"}, "`tokenizer` must be a tokenizer of transformers, not a str"),
+        ({"tokenizer": "bert-base-uncased"}, "`tokenizer` must be a transformers tokenizer, not a str"),
         ({"ratio": "4"}, "`ratio` must be a number, not '4'"),
-        ({"batch_size": 0}, "`batch_size` must be a whole number of 1 or more, not 0"),
-        ({"seed": 1.5}, "`seed` must be a whole number"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of 1 or more, not 0"),
+        ({"seed": 1.5}, "`seed` must be an integer"),
         ({"calibration": 5, "recipe": "fwsvd"}, "must be texts: .* this is a int"),
         ({"calibration": [b"text"], "recipe": "fwsvd"}, "holds what is no string"),
     ],

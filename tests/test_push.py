@@ -98,7 +98,7 @@ def test_one_commit_of_exactly_the_folder(hub, folder, finished):
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text("{}")
     pushed = push_folder(folder, "x", message="First")
-    assert pushed.remarks == ("Files of Trainer were left out: checkpoint-5/optimizer.pt, training_args.bin.",)
+    assert pushed.remarks == ("Trainer's files were left out: checkpoint-5/optimizer.pt, training_args.bin.",)
     assert published(hub) == {**contents(finished), "1_Pooling/config.json": b"{}"}
     assert set(pushed.files) == published(hub).keys()
     assert pushed.changed and pushed.repo_id == "me/x" and pushed.url == f"{hub.url}/me/x/commit/{pushed.commit}"
@@ -265,9 +265,9 @@ def test_a_fault_that_passes_is_waited_for(hub, folder, naps, step, action):
 @pytest.mark.parametrize(
     "action,words",
     [
-        (500, "fault of its own (HTTP 500)"),
+        (500, "server error (HTTP 500)"),
         (403, "may not write"),
-        (401, "The Hub does not know the token"),
+        (401, "The Hub does not accept the token"),
         ("cut", "was cut"),
         (429, "asks to wait 900 seconds"),
     ],
@@ -284,7 +284,7 @@ def test_a_fault_that_stays_leaves_nothing_and_says_so(hub, folder, step, action
     assert "nothing was published" in sentence and "\n" not in sentence
     assert published(hub) == {}
     repository = hub.repositories.get(("model", "me/x"))
-    assert ("is there now, and empty" in sentence) == (repository is not None)
+    assert ("now exists and is empty" in sentence) == (repository is not None)
     assert repository is None or published(hub, branch="small" if "small" in repository.branches else "main") == {}
 
 
@@ -294,7 +294,7 @@ def test_lost_answers_to_the_commit_are_looked_after(hub, folder):
     assert published(hub) == contents(folder) and pushed.commit == hub.model("me/x").branches["main"]
     (folder / "LICENSE").write_text("More.")
     hub.fault("paths-info", 500, times=99)
-    with pytest.raises(CompressionError, match="not known, but it has all of it or nothing"):
+    with pytest.raises(CompressionError, match="received the commit, but it has all of it or nothing"):
         push_folder(folder, "me/x")
     assert published(hub) == contents(folder)
 
@@ -313,7 +313,7 @@ def test_somebody_else_commits_meanwhile(hub, folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.HfApi, "preupload_lfs_files", lambda *a, **o: (upload(*a, **o), _theirs(hub))[0])
-        with pytest.raises(CompressionError, match="changed by somebody else.*nothing was published; run this again"):
+        with pytest.raises(CompressionError, match="changed by someone else.*nothing was published; run this again"):
             push_folder(folder, "me/x")
     assert published(hub) == {"README.md": b"theirs"}
     push_folder(folder, "me/x")
@@ -329,7 +329,7 @@ def test_what_has_arrived_is_not_sent_again(hub, folder):
     shards = [name for name in folder_files(folder) if name.endswith(".safetensors")]
     last = hashlib.sha256((folder / shards[-1]).read_bytes()).hexdigest()
     hub.fault(f"PUT /_lfs/{last}", "cut", times=99)
-    with pytest.raises(CompressionError, match="was cut; nothing was published.*goes on where it stopped"):
+    with pytest.raises(CompressionError, match="was cut; nothing was published.*to resume"):
         push_folder(folder, "me/x")
     assert published(hub) == {} and len(hub.blobs) == len(shards) - 1
     hub.faults.clear()
@@ -342,15 +342,15 @@ def test_what_has_arrived_is_not_sent_again(hub, folder):
 @pytest.mark.parametrize(
     "name,options,words",
     [
-        ("me/x/y", {}, "is no name of a repository"),
-        ("me/-x", {}, "is no name of a repository"),
+        ("me/x/y", {}, "is not a repository name"),
+        ("me/-x", {}, "is not a repository name"),
         ("me/data", {}, "is a dataset on the Hub and not a model"),
         ("you/x", {}, "may not write to 'you/x'"),
-        ("me/none", {"create_pr": True}, "no repository 'me/none' to make a pull request in"),
-        ("me/public", {"private": True}, "is public already"),
+        ("me/none", {"create_pr": True}, "no repository 'me/none' to open a pull request in"),
+        ("me/public", {"private": True}, "is already public"),
         ("me/public", {"create_pr": True, "revision": "small"}, "leave one of the two out"),
-        ("me/public", {"token": "hf_wrong"}, "does not know the token"),
-        ("me/public", {"token": READ_TOKEN}, "may only read"),
+        ("me/public", {"token": "hf_wrong"}, "does not accept the token"),
+        ("me/public", {"token": READ_TOKEN}, "is read-only"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_made(hub, folder, name, options, words):
@@ -387,7 +387,7 @@ def test_what_fails_a_check_is_not_published(hub, folder, monkeypatch):
     with pytest.raises(CompressionError, match="was not published, because.*paths: config.json holds a path"):
         push_folder(folder, "me/x")
     assert not hub.repositories
-    with pytest.raises(CompressionError, match="no compressed folder"):
+    with pytest.raises(CompressionError, match="not a compressed folder"):
         push_folder(folder.parent, "me/x")
 
 
@@ -543,7 +543,7 @@ def test_round_trip_for_strangers(hub, finished, result, tmp_path):
 def test_the_command_refuses_in_one_sentence(hub, folder, tmp_path):
     (folder / "weights.pt").write_bytes(b"\x80\x02")
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    for name, token, words in (("me/a/b", TOKEN, "no name of a repository"), ("me/x", "", "no token for the Hub")):
+    for name, token, words in (("me/a/b", TOKEN, "not a repository name"), ("me/x", "", "no token for the Hub")):
         run = run_cli("push", folder, name, **online, HF_TOKEN=token)
         assert run.returncode == 1 and words in run.stderr and len(error_of(run.stderr).splitlines()) == 1, run.stderr
 
@@ -552,7 +552,7 @@ def test_the_command_refuses_in_one_sentence(hub, folder, tmp_path):
     "step,said",
     [
         ("create_repo", "nothing was published"),
-        ("preupload_lfs_files", "is there now, and empty"),
+        ("preupload_lfs_files", "now exists and is empty"),
         ("create_commit", "not known"),
     ],
 )

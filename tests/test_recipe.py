@@ -52,7 +52,7 @@ def test_sizes_in_bytes(text, count):
     [
         ({"max_bytes": "6 apples"}, "'6 apples' is unknown"),
         ({"max_bytes": 0}, "above 0"),
-        ({"total_ratio": 1}, "would not make anything smaller"),
+        ({"total_ratio": 1}, "would not make the model smaller"),
         ({"total_ratio": "four"}, "must be a number"),
         ({"total_ratio": 4, "ratio": 3}, "exclude each other"),
         ({"total_ratio": 4, "max_bytes": 3}, "exclude each other"),
@@ -123,7 +123,7 @@ def test_selectors_with_commas(text, parts):
         ({"rules": []}, "at least one rule"),
         ({**MINIMAL, "colour": 1}, "unknown key 'colour'; known keys are name, rules, modules"),
         (rule(colour=1), "unknown key 'colour'; known keys are structure, objective"),
-        ({"rules": [{"ratio": 2}]}, "names no structure"),
+        ({"rules": [{"ratio": 2}]}, "has no structure"),
         ({"rules": [{"structure": "dense"}]}, "no rule that compresses"),
         ({"rules": [{"structure": "wavelets"}]}, "'wavelets', which is unknown; known are low_rank, autoencoder"),
         ({"rules": [{"structure": {"name": "low_rank", "rank": 3}}]}, "unknown key 'rank'"),
@@ -162,7 +162,7 @@ def test_selectors_with_commas(text, parts):
                     {"structure": "sparse", "objective": {"cosine": 1, "importance": "fisher", "parameter_wise": True}}
                 ]
             },
-            "do not go with a cosine loss",
+            "cannot be used with a cosine loss",
         ),
         ({"rules": [{"structure": "low_rank", "objective": {"l2": 1, "parameter_wise": True}}]}, "needs an importance"),
         (
@@ -174,7 +174,7 @@ def test_selectors_with_commas(text, parts):
             "cannot be solved for parameter_wise",
         ),
         ({"rules": [{"structure": "low_rank", "objective": {"l2": 1, "importance": "luck"}}]}, "'luck' is unknown"),
-        ({"rules": [{"structure": "sparse", "grouping": "concatenated"}]}, "nothing that several matrices could share"),
+        ({"rules": [{"structure": "sparse", "grouping": "concatenated"}]}, "nothing to share between matrices"),
         ({"rules": [{"structure": {"name": "autoencoder", "decoder": "nonlinear"}}]}, "needs method: epochs"),
         (
             {
@@ -194,7 +194,7 @@ def test_selectors_with_commas(text, parts):
         ({**MINIMAL, "allocation": "fair"}, "'fair' is unknown; known are uniform, by_gain"),
         ({"rules": [{"structure": "autoencoder"}], "allocation": "by_gain"}, "needs structures whose errors are known"),
         ({**rule(objective="calibrated"), "allocation": "by_gain"}, "needs the objective 'sensitive'"),
-        (rule(objective={"l2": 1, "sensitive": True}), "must be calibrated too"),
+        (rule(objective={"l2": 1, "sensitive": True}), "must also be calibrated"),
         (rule(alternatives=["quantized"]), "allocation must be 'by_gain'"),
         (rule(storages=["int8"]), "allocation must be 'by_gain'"),
         (rule(storages=["int9"]), "'int9' is unknown"),

@@ -97,7 +97,7 @@ def test_records_of_narrow_numbers(result, tmp_path, options):
     folder = made.save(tmp_path / "out")
     record = json.loads((folder / "verification.json").read_text())
     assert record["dtype"] == options.get("dtype", "float32")
-    found = probe.load_as_a_stranger(folder, trust=False, inputs=record["inputs"])
+    found = probe.load_in_clean_process(folder, trust=False, inputs=record["inputs"])
     assert probe.difference(record["outputs"], found["outputs"]) < 1e-6
     made.model.save_pretrained(folder)
     assert not (folder / "verification.json").exists()
@@ -208,7 +208,7 @@ TAMPERED = {
     "a module's code": (
         lambda f: (f / "modules.json").write_text('[{"type": "you.Module"}]'),
         "code",
-        "modules.json names other code to run, 'you.Module'",
+        "modules.json refers to other code, 'you.Module'",
     ),
     "a token in UTF-16": (lambda f: (f / "x.dat").write_text(SECRET, "utf-16"), "tokens", "x.dat holds"),
     "a private key": (lambda f: (f / "id_rsa").write_text(f"{'-' * 5}BEGIN PRIVATE KEY{'-' * 5}"), "tokens", "id_rsa"),
@@ -227,12 +227,16 @@ TAMPERED = {
     ),
     "a damaged record": (lambda f: (f / "verification.json").write_text("[]"), "record", "it is damaged"),
     "a newer record": (lambda f: edit(f / "verification.json", format_version=9), "record", "format version 9"),
-    "a card that is no YAML": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "card", "no model card"),
+    "a card that is no YAML": (
+        lambda f: (f / "README.md").write_text("---\na: [\n---\n"),
+        "card",
+        "cannot be read as a model card",
+    ),
     "a card without metadata": (lambda f: (f / "README.md").write_text("# Small\n"), "card", "has no metadata"),
     "a card of a local base": (
         lambda f: (f / "README.md").write_text("---\nbase_model: ./a/b\n---\n"),
         "card",
-        "'base_model' must be an id",
+        "'base_model' must be a Hub id",
     ),
     "a card with wrong types": (
         lambda f: (f / "README.md").write_text("---\ntags: 3\n---\n"),
@@ -242,15 +246,15 @@ TAMPERED = {
     "a card with wrong results": (
         lambda f: (f / "README.md").write_text("---\nmodel-index:\n- name: a\n  results: [{task: 1}]\n---\n"),
         "card",
-        "no model card that can be read",
+        "cannot be read as a model card",
     ),
-    "other code": (lambda f: (f / "setup.py").write_text(""), "code", "setup.py is no code of"),
+    "other code": (lambda f: (f / "setup.py").write_text(""), "code", "setup.py is not part of"),
     "changed code": (lambda f: (f / "weights_compressed.py").write_text(""), "code", "is not the code of"),
     "missing code": (lambda f: (f / "packing_compressed.py").unlink(), "code", "packing_compressed.py is missing"),
     "code from elsewhere": (
         lambda f: edit(f / "config.json", auto_map={"AutoModel": "you/x--modeling.Evil"}),
         "code",
-        "config.json names other code to run, 'you/x--modeling.Evil'",
+        "config.json refers to other code, 'you/x--modeling.Evil'",
     ),
     "a tokenizer's code": (
         lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
@@ -317,7 +321,7 @@ def test_what_push_leaves_out_is_named(folder):
 
 def test_what_is_no_folder_of_ours(tmp_path):
     for place in (tmp_path, tmp_path / "none"):
-        with pytest.raises(CompressionError, match="is no compressed folder"):
+        with pytest.raises(CompressionError, match="is not a compressed folder"):
             verify_folder(place)
     run = run_cli("verify", tmp_path)
     assert run.returncode == 1 and len(error_of(run.stderr).splitlines()) == 1

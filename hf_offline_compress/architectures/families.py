@@ -1,7 +1,7 @@
 """The architectures that can be compressed, and what the rest of the package sees of one: parameters and matrices.
 
 The kinds have the same names in all families; a matrix is always seen as [out, in] (an embedding as [tokens, width]), so
-transposed and fused layers are turned and cut here, and joined again, and nowhere else. No torch is needed until a layout
+transposed and fused layers are transposed, split and joined here and nowhere else. No torch is needed until a layout
 is asked for; see `layout.py`.
 """
 

@@ -76,12 +76,12 @@ def layout_of_model(model: PreTrainedModel) -> ParameterLayout:
     for name, shape in layout.parameters.items():
         if name not in shapes:
             raise CompressionError(
-                f"The model has no '{name}', which its config describes; load it as it was saved, or make its config true."
+                f"The model has no '{name}', which its config describes; load it as it was saved, or correct its config."
             )
         if shapes[name] != shape:
             raise CompressionError(
                 f"The model's '{name}' has the shape {list(shapes[name])}, and its config describes {list(shape)}; "
-                "make its config (num_labels, vocab_size, …) true, then compress it."
+                "correct its config (num_labels, vocab_size, …), then compress it."
             )
     return layout
 

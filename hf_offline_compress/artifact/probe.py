@@ -1,6 +1,6 @@
 """What a model gives on fixed small inputs: recorded when a folder is saved, compared wherever it is loaded again.
 
-This file is also a program, `python probe.py FOLDER OUT {with,without}`, which loads a folder as a stranger would, with
+This file is also a program, `python probe.py FOLDER OUT {with,without}`, which loads a folder in a clean process, with
 the package or without it, and writes what it found as JSON. So it imports nothing of the package.
 """
 
@@ -101,7 +101,7 @@ def difference(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]])
     return worst
 
 
-def load_as_a_stranger(folder: Path, *, trust: bool, inputs: dict[str, Any] | None) -> dict[str, Any]:
+def load_in_clean_process(folder: Path, *, trust: bool, inputs: dict[str, Any] | None) -> dict[str, Any]:
     """Load a folder through the auto class of its head, run the probe and return what was found, as plain JSON.
 
     Args:
@@ -152,8 +152,8 @@ def _main(folder: Path, out: Path, mode: str) -> None:
         inputs = None
     found: dict[str, Any]
     try:
-        found = load_as_a_stranger(folder, trust=mode == "without", inputs=inputs)
-    except Exception as error:  # whatever it is, it is what a stranger would see
+        found = load_in_clean_process(folder, trust=mode == "without", inputs=inputs)
+    except Exception as error:  # whatever it is, a user would see it too
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     out.write_text(json.dumps(found), "utf-8")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "compression_report.json"
 CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
 EVALUATION_FORMAT = 1
-ADVICE = "Get the folder again from where it came, or compress the base anew."
+ADVICE = "Download the folder again, or compress the base again."
 # What is written beside companions, and so is replaced with the folder.
 WRITTEN = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py|"
@@ -93,12 +93,12 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a compressed folder.
 
     Raises:
-        CompressionError: it is no compressed folder, or the file is damaged.
+        CompressionError: it is not a compressed folder, or the file is damaged.
     """
     config = read_json(folder / "config.json")
     if config is None or str(config.get("model_type")) not in MODEL_TYPES:
         raise CompressionError(
-            f"'{folder}' is no compressed folder: it needs a config.json of a compressed model. "
+            f"'{folder}' is not a compressed folder: it needs a config.json of a compressed model. "
             "`hf-offline-compress compress` writes such folders."
         )
     title = f"The config.json of '{folder.name}'"
@@ -108,7 +108,7 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     if not named.startswith(CLASS_PREFIX) or not family.owns(named.removeprefix(CLASS_PREFIX)):
         found = config["architectures"][0] if config["architectures"] else "none"
         raise CompressionError(
-            f"{title} names '{found}' in architectures, which is no compressed {family.title}. {ADVICE}"
+            f"{title} names '{found}' in architectures, which is not a compressed {family.title}. {ADVICE}"
         )
     return config
 
@@ -124,7 +124,7 @@ def _report(folder: Path) -> dict[str, Any] | None:
         return None
     report = read_json(folder / REPORT_FILE)
     if report is None:
-        raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {ADVICE}")
+        raise CompressionError(f"{title} cannot be read: it is not a JSON object. {ADVICE}")
     check(report, REPORT, title, ADVICE)
     if not any(family.owns(report["architecture"]) for family in FAMILIES.values()):
         raise CompressionError(
@@ -145,7 +145,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     content = read_json(file)
     if content is None:
-        raise CompressionError(f"{title} cannot be read: it is no JSON mapping. {advice}")
+        raise CompressionError(f"{title} cannot be read: it is not a JSON object. {advice}")
     if content.get("format_version") != EVALUATION_FORMAT:
         raise CompressionError(
             f"{title} has format {content.get('format_version')!r}, and this version reads format {EVALUATION_FORMAT}. {advice}"

@@ -1,4 +1,4 @@
-"""What was kept, and at what cost: the one record that folder, card and command line speak from."""
+"""What was kept, and at what cost: the one record that folder, card and command line use."""
 
 from __future__ import annotations
 

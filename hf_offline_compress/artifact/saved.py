@@ -47,8 +47,8 @@ def check_saved(folder: Path, model: PreTrainedModel) -> None:
         problems.append(f"outputs {far}")
     if problems:
         raise CompressionError(
-            f"What was saved does not say what the model in memory says ({'; '.join(problems)}), so it was not kept. Pass "
-            "dtype='float32' (--dtype float32) or another storage."
+            f"The saved model's outputs differ from those of the model in memory ({'; '.join(problems)}), so it was "
+            "discarded. Pass dtype='float32' (--dtype float32) or another storage."
         )
 
 

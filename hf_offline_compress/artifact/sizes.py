@@ -38,6 +38,6 @@ def _passed_over(path: Path) -> bool:
 
 
 def outside_links(folder: Path) -> list[str]:
-    """Return what in a folder is a link to somewhere else; a download in the Hub's cache has nothing of that."""
+    """Return what in a folder is a link to somewhere outside the folder; a download in the Hub's cache has nothing of that."""
     links = [path for path in folder.rglob("*") if path.is_symlink() and not _passed_over(path.relative_to(folder))]
     return sorted(path.relative_to(folder).as_posix() for path in links if not belongs_to(folder, path))

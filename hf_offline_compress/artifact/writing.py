@@ -69,7 +69,7 @@ def save_folder(
             content["totals"]["folder_bytes"] = sum(file_sizes(partial).values())
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
-        with stage("loading what was saved, to check it"):
+        with stage("loading the saved model to check it"):
             write_record(partial, model)
             check_saved(partial, model)
         with _accessory("No model card was written; `hf-offline-compress card` writes one later"):

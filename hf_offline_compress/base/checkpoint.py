@@ -79,7 +79,7 @@ WANTED = re.compile(
     rf"({MODULE}/)?({WEIGHTS}|{'|'.join(map(re.escape, ('config.json', 'README.md', *COMPANIONS)))})"
     rf"|{MODULE}/[^/]+\.(json|txt|safetensors|bin)|additional_chat_templates/[^/]+\.jinja"
 )
-ADVICE = "Get it again from where it came, or save the model anew with save_pretrained."
+ADVICE = "Download it again, or save the model again with save_pretrained."
 UNWRAPPED = {r"^((module|_orig_mod)\.)+": ""}  # what DataParallel and torch.compile put before the names of weights
 
 
@@ -173,7 +173,7 @@ def _locate(base: str | Path, revision: str | None, token: str | bool | None) ->
         config, inner = read_base_json(inner_file, name), inner_file.parent.name
     elif file is None:
         where = f"The folder '{base}'" if folder else f"'{name}' on the Hub"
-        raise CompressionError(f"{where} has no config.json: it is no transformers checkpoint.")
+        raise CompressionError(f"{where} has no config.json: it is not a transformers checkpoint.")
     try:
         check_sizes(config)
     except ValueError as error:
@@ -211,7 +211,7 @@ def _typed(config: dict[str, Any], name: str) -> dict[str, Any]:
         if first and family.owns(first):
             return {**config, "model_type": model_type}
     raise CompressionError(
-        f"The config.json of '{name}' has no model_type, and no known class among its architectures to tell it by; add one "
+        f"The config.json of '{name}' has no model_type, and no known class among its architectures to infer it from; add one "
         f'to it, e.g. "model_type": "{next(iter(FAMILIES))}".'
     )
 
@@ -262,7 +262,7 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
         if len(info["missing_keys"]) >= len(model.state_dict()):
             others = sorted(info["unexpected_keys"])
             found = f"are named {listing(others[:2])}{' …' if len(others) > 2 else ''}" if others else "are of no model"
-            raise CompressionError(f"{lacks}: those in its files {found}. Save the model anew with save_pretrained.")
+            raise CompressionError(f"{lacks}: those in its files {found}. Save the model again with save_pretrained.")
         raise CompressionError(f"{lacks}; pass the auto_class that it was saved from, e.g. auto_class='AutoModel'.")
     return model.eval()
 
@@ -296,7 +296,7 @@ def load_tokenizer(base: BaseCheckpoint, *, trust_remote_code: bool = False) -> 
     if not files:
         return None
     what = f"The tokenizer of '{base.name}' ({listing(files)}) cannot be read"
-    advice = "Get these files again, save a tokenizer there with save_pretrained, or pass tokenizer=."
+    advice = "Download these files again, save a tokenizer there with save_pretrained, or pass tokenizer=."
     config = AutoConfig.for_model(base.family.model_type)  # of the class alone, which some files leave out
     with refusing(what, advice):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -396,7 +396,7 @@ def _is_own(source: Path, file: Path) -> bool:
     if not file.is_file():
         return False
     if not belongs_to(source, file):
-        logger.warning("'%s' of the base is a link to a file outside of it, and does not travel along.", file.name)
+        logger.warning("'%s' of the base is a link to a file outside the folder and is not copied.", file.name)
         return False
     return True
 
@@ -419,7 +419,7 @@ def _copy(source: Path, target: Path) -> None:
     if re.search(rb'"_?name_or_path"', content):
         try:
             values = json.loads(content)
-        except (ValueError, RecursionError):  # whoever reads it will say so
+        except (ValueError, RecursionError):  # reported where it is read
             values = None
         if isinstance(values, dict):
             values = {key: value for key, value in values.items() if key not in ("name_or_path", "_name_or_path")}

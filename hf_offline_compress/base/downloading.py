@@ -26,7 +26,7 @@ def check_id(base: str) -> None:
     with suppress(OSError):  # of names that are too long for one
         if Path(base).is_file():
             raise CompressionError(
-                f"'{base}' is a file; pass the folder that it lies in, with config.json and weights."
+                f"'{base}' is a file; pass the folder that contains it, with config.json and weights."
             )
     if address := ADDRESS.match(base):
         raise CompressionError(f"'{base}' is an address; pass the repository's id, '{address[1]}'.")
@@ -37,7 +37,7 @@ def check_id(base: str) -> None:
         valid = False
     if not valid:
         raise CompressionError(
-            f"There is no folder '{base[:100]}', and it is no Hub id either (name or owner/name, e.g. bert-base-uncased)."
+            f"There is no folder '{base[:100]}', and it is not a Hub id (name or owner/name, e.g. bert-base-uncased)."
         )
 
 
@@ -146,9 +146,9 @@ def _explain(error: Exception, name: str, partial: bool = False) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
-        return f"'{name}' is gated: ask for access on its page, and pass a token."
+        return f"'{name}' is gated: request access on its page, and pass a token."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"'{name}' has no such revision on the Hub; pass a branch, a tag or a commit that it has."
+        return f"'{name}' does not have this revision on the Hub; pass a branch, a tag or a commit that it has."
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"There is neither a folder nor a repository on the Hub named '{name}' (a private one needs a token)."
     absent = (

@@ -14,7 +14,7 @@ from ..foundation.tensor_files import INDEX_FILE, check_weights, damage, stand_i
 
 SAFETENSORS = ("model.safetensors", INDEX_FILE)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-ADVICE = "Get it again from where it came, or save the model anew with save_pretrained."
+ADVICE = "Download it again, or save the model again with save_pretrained."
 
 
 def check_base_weights(folder: Path, name: str) -> None:
@@ -33,7 +33,7 @@ def check_base_weights(folder: Path, name: str) -> None:
         shards = read_base_json(folder / PICKLES[1], name).get("weight_map")
         files = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not files:
-            raise CompressionError(f"The {PICKLES[1]} of '{name}' names no weight files. {ADVICE}")
+            raise CompressionError(f"The {PICKLES[1]} of '{name}' lists no weight files. {ADVICE}")
     else:
         files = [PICKLES[0]] if present[0] == PICKLES[0] else []
     for file in files:
@@ -109,7 +109,7 @@ def _text(file: Path, name: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CompressionError(
-            f"The {file.name} of '{name}' is not UTF-8 text (byte {error.start:,}); convert it, or get it again."
+            f"The {file.name} of '{name}' is not UTF-8 text (byte {error.start:,}); convert it, or download it again."
         ) from error
     except OSError as error:
         raise CompressionError(f"The {file.name} of '{name}' cannot be read: {error.strerror}. {ADVICE}") from error
@@ -127,10 +127,10 @@ def _pickle_damage(file: Path) -> str | None:
     with file.open("rb") as stream:
         start = stream.read(64)
     if what := stand_in(start):
-        return f"is {what}, not the weights: the download went wrong"
+        return f"is {what}, not weights: the download went wrong"
     # torch's format of today is a zip archive, the one before a pickle; what is cut off has lost its directory.
     if start.startswith(b"PK") and not zipfile.is_zipfile(file):
         return f"is cut off: it has {file.stat().st_size:,} bytes"
     if not re.match(rb"PK|\x80[\x02-\x05]", start):
-        return f"is no file of torch.save, or is cut off: it has {file.stat().st_size:,} bytes"
+        return f"is not a torch.save file, or is cut off: it has {file.stat().st_size:,} bytes"
     return None

@@ -34,17 +34,17 @@ def check_base(base: object) -> None:
         raise CompressionError(f"A {name} cannot be compressed; {wrapped}.")
     if isinstance(base, nn.Module) and (hasattr(base, "peft_config") or _has_modules(base, ("peft.",))):
         raise CompressionError(
-            f"This {name} has adapters of PEFT; merge them into the model first, `model = model.merge_and_unload()`, and pass "
+            f"This {name} has PEFT adapters; merge them into the model first, `model = model.merge_and_unload()`, and pass "
             "that."
         )
     if isinstance(base, nn.Module) and _has_modules(base, QUANTIZED):
-        raise CompressionError(f"This {name} is quantized already; pass the model from before, in full precision.")
+        raise CompressionError(f"This {name} is quantized already; pass the original model in full precision.")
     if isinstance(base, PreTrainedModel):
         return
     inner = getattr(base, "model", None)
     hint = ", such as its `.model`" if isinstance(inner, PreTrainedModel) else ""
     raise CompressionError(
-        f"A {name} cannot be compressed; pass a Hub id, a folder, or a model of transformers{hint}, of one of the architectures "
+        f"A {name} cannot be compressed; pass a Hub id, a folder, or a transformers model{hint}, with one of the architectures "
         f"{listing(FAMILIES)}."
     )
 
@@ -53,7 +53,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Raise CompressionError unless this is a tokenizer of transformers, or None."""
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "all_special_ids")):
         raise CompressionError(
-            f"`tokenizer` must be a tokenizer of transformers, not a {type(tokenizer).__name__}; AutoTokenizer.from_pretrained "
+            f"`tokenizer` must be a transformers tokenizer, not a {type(tokenizer).__name__}; AutoTokenizer.from_pretrained "
             "loads one."
         )
 

@@ -64,7 +64,12 @@ def _preset_options(report: dict[str, Any]) -> dict[str, str] | None:
         return None
     if "modules" in options and split_selectors(options["modules"]) != wanted.modules:
         return None
-    return {"recipe": name, **options} if found.to_dict() == wanted.to_dict() else None
+    return {"recipe": name, **options} if _settings(found) == _settings(wanted) else None
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe does: a preset is the same one where only its description was reworded."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in ("description", "references")}
 
 
 def _changed(key: str, preset: Recipe, wanted: Recipe) -> Any:

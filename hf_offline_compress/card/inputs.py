@@ -1,4 +1,4 @@
-"""All that a card is written from: report, evaluations, config and file sizes of a compressed folder."""
+"""Everything that a card is written from: report, evaluations, config and file sizes of a compressed folder."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CardInputs:
         if self.trained:
             return "It was fine-tuned after it was compressed."
         if not self.report or RECORD_FILE not in self.files:
-            return "It was saved anew after it was compressed, and may have been fine-tuned."
+            return "It was saved again after it was compressed, and may have been fine-tuned."
         return None
 
     @property

@@ -22,10 +22,12 @@ def limits(inputs: CardInputs) -> list[str]:
 
 def _measured(inputs: CardInputs) -> list[str]:
     if not inputs.evaluations:
-        known = ": the errors below are those of matrices, and say little of any task" if inputs.groups else ""
-        return [f"It has not been evaluated{known}. Measure your own task before you use it."]
+        known = ": the errors below are errors of matrices and say little about any task" if inputs.groups else ""
+        return [f"It has not been evaluated{known}. Evaluate it on your own task before you use it."]
     found = [line for evaluation in inputs.evaluations for line in _worse(evaluation)]
-    return found or ["No metric in the results above is worse than the base's. Other tasks may be: measure yours."]
+    return found or [
+        "No metric in the results above is worse than the base's. Other tasks may be worse: evaluate your own."
+    ]
 
 
 def _worse(evaluation: dict[str, Any]) -> list[str]:
@@ -43,10 +45,10 @@ def _worse(evaluation: dict[str, Any]) -> list[str]:
     if worse and str(evaluation["id"]).startswith("agreement"):
         shown = ", ".join(f"{cell(m['name'])} {value(m['compressed'])} ({value(m['base'])})" for m in worse)
         return [
-            f"It does not say quite what the base says: on {data_name(evaluation)} (a perfect copy in brackets) {shown}."
+            f"Its outputs differ from the base model's: on {data_name(evaluation)}, {shown} (identical outputs in brackets)."
         ]
     return [
-        f"Worse than the base: {cell(m['name'])} on {data_name(evaluation)} is {value(m['compressed'])}, of the base "
+        f"Worse than the base: {cell(m['name'])} on {data_name(evaluation)} is {value(m['compressed'])}; the base has "
         f"{value(m['base'])}."
         for m in worse
     ]
@@ -56,11 +58,11 @@ def _speed(inputs: CardInputs) -> list[str]:
     benchmark = inputs.benchmark
     models = {model["name"]: model for model in benchmark["models"]} if benchmark else {}
     if BASE not in models or OURS not in models:
-        return ["Its speed and memory beside the base's have not been measured."]
+        return ["Its speed and memory have not been compared with the base's."]
     base, own = models[BASE], models[OURS]
     found = [
-        f"Slower than the base: batch {ours['batch']}, length {ours['length']} takes {value(ours['median_ms'])} ms, the "
-        f"base {value(dense['median_ms'])} ms."
+        f"Slower than the base: batch {ours['batch']}, length {ours['length']} takes {value(ours['median_ms'])} ms; the "
+        f"base takes {value(dense['median_ms'])} ms."
         for dense, ours in _pairs(base, own)
         if ours["median_ms"] > dense["median_ms"]
     ]
@@ -81,8 +83,8 @@ def _speed(inputs: CardInputs) -> list[str]:
         and 0 < (model.get("disk_bytes") or 0) <= own["disk_bytes"]
     ]
     if smaller:
-        found.append(f"Smaller or as small on disk, without this package: {', '.join(smaller)}.")
-    return found or ["In the benchmark above it is nowhere slower or larger than the base."]
+        found.append(f"As small or smaller on disk, without this package: {', '.join(smaller)}.")
+    return found or ["In the benchmark above it is never slower or larger than the base."]
 
 
 def _pairs(base: dict[str, Any], own: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -99,18 +101,18 @@ def _decoding(inputs: CardInputs) -> list[str]:
     packed = any("integers" in group for group in compression["groups"].values())
     if structures <= set(FACTORED) and packed and compression["decoding"] == "cached":
         return [
-            "Its matrices are applied as factors, never as dense ones. The factors are packed integers on disk; they are "
-            "unpacked once and kept as numbers, which takes more memory than disk."
+            "Its matrices are applied as factors, never expanded. The factors are packed integers on disk; they are "
+            "unpacked once, so they take more memory than disk."
         ]
     if structures <= set(FACTORED):
-        return ["Its matrices are applied as factors, never as dense ones: it saves memory as well as disk."]
+        return ["Its matrices are applied as factors, never expanded: it saves memory as well as disk."]
     if compression["decoding"] == "cached":
         return [
             "Small on disk, not in memory: weights are decoded once, at the first forward pass, and are dense from then on. "
-            '`model.set_decoding("on_the_fly")` decodes them at every use instead, which needs less memory and more time.'
+            '`model.set_decoding("on_the_fly")` decodes them at every use instead, which takes less memory and more time.'
         ]
     return [
-        "Weights are decoded at every use, which needs little memory and much time. "
+        "Weights are decoded at every use, which takes little memory and more time. "
         '`model.set_decoding("cached")` decodes them once.'
     ]
 
@@ -119,17 +121,17 @@ def _resizing(inputs: CardInputs) -> list[str]:
     for group in inputs.config["compression"]["groups"].values():
         words = any(member["module"] in EMBEDDINGS for member in group["members"])
         if words and (group["structure"] in NOT_RESIZED or "integers" in group):
-            return ["Its vocabulary cannot be resized: resize the base, then compress that."]
+            return ["Its vocabulary cannot be resized: resize the vocabulary of the base, then compress it again."]
     return []
 
 
 def _training(inputs: CardInputs) -> list[str]:
-    found = [inputs.since or "It was not fine-tuned after compression; what is lost may partly come back if you do."]
+    found = [inputs.since or "It was not fine-tuned after compression; fine-tuning may recover some of the loss."]
     if inputs.since and inputs.groups:
-        found[0] += " The errors below are those before."
+        found[0] += " The errors below were measured before that."
     if record := inputs.report.get("calibration"):
-        text = {"bundled": "hf-offline-compress's own English text", "caller": "a text of its maker"}.get(
+        text = {"bundled": "hf-offline-compress's own English text", "caller": "text supplied by the author"}.get(
             record["source"], f"`{cell(record['source'])}`"
         )
-        found.append(f"It was calibrated on {text}: on text that is unlike it, more may be lost than measured here.")
+        found.append(f"It was calibrated on {text}: on other kinds of text, the loss may be larger than measured here.")
     return found

@@ -66,7 +66,7 @@ def inherited_metadata(base: str | Path) -> dict[str, Any]:
     if not re.fullmatch(LICENSE, kept["license"]):
         if found.get("license"):
             logger.warning(
-                "The licence in the base's card, %r, is none that the Hub knows; give it by --license.",
+                "The licence in the base's card, %r, is not one that the Hub knows; give it by --license.",
                 found["license"],
             )
         kept = {}
@@ -74,9 +74,7 @@ def inherited_metadata(base: str | Path) -> dict[str, Any]:
     listed = ["no" if each is False else each for each in (languages if isinstance(languages, list) else [languages])]
     known = [each for each in listed if _is_language(each)]
     if lost := [each for each in listed if each is not None and each not in known]:
-        logger.warning(
-            "Languages in the base's card are none that the Hub knows: %s.", ", ".join(map(repr, lost))[:200]
-        )
+        logger.warning("Languages in the base's card are not known to the Hub: %s.", ", ".join(map(repr, lost))[:200])
     return {**kept, "language": known} if known else kept
 
 
@@ -137,15 +135,15 @@ def check_given(given: Mapping[str, Any]) -> None:
     """
     if (base := given.get("base_model")) and (not _is_id(base) or "/" not in base):
         raise CompressionError(
-            f"The base model '{base}' is no id on the Hub; pass owner/name, e.g. google-bert/bert-base-uncased."
+            f"The base model '{base}' is not a Hub id; pass owner/name, e.g. google-bert/bert-base-uncased."
         )
     if (license_ := given.get("license")) and not re.fullmatch(LICENSE, license_):
         raise CompressionError(
-            f"The licence '{license_}' is none that the Hub knows; pass its short name, e.g. apache-2.0."
+            f"The licence '{license_}' is not one that the Hub knows; pass its short name, e.g. apache-2.0."
         )
     for language in given.get("language") or ():
         if not _is_language(language):
-            raise CompressionError(f"The language '{language}' is none that the Hub knows; pass its code, e.g. en.")
+            raise CompressionError(f"The language '{language}' is not one that the Hub knows; pass its code, e.g. en.")
 
 
 def _is_id(name: str) -> bool:

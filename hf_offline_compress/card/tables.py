@@ -25,7 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def count(number: float) -> str:
-    """Return a whole number with commas, e.g. "90,868,376"."""
+    """Return an integer with commas, e.g. "90,868,376"."""
     return f"{int(number):,}" if isfinite(number) else NOTHING
 
 

@@ -115,7 +115,7 @@ def card_text(
             known |= _kept_metadata(old)
         elif not overwrite:
             raise CompressionError(
-                f"'{Path(folder).name}' has a {CARD_FILE} that is no card of this command (the marks '{BEGIN}' and '{END}' "
+                f"'{Path(folder).name}' has a {CARD_FILE} that this command did not write (the marks '{BEGIN}' and '{END}' "
                 "are not in it); move your text away, or pass --overwrite (overwrite=True) to replace it."
             )
     given = {"license": license, "base_model": base_model, "language": list(language) if language else None}
@@ -129,7 +129,7 @@ def _earlier(path: Path, overwrite: bool) -> str:
         return ""
     name = f"The {CARD_FILE} of '{path.parent.name}'"
     if not path.is_file():
-        raise CompressionError(f"{name} is no file; move it away.")
+        raise CompressionError(f"{name} is not a file; move it away.")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -237,7 +237,7 @@ def _kept_metadata(text: str) -> dict[str, Any]:
         found = parse_card(text).data.to_dict()
     except Exception as error:  # yaml and huggingface_hub raise several kinds
         raise CompressionError(
-            f"The metadata of the {CARD_FILE} that is there cannot be read: {' '.join(str(error).split())[:200]} Mend it, or "
+            f"The metadata of the {CARD_FILE} that is there cannot be read: {' '.join(str(error).split())[:200]} Fix it, or "
             "delete the file."
         ) from error
     return {key: value for key, value in found.items() if key in (*KEPT, "tags") or key not in WRITTEN}
@@ -294,7 +294,7 @@ def _unreported(inputs: CardInputs) -> dict[str, Any]:
     """Return these texts where there is no report, from the config."""
     version = inputs.config.get("transformers_version")
     return {
-        "made": f"With hf-offline-compress. {inputs.since} The folder has no {REPORT_FILE} that would say more.",
+        "made": f"With hf-offline-compress. {inputs.since} The folder has no {REPORT_FILE} with further details.",
         "group_table": tables.config_table(inputs),
         "versions": f"transformers {tables.cell(version)}." if version else None,
     }
@@ -351,7 +351,7 @@ def _licence(facts: Mapping[str, Any], inherited: bool) -> str:
     names = _listed(facts.get("license"))
     if not names:
         return (
-            "The licence of the base is not known here, so none is given: find out what the base allows before you use or "
+            "The licence of the base is not known here, so none is given: check the base's licence before you use or "
             "share this model."
         )
     return f"Its licence is {', '.join(names)}{', that of the base' if inherited else ''}."
@@ -412,7 +412,7 @@ def _circumstances(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
             f"{record['seed']}, SHA-256 of the text `{record['sha256']}`"
         )
     else:
-        lines.append("calibration: none, no text was used")
+        lines.append("calibration: none (no text was used)")
     if record := report.get("validation"):
         lines.append(f"validation: `{tables.cell(record['source'])}`, SHA-256 of the text `{record['sha256']}`")
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in (report.get("seconds") or {}).items())

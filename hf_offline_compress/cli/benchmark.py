@@ -16,14 +16,14 @@ from .output import calm, megabytes, print_json, print_table, run
 def benchmark(
     folder: Folder,
     base: BaseOption = None,
-    batch: Annotated[str, typer.Option(help="sequences in one forward pass, with commas between")] = "1,32",
-    length: Annotated[str, typer.Option(help="tokens of each, with commas between")] = "128",
+    batch: Annotated[str, typer.Option(help="sequences per forward pass, comma-separated")] = "1,32",
+    length: Annotated[str, typer.Option(help="tokens per sequence, comma-separated")] = "128",
     models: Annotated[
-        str, typer.Option(help="what to measure, with commas between")
+        str, typer.Option(help="what to measure, comma-separated")
     ] = "base,bfloat16,int8,compressed,on_the_fly",
     repeats: Annotated[int, typer.Option(min=1, help="rounds over all models")] = 9,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="of the CPU; torch's own choice if not given", show_default=False)
+        int | None, typer.Option(min=1, help="CPU threads; torch's default if not given", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
     device: Device = None,
@@ -39,7 +39,7 @@ def benchmark(
 
         def numbers(option: str, text: str) -> list[int]:
             if not all(part.strip().isdigit() for part in text.split(",")):
-                raise CompressionError(f"--{option} takes whole numbers with commas between, e.g. 1,32, not '{text}'.")
+                raise CompressionError(f"--{option} takes integers separated by commas, e.g. 1,32, not '{text}'.")
             return [int(part) for part in text.split(",")]
 
         batches, lengths = numbers("batch", batch), numbers("length", length)
@@ -70,7 +70,7 @@ def benchmark(
         elif unsaved or not quiet:
             _print(result)
             if not unsaved:
-                print(f"\nput into {folder / 'evaluation.json'}")
+                print(f"\nwritten to {folder / 'evaluation.json'}")
         if unsaved:
             raise unsaved
 

@@ -17,28 +17,30 @@ def card(
     license_: Annotated[
         str | None,
         typer.Option(
-            "--license", help="of the model, as the Hub calls it; the base's if not given", show_default=False
+            "--license", help="licence of the model, by its Hub name; the base's if not given", show_default=False
         ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="the base's id on the Hub, if it was a local folder", show_default=False)
+        str | None, typer.Option(help="the base's Hub id, if it was compressed from a local folder", show_default=False)
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option(help="of the model, e.g. en, with commas between; the base's if not given", show_default=False),
+        typer.Option(
+            help="languages of the model, comma-separated, e.g. en; the base's if not given", show_default=False
+        ),
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="local folder of the base, whose card names its licence and languages", show_default=False),
+        typer.Option(help="local folder of the base, to read licence and languages from its card", show_default=False),
     ] = None,
     model_id: Annotated[
         str | None,
-        typer.Option(help="what the card's snippets load; the folder's name if not given", show_default=False),
+        typer.Option(help="model id that the card's code loads; the folder's name if not given", show_default=False),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a README.md that is no card of this command")
+        bool, typer.Option("--overwrite", help="replace a README.md that this command did not write")
     ] = False,
-    stdout: Annotated[bool, typer.Option("--stdout", help="print the card and write nothing")] = False,
+    stdout: Annotated[bool, typer.Option("--stdout", help="print the card instead of writing it")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,

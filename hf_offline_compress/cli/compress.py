@@ -26,7 +26,7 @@ def compress(
     out: Out,
     recipe: RecipeOption = DEFAULT_RECIPE,
     options: CompressionOptions = NOTHING_ELSE,
-    max_shard_size: Annotated[str, typer.Option(help="split larger weights into files of this size")] = "50GB",
+    max_shard_size: Annotated[str, typer.Option(help="split the weights into files of at most this size")] = "50GB",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

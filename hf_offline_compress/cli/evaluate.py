@@ -14,9 +14,7 @@ from .output import calm, print_json, print_table, run
 
 BaseOption = Annotated[
     str | None,
-    typer.Option(
-        help="its base, a Hub id or a folder; what its report names, if that is on the Hub", show_default=False
-    ),
+    typer.Option(help="the base, a Hub id or a folder; by default the Hub id in its report", show_default=False),
 ]
 TUNING = "of fine-tuning"
 
@@ -28,14 +26,15 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="for perplexity and agreement: a file with one text a line, or a data set's name", show_default=False
+            help="text for perplexity and agreement: a file with one text per line, or a dataset name",
+            show_default=False,
         ),
     ] = None,
     measure: Annotated[
         str | None,
         typer.Option(
-            help="on the text: perplexity, pseudo_perplexity, agreement; with commas between "
-            "(default: agreement, and perplexity of language models)",
+            help="what to measure on the text, comma-separated: perplexity, pseudo_perplexity, agreement "
+            "(default: agreement, and for language models perplexity)",
             show_default=False,
         ),
     ] = None,
@@ -44,12 +43,12 @@ def evaluate(
         typer.Option(help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli or squad", show_default=False),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="a CSV or JSON file instead of the task's data set", show_default=False)
+        Path | None, typer.Option(help="a CSV or JSON file instead of the task's dataset", show_default=False)
     ] = None,
     columns: Annotated[
         str | None,
         typer.Option(
-            help="of the file: those of the texts, then the label's, with commas between; numbers from 1 if it has no header",
+            help="columns of the file, comma-separated: texts, then the label; numbers from 1 if it has no header",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +57,7 @@ def evaluate(
         Path | None, typer.Option(help=f"a CSV or JSON file to train on {TUNING}", show_default=False)
     ] = None,
     train_limit: Annotated[
-        int | None, typer.Option(min=1, help="so many training examples at most", show_default=False)
+        int | None, typer.Option(min=1, help="at most this many training examples", show_default=False)
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"{TUNING} (default: 2e-5, squad 3e-5)", show_default=False)
@@ -68,26 +67,26 @@ def evaluate(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help=f"{TUNING} (default: 3)", show_default=False)] = None,
     length: Annotated[
-        int | None, typer.Option(min=8, help="tokens of an example (default: 128, squad 384)", show_default=False)
+        int | None, typer.Option(min=8, help="tokens per example (default: 128, squad 384)", show_default=False)
     ] = None,
-    share: Annotated[float, typer.Option(help="of tokens that are masked, whole words")] = 0.15,
+    share: Annotated[float, typer.Option(help="share of tokens to mask, as whole words")] = 0.15,
     block: Annotated[
         int | None,
-        typer.Option(min=2, help="tokens of a line (default: 512) or of a causal window (1024)", show_default=False),
+        typer.Option(min=2, help="tokens per line (default: 512) or causal window (1024)", show_default=False),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
-            min=1, help="between causal windows (default: half); overlap of squad's (128)", show_default=False
+            min=1, help="step between causal windows (default: half); for squad their overlap (128)", show_default=False
         ),
     ] = None,
-    min_tokens: Annotated[int, typer.Option(min=1, help="lines with fewer are not masked but dropped")] = 20,
+    min_tokens: Annotated[int, typer.Option(min=1, help="drop lines with fewer tokens than this")] = 20,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="so many texts or examples at most", show_default=False)
+        int | None, typer.Option(min=1, help="at most this many texts or examples", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="sequences in one forward pass")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences per forward pass")] = 32,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
-    dtype: Annotated[str, typer.Option(help="to compute in: float32, bfloat16, float16")] = "float32",
+    dtype: Annotated[str, typer.Option(help="dtype to compute in: float32, bfloat16, float16")] = "float32",
     device: Device = None,
     revision: Revision = None,
     as_json: AsJson = False,

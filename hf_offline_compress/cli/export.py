@@ -37,7 +37,7 @@ def export(
             print_json({**json.loads((out / EXPORT_FILE).read_text("utf-8")), "weight_bytes": size})
         elif not quiet:
             print(
-                f"{out}: {megabytes(size)} of weights, a stock dense checkpoint with the weights that {folder} decodes."
+                f"{out}: {megabytes(size)} of weights, a stock dense checkpoint with the decoded weights of {folder}."
             )
 
     run(work, debug, quiet)

@@ -81,7 +81,7 @@ def _print_report(contents: FolderContents, report: dict[str, Any]) -> None:
         for group in report["groups"]
     ]
     print_table(("group", "structure", "bytes", "ratio", "error", "on text"), rows)
-    print_text("error: of the weights, relative; on text: the same, weighted by the calibration text's inputs.")
+    print_text("error: relative error of the weights; on text: weighted by the calibration inputs.")
     print_dense([(item["name"], item["parameters"], item["reason"]) for item in report["dense"]])
 
 
@@ -95,7 +95,7 @@ def _print_files(contents: FolderContents) -> None:
 def _print_config(contents: FolderContents) -> None:
     """Print what the config knows of a folder that was saved anew after it was compressed."""
     compression = contents.config["compression"]
-    print_field("report", ["none: it was saved anew after it was compressed"])
+    print_field("report", ["none: it was saved again after it was compressed"])
     print_field("base", [contents.architecture])
     print_field("decoding", [compression["decoding"]])
     print_field("weights", [f"{megabytes(contents.weight_bytes)} on disk"])

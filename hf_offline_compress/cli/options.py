@@ -32,7 +32,7 @@ Base = Annotated[
 RecipeOption = Annotated[
     str,
     typer.Option(
-        help=f"a preset ({', '.join(preset_names())}) or a YAML file; `presets` says what they are",
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file; see `presets`",
         autocompletion=preset_names,
     ),
 ]

@@ -35,7 +35,7 @@ def run(work: Callable[[], None], debug: bool, quiet: bool = False) -> None:
     try:
         with _ended_by_signals(received), showing(not quiet), stage("working", at_once=False), alive():
             work()
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own
         raise
@@ -51,7 +51,7 @@ def run(work: Callable[[], None], debug: bool, quiet: bool = False) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what to say of an error: what was foreseen says it itself, the rest is for whoever mends this package."""
+    """Return what to say of an error: what was foreseen says it itself, the rest is for the maintainers."""
     if isinstance(error, CompressionError | ImportError):
         return str(error)
     if is_out_of_space(error):
@@ -63,9 +63,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror}: '{error.filename}'" if error.filename and error.strerror else str(error)
     said = " ".join(str(error).split())[:200].rstrip(".")
-    return (
-        f"Something unforeseen went wrong ({type(error).__name__}{f': {said}' if said else ''}); --debug shows where."
-    )
+    return f"Unexpected error ({type(error).__name__}{f': {said}' if said else ''}); --debug shows where."
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _print_plan(name: str, outcome: Plan, beside: int | None) -> None:
     if by_gain:
         print()
         print_text(
-            "The sizes above are only where compress starts: it measures on text what each group gains from a byte, moves "
+            "The sizes above are a starting point: compress measures on text what each group gains per byte, moves "
             f"bytes between groups{', and fills the budget' if outcome.recipe.budget else ''}."
         )
 
@@ -129,7 +129,7 @@ def _print_plan(name: str, outcome: Plan, beside: int | None) -> None:
 def _chosen(outcome: Plan, by_gain: bool) -> str:
     """Return what compress will write for the matrices that were chosen."""
     if by_gain and outcome.recipe.budget:
-        return "what the budget leaves for them"
+        return "within what the budget leaves"
     if by_gain:  # it spends all that the ratios allow
         allowed = sum(group.parameters * 4 / group.rule.ratio for group in outcome.groups)
         return f"at most {megabytes(allowed)}"

@@ -19,19 +19,22 @@ def push(
     ],
     private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="a branch, made if it is not there; main if not given", show_default=False)
+        str | None, typer.Option(help="branch, created if missing; main if not given", show_default=False)
     ] = None,
     message: Annotated[str | None, typer.Option(help="of the commit", show_default=False)] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="propose it as a pull request")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead of committing")] = False,
     token: Annotated[
         str | None,
         typer.Option(
-            help="by default that of `hf auth login`, or HF_TOKEN, which other users cannot see", show_default=False
+            help="access token; better use `hf auth login` or HF_TOKEN, which other users cannot see",
+            show_default=False,
         ),
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="a file that is no part of the model; repeatable", show_default=False),
+        typer.Option(
+            metavar="NAME", help="a file to publish that is not part of the model; repeatable", show_default=False
+        ),
     ] = None,
     trust_remote_code: TrustFolder = False,
     as_json: AsJson = False,
@@ -64,10 +67,10 @@ def push(
             for remark in pushed.remarks:
                 print(f"note: {remark}")
             if pushed.pull_request:
-                print(f"{len(pushed.files)} files verified and proposed: {pushed.pull_request}")
+                print(f"{len(pushed.files)} files verified; pull request: {pushed.pull_request}")
             elif pushed.changed:
                 print(f"{len(pushed.files)} files verified and published on '{pushed.revision}': {pushed.url}")
             else:
-                print(f"'{pushed.repo_id}' has all of it already: {pushed.url}")
+                print(f"'{pushed.repo_id}' is already up to date: {pushed.url}")
 
     run(work, debug, quiet)

@@ -1,4 +1,4 @@
-"""What `compress` says in the end: where the bytes went, what that costs, and what to do next."""
+"""The summary that `compress` prints: where the bytes went, the expected loss, and the next command."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def print_summary(out: Path, base: str, report: Report, written: int, whole: int
     print(f"{out}: {megabytes(written)} of weights, {dense / written:.2f} x smaller than the base in float32")
     print_text(f"all files, tokenizer and code included: {megabytes(whole)}")
     print_text(
-        "expected loss: the share of these layers' outputs (squared) that changes on the calibration text"
+        "expected loss: relative squared change of these layers' outputs on the calibration text"
         if on_text
-        else "expected loss: the share of these weights (squared) that changes; no text was used"
+        else "expected loss: relative squared change of these weights; no text was used"
     )
     if report.search:
         print(f"loss on held-out text: {_searched_loss(report.search):.2%}")
-    print(f"\nnext, beside the base on text of your own:\n{_next(out, base)}")
+    print(f"\nnext, compare it with the base on your own text:\n{_next(out, base)}")
 
 
 def expected_loss(groups: list[GroupReport]) -> float:

@@ -1,4 +1,4 @@
-"""`verify`: could strangers load a folder, and is nothing in it that should not be?"""
+"""`verify`: does a folder load in a clean environment, and is it fit to be published?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .options import AsJson, Debug, Folder, Quiet, app
 from .output import print_json, run
 
 TrustFolder = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run the code in the folder even if it is not that of this package")
+    bool, typer.Option("--trust-remote-code", help="run the folder's code even if it is not this package's")
 ]
 
 

@@ -94,8 +94,8 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise CompressionError(
-                f"The process that measures '{self.name}' ended with code {code}, for lack of memory in most cases; pass "
-                "a smaller --batch or --length."
+                f"The process that measures '{self.name}' ended with code {code}, usually for lack of memory; pass a "
+                "smaller --batch or --length."
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

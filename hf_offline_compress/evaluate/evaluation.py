@@ -48,7 +48,7 @@ def evaluate_folder(
     Args:
         folder: that this package has written. Its weights are read; code in it is never run.
         base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
-        text: to measure perplexity and agreement on: a file with one text a line, a data set's name, or texts.
+        text: to measure perplexity and agreement on: a file with one text per line, a data set's name, or texts.
         task: one of `tasks.TASKS`, e.g. "sst2" or "squad".
         data: local CSV or JSON file in the place of the task's data set on the Hub.
         train_data: the same, for fine-tuning.
@@ -59,7 +59,7 @@ def evaluate_folder(
         text_settings: how the text is put to the models; its seed is `seed`.
         task_settings: how the task is put to the models, and how they are fine-tuned; the papers' settings by default.
         fine_tune: fine-tune both models on the task first. Without it they answer as they are.
-        limit: so many texts or examples at most, from the beginning.
+        limit: at most this many texts or examples, from the beginning.
         seed: of masked words, new heads and training.
         batch_size: sequences in one forward pass, at most.
         dtype: to compute in: "float32", "bfloat16" or "float16".
@@ -85,7 +85,7 @@ def evaluate_folder(
         require("sklearn", "scipy")
     loaded = load_texts(text, "evaluation text") if text is not None else None
     if text is not None and loaded is None:
-        raise CompressionError("The evaluation text 'none' is no text; pass a file with one text a line.")
+        raise CompressionError("The evaluation text cannot be 'none'; pass a file with one text per line.")
     seed = seed_of(seed)
     pair = find_pair(folder, base, revision=revision)
     if write:

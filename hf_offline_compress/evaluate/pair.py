@@ -90,7 +90,7 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
     import torch
 
     what = f"'{folder.name}' does not load as {model_class.__name__} from its config.json and weights"
-    advice = "Get it again from where it came, or make it anew."
+    advice = "Download it again, or make it again."
     options = {"ignore_mismatched_sizes": True, "key_mapping": UNWRAPPED, **options}  # what does not fit is named below
     with stage(f"loading {folder.name}"), quiet_transformers(), refusing(what, advice):
         model, info = model_class.from_pretrained(
@@ -108,7 +108,7 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
     if missing and not new_head:
         raise CompressionError(
             f"'{folder.name}' has no weights for {listing(missing[:3])}{' …' if len(missing) > 3 else ''} of "
-            f"{model_class.__name__}; a head has to be there, or to be trained with --fine-tune."
+            f"{model_class.__name__}; use a checkpoint with such a head, or train one with --fine-tune."
         )
     if model.config.pad_token_id is None:  # GPT-2's heads look for the last token that is no padding
         model.config.pad_token_id = model.config.eos_token_id
@@ -136,7 +136,7 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
             )
         if not said.get("revision") and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(said["name"])):
             raise CompressionError(
-                f"'{contents.name}' was made from '{said['name']}', which is no Hub id; pass its folder with --base (base=)."
+                f"'{contents.name}' was made from '{said['name']}', which is not a Hub id; pass its folder with --base (base=)."
             )
         base = str(said["name"])
     if str(base) == said.get("name") and not Path(base).is_dir():

@@ -41,7 +41,7 @@ def make_windows(examples: Sequence[Example], tokenizer: Any, *, length: int = 3
         CompressionError: the tokenizer does not know places, or a window has no room for the context.
     """
     if not tokenizer.is_fast:
-        raise CompressionError("Question answering needs a fast tokenizer, which knows where its tokens stand.")
+        raise CompressionError("Question answering needs a fast tokenizer, which records token positions.")
     windows = []
     for number, example in enumerate(examples):
         question = tokenizer(example.texts[0].strip(), add_special_tokens=False, truncation=True, max_length=length)

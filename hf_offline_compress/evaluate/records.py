@@ -119,7 +119,7 @@ def check_writable(folder: Path) -> None:
     read_evaluations(folder)
     if not os.access(folder, os.W_OK):
         raise CompressionError(
-            f"'{folder}' cannot be written to, so {EVALUATION_FILE} has no place; copy the folder first."
+            f"'{folder}' cannot be written to, so {EVALUATION_FILE} cannot be saved; copy the folder first."
         )
 
 

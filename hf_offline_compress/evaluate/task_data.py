@@ -111,11 +111,11 @@ def _from_file(task: Task, path: Path, columns: Sequence[str] | None, limit: int
             f"{listing(SUFFIXES)}."
         ) from error
     if not rows:
-        raise CompressionError(f"The data file '{path.name}' has no example; pass one with a row for each.")
+        raise CompressionError(f"The data file '{path.name}' has no example; pass one with a row per example.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise CompressionError(
-                f"Example {number} of the data file '{path.name}' is no mapping; pass a list of objects of named columns."
+                f"Example {number} of the data file '{path.name}' is not a mapping; pass a list of objects with named columns."
             )
     examples = _examples(task, rows[:limit] if limit else rows, columns, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -179,7 +179,7 @@ def _columns(task: Task, row: Row, columns: Sequence[str] | None, source: str) -
         if len(columns) != len(wanted) or any(column not in row for column in columns):
             raise CompressionError(
                 f"The columns '{','.join(columns)}' do not fit '{source}', which has {','.join(row)}; {task.name} needs "
-                f"{len(task.texts)} of text and one of the label, in this order."
+                f"{len(task.texts)} text columns and one label column, in this order."
             )
         return list(columns)
     by_name = {name.lower(): name for name in row}

@@ -108,7 +108,7 @@ def _zero_shot_method(pair: Pair, task: Task) -> str:
         return "embeddings"
     raise CompressionError(
         f"'{pair.contents.name}' is a {pair.architecture}, and {task.name} needs a model {HEADS[task.kind]}; "
-        "pass --fine-tune, which gives it and its base such a head."
+        "pass --fine-tune, which adds such a head to it and its base."
     )
 
 

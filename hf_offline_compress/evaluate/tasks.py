@@ -49,7 +49,7 @@ class Settings:
         length: tokens of an example, or of a window of SQuAD.
         stride: tokens that neighbouring windows of SQuAD have in common.
         epochs: passes over the training data.
-        limit: so many training examples at most, from their beginning; None for all.
+        limit: at most this many training examples, from their beginning; None for all.
     """
 
     learning_rate: float

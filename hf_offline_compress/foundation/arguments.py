@@ -30,7 +30,7 @@ def whole(value: object, label: str, least: int, most: int | None = None) -> int
     bounds = f"of {least:,} or more" if most is None else f"from {least:,} to {most:,}"
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if number is None or number < least or (most is not None and number > most):
-        raise CompressionError(f"`{label}` must be a whole number {bounds}, not {value!r}.")
+        raise CompressionError(f"`{label}` must be an integer {bounds}, not {value!r}.")
     return number
 
 
@@ -38,7 +38,7 @@ def seed_of(value: object) -> int:
     """Return a seed that all generators of random numbers take.
 
     Raises:
-        CompressionError: it is no whole number, or out of bounds.
+        CompressionError: it is not an integer, or out of bounds.
     """
     return whole(value, "seed", 0, LARGEST_SEED)
 
@@ -56,7 +56,7 @@ def token_of(token: Any) -> Any:
         raise CompressionError("The token for the Hub is empty; pass one, or leave `token` (--token) out.")
     if not (stripped.isascii() and stripped.isprintable()) or " " in stripped:
         raise CompressionError(
-            "The token for the Hub has a blank, an end of line, or another character in it that no token has; copy it anew from "
+            "The token for the Hub contains a space, a line break, or another character that no token has; copy it again from "
             "https://huggingface.co/settings/tokens."
         )
     return stripped

@@ -125,9 +125,9 @@ def check_target(
         reason = getattr(error, "strerror", None) or str(error)
         raise CompressionError(f"The output folder '{target}' cannot be written: {reason}; pass another.") from error
     if kind in NODES:
-        raise CompressionError(f"The output folder '{target}' is {NODES[kind]}; pass a folder that is not there yet.")
+        raise CompressionError(f"The output folder '{target}' is {NODES[kind]}; pass a folder that does not exist yet.")
     if linked:
-        raise CompressionError(f"The output folder '{target}' is a link to nothing; remove it, or pass another.")
+        raise CompressionError(f"The output folder '{target}' is a broken link; remove it, or pass another.")
     for source in map(Path, inputs):
         if source.is_dir() and place in (source.resolve(), *source.resolve().parents):
             raise CompressionError(
@@ -159,10 +159,12 @@ def _check_parent(target: Path, place: Path) -> None:
     """Raise CompressionError unless a folder can be made beside the target."""
     parent = next(folder for folder in place.parents if os.path.lexists(folder))
     if not parent.is_dir():
-        raise CompressionError(f"The output folder '{target}' cannot be made: '{parent}' is no folder; pass another.")
+        raise CompressionError(
+            f"The output folder '{target}' cannot be created: '{parent}' is not a folder; pass another."
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CompressionError(
-            f"The output folder '{target}' cannot be made: you may not write into '{parent}'; pass another."
+            f"The output folder '{target}' cannot be created: you may not write to '{parent}'; pass another."
         )
     limit = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     for name in place.relative_to(parent).parts:
@@ -228,7 +230,7 @@ def _put(partial: Path, place: Path, is_ours: Callable[[Path], bool] | None) -> 
 
 def _taken(place: Path) -> CompressionError:
     return CompressionError(
-        f"Something else has come to lie at the output folder '{place.name}' meanwhile, which stays as it is; nothing was "
+        f"Another process created the output folder '{place.name}' meanwhile; it was left as it is and nothing was "
         "written. Pass another output folder."
     )
 

@@ -72,25 +72,25 @@ def explain(error: BaseException, repository: str) -> str:
 
     chain, status, host = _chain(error), status_of(error), constants.ENDPOINT
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
-        return "The Hub is not asked, because HF_HUB_OFFLINE is set; unset it to push"
+        return "HF_HUB_OFFLINE is set; unset it to push"
     if is_broken_connection(error):
         unreachable = any(type(e).__name__ in ("ConnectError", "ConnectTimeout") for e in chain)
-        return f"There is no connection to {host}" if unreachable else f"The connection to {host} was cut"
+        return f"There is no connection to {host}" if unreachable else f"The connection to {host} was interrupted"
     if status == 401 and not any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
-        return "The Hub does not know the token; make a new one at https://huggingface.co/settings/tokens"
+        return "The Hub does not accept the token; create a new one at https://huggingface.co/settings/tokens"
     if status == 403:
         return f"The token may not write to '{repository}'; it needs the permission 'write' for that account"
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
-        return f"'{repository}' has no such revision"
+        return f"'{repository}' does not have this revision"
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
         return f"There is no repository '{repository}' on the Hub, or the token may not see it"
     if status in (409, 412):
-        return f"'{repository}' was changed by somebody else at the same moment"
+        return f"'{repository}' was changed by someone else at the same time"
     if status == 429:
         wait = waiting_time(error)
-        return "The Hub has had too many requests from you" + (f", and asks to wait {wait} seconds" if wait else "")
+        return "Too many requests to the Hub" + (f", and asks to wait {wait} seconds" if wait else "")
     if status is not None and status >= 500:
-        return f"The Hub has a fault of its own (HTTP {status})"
+        return f"The Hub returned a server error (HTTP {status})"
     reason = " ".join(str(error).split())[:300].rstrip(".")
     return f"The Hub refused: {reason}" if status else f"The upload failed with {type(error).__name__}: {reason}"
 

@@ -28,13 +28,13 @@ def read_yaml(text: str, label: str) -> Any:
     import yaml
 
     if len(text) > MOST_YAML_BYTES:
-        raise CompressionError(f"{label} is larger than 1 MB; YAML that is read here is at most that.")
+        raise CompressionError(f"{label} is larger than 1 MB, the maximum.")
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):  # step by step: deep nesting is slow to read whole
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_DEPTH:
-                raise CompressionError(f"{label} is nested too deep to be read.")
+                raise CompressionError(f"{label} is nested too deeply.")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and _values(root, {}) > MOST_YAML_VALUES:
             raise CompressionError(f"{label} has aliases that stand for too many values; write out what is meant.")
@@ -66,7 +66,7 @@ def check_pattern(pattern: str) -> None:
     """
     if len(pattern) > MOST_PATTERN:
         raise CompressionError(
-            f"The regular expression '{pattern[:40]}…' has {len(pattern)} characters; at most {MOST_PATTERN} are read. "
+            f"The regular expression '{pattern[:40]}…' has {len(pattern)} characters; at most {MOST_PATTERN} are allowed. "
             "Pass several shorter ones."
         )
     try:
@@ -76,8 +76,8 @@ def check_pattern(pattern: str) -> None:
         raise CompressionError(f"'{pattern}' is not a valid regular expression: {error}.") from error
     if nested or repeats > MOST_REPEATS:
         raise CompressionError(
-            f"The regular expression '{pattern}' may take forever: it must have no repeat within a repeat, no backward "
-            rf"reference, and at most {MOST_REPEATS} repeats (*, +, {{m,n}}), e.g. 'encoder\.layer\.\d+\..*'."
+            f"The regular expression '{pattern}' may take forever: it must have no nested repeats, no "
+            rf"backreferences, and at most {MOST_REPEATS} repeats (*, +, {{m,n}}), e.g. 'encoder\.layer\.\d+\..*'."
         )
 
 
@@ -115,7 +115,7 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def parse_bytes(value: object) -> int:
-    """Return bytes, from a whole number or a text such as "6MB" (of 10⁶ bytes) or "500 kB".
+    """Return bytes, from an integer or a text such as "6MB" (of 10⁶ bytes) or "500 kB".
 
     Raises:
         CompressionError: it is neither.

@@ -22,8 +22,8 @@ def check_room(target: Path, weight_bytes: int) -> None:
     free, needed = shutil.disk_usage(_existing(target.resolve())).free, weight_bytes + BESIDE
     if free < needed:
         raise CompressionError(
-            f"'{target}' needs {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free; make room, or pass another "
-            "place."
+            f"'{target}' needs {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free; free some, or pass another "
+            "path."
         )
 
 
@@ -36,7 +36,7 @@ def shard_bytes(size: str | int) -> int:
     found = parse_bytes(size)
     if found < SMALLEST_SHARD:
         raise CompressionError(
-            f"max_shard_size is {size!r}, which would make a file of every tensor; give {SMALLEST_SHARD:,} bytes or more, "
+            f"max_shard_size is {size!r}, which would put every tensor in its own file; give {SMALLEST_SHARD:,} bytes or more, "
             "e.g. 5GB."
         )
     return found

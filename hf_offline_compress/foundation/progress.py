@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
-# Seconds until something is shown at all, and between two signs of life.
+# Seconds until progress is first shown, and between two updates.
 FIRST, EVERY = 1.0, 8.0
 _showing: ContextVar[bool] = ContextVar("showing", default=False)
 

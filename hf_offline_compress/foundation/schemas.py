@@ -21,7 +21,7 @@ TEXT, COUNT = (str, None), (int, None)
 ANYTHING = object
 
 WORDS: dict[Any, str] = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     str: "a text",
     dict: "a mapping",

@@ -39,10 +39,10 @@ def damage(file: Path) -> str | None:
     with file.open("rb") as stream:
         start = stream.read(64)
         if what := stand_in(start):
-            return f"is {what}, not the weights: the download went wrong"
+            return f"is {what}, not weights: the download went wrong"
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else LONGEST_HEADER + 1
         if length > min(size - 8, LONGEST_HEADER):
-            return f"is no safetensors file, or is cut off: it has {size:,} bytes"
+            return f"is not a safetensors file, or is cut off: it has {size:,} bytes"
         try:
             stream.seek(8)
             header = json.loads(stream.read(length))
@@ -51,9 +51,9 @@ def damage(file: Path) -> str | None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return "has a header that cannot be read"
     if any(one[1] != other[0] for one, other in pairwise([(0, 0), *spans])):
-        return "has a header that cannot be right: its tensors overlap, or leave gaps"
+        return "has an invalid header: its tensors overlap or leave gaps"
     if unknown := sorted(map(str, dtypes - DTYPES)):
-        return f"holds numbers of the dtype {unknown[0]}, which no model here has"
+        return f"contains tensors of the unsupported dtype {unknown[0]}"
     end = 8 + length + (spans[-1][1] if spans else 0)
     if end != size:
         return f"has {size:,} bytes, and its header says {end:,}: it is {'cut off' if size < end else 'longer'}"

@@ -173,7 +173,7 @@ def _selected(folder: Path, include: Iterable[str]) -> tuple[list[str], list[str
     for name in sorted(wanted.difference(there)):
         if name in trainer:
             raise CompressionError(
-                f"'{name}' is never published: it is of Trainer, and the model loads without it. Leave it out of include "
+                f"'{name}' is never published: it belongs to Trainer, and the model loads without it. Leave it out of include "
                 "(--include)."
             )
         raise CompressionError(
@@ -188,10 +188,11 @@ def _remarks(folder: Path, left_out: list[str]) -> list[str]:
     """Return sentences about the files that are not published."""
     trainer = trainer_files(folder)
     unknown = [name for name in left_out if name not in trainer]
-    remarks = [f"Files of Trainer were left out: {shortened(trainer)}."] if trainer else []
+    remarks = [f"Trainer's files were left out: {shortened(trainer)}."] if trainer else []
     if unknown:
         remarks.append(
-            f"Left out, as no part of the model: {listing(unknown)}. `push --include NAME` publishes such a file, too."
+            f"Left out because they are not part of the model: {listing(unknown)}. `push --include NAME` publishes "
+            "such a file as well."
         )
     return remarks
 
@@ -202,7 +203,7 @@ def _require_verified(folder: Path, trust_remote_code: bool, token: str | None) 
         found = " ".join(f"{check.name}: {check.sentence}" for check in failed[:3])
         more = f" And {len(failed) - 3} more checks." if len(failed) > 3 else ""
         raise CompressionError(
-            f"'{folder.name}' was not published, because it failed {len(failed)} of the checks of `verify`. {found}{more}"
+            f"'{folder.name}' was not published, because it failed {len(failed)} checks of `verify`. {found}{more}"
         )
 
 
@@ -244,7 +245,7 @@ class _Push:
             self.repo_id = f"{account['name']}/{self.repo_id}"
         if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
             raise CompressionError(
-                f"The token of '{account['name']}' may only read, so nothing was published; make one that may write at "
+                f"The token of '{account['name']}' is read-only, so nothing was published; create one with write permission at "
                 "https://huggingface.co/settings/tokens."
             )
         self.exists = self._find() is not None
@@ -303,12 +304,12 @@ class _Push:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
             raise CompressionError(
-                f"'{self.repo_id}' is no name of a repository; write name or owner/name, of letters, digits, '-', '_' and "
+                f"'{self.repo_id}' is not a repository name; write name or owner/name, of letters, digits, '-', '_' and "
                 "'.', e.g. me/minilm-small."
             ) from error
         if self.create_pr and self.revision not in (None, "main"):
             raise CompressionError(
-                "A pull request goes to main, so it does not go together with another revision; leave one of the two out."
+                "A pull request targets main, so it cannot be combined with another revision; leave one of the two out."
             )
         if constants.is_offline_mode():
             raise CompressionError("HF_HUB_OFFLINE is set, so nothing was published; unset it to push.")
@@ -326,12 +327,12 @@ class _Push:
             self._check_other_types()
             if self.create_pr:
                 raise CompressionError(
-                    f"There is no repository '{self.repo_id}' to make a pull request in, so nothing was published; leave "
-                    "create_pr (--create-pr) out to make it."
+                    f"There is no repository '{self.repo_id}' to open a pull request in, so nothing was published; leave "
+                    "create_pr (--create-pr) out to create it."
                 )
         elif self.private and not found.private:
             raise CompressionError(
-                f"'{self.repo_id}' is public already, so nothing was published; leave private (--private) out, or make it "
+                f"'{self.repo_id}' is already public, so nothing was published; leave private (--private) out, or make it "
                 "private in its settings first."
             )
         return found
@@ -341,7 +342,7 @@ class _Push:
             if self._lookup(kind) is not None:
                 raise CompressionError(
                     f"'{self.repo_id}' is a {kind} on the Hub and not a model, so nothing was published; choose another name, "
-                    f"or make a model of that name first with `hf repos create {self.repo_id}`."
+                    f"or create a model of that name first with `hf repos create {self.repo_id}`."
                 )
 
     def _lookup(self, kind: str) -> Any:
@@ -354,7 +355,7 @@ class _Push:
 
     def _make(self) -> None:
         self._ask(lambda: self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True))
-        self.made = f"; the repository '{self.repo_id}' is there now, and empty"
+        self.made = f"; the repository '{self.repo_id}' now exists and is empty"
         self.exists = True
 
     def _branch(self) -> ModelInfo:
@@ -368,7 +369,7 @@ class _Push:
         with suppress(RevisionNotFoundError):
             return self._ask(look, passing=RevisionNotFoundError)
         self._ask(lambda: self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True))
-        self.made = self.made or f"; the branch '{self.branch}' is there now, and equals main"
+        self.made = self.made or f"; the branch '{self.branch}' now exists and equals main"
         return self._ask(look)
 
     def _additions(self, folder: Path, names: list[str]) -> list[CommitOperationAdd]:
@@ -483,14 +484,14 @@ class _Push:
             return f"nothing was published{self.made}"
         where = "among its pull requests" if self.create_pr else f"on '{self.branch}'"
         return (
-            f"whether '{self.repo_id}' has got the commit is not known, but it has all of it or nothing; look {where}, or run "
-            "this again"
+            f"it is not known whether '{self.repo_id}' received the commit, but it has all of it or nothing; look {where}, or "
+            "run this again"
         )
 
     def _fail(self, error: Exception) -> NoReturn:
         state = self._state()
         if not self.unsure and (is_passing(error) or status_of(error) in (409, 412)):
-            state += "; run this again, and it goes on where it stopped"
+            state += "; run this again to resume"
         raise CompressionError(f"{explain(error, self.repo_id)}; {state}.") from error
 
 

@@ -116,9 +116,9 @@ def check_masked(model: Any, tokenizer: Any, block: int) -> int:
         CompressionError: the model or the tokenizer has nothing to do with masks.
     """
     if is_causal(model):
-        raise CompressionError(f"{type(model).__name__} is no masked language model; use causal_perplexity.")
+        raise CompressionError(f"{type(model).__name__} is not a masked language model; use causal_perplexity.")
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
-        missing = "mask token" if tokenizer.mask_token_id is None else "knowledge of words, as fast tokenizers have"
+        missing = "mask token" if tokenizer.mask_token_id is None else "word boundaries, as fast tokenizers have"
         raise CompressionError(f"The tokenizer has no {missing}, which masked perplexity needs; pass the model's own.")
     return clamped(block, model)
 
@@ -251,13 +251,13 @@ def causal_windows(
         CompressionError: see `causal_perplexity`.
     """
     if not is_causal(model):
-        raise CompressionError(f"{type(model).__name__} is no causal language model; use masked_perplexity.")
+        raise CompressionError(f"{type(model).__name__} is not a causal language model; use masked_perplexity.")
     block = clamped(block, model)
     stride = max(1, block // 2) if stride is None else stride
     if not 1 <= stride < block:
         raise CompressionError(
             f"The stride must be at least 1 and below the window's {block} tokens, not {stride}: the first token of a "
-            "window cannot be foretold there."
+            "window cannot be predicted there."
         )
     kept = [text for text in _listed(texts) if text.strip()]
     between = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
@@ -390,7 +390,7 @@ def is_causal(model: Any) -> bool:
     name, config = type(model).__name__, model.config
     if name.endswith("DoubleHeadsModel") or model.get_output_embeddings() is None:
         raise CompressionError(
-            f"Perplexity needs a language model, and {name} has no language model's head that could tell it; load the "
+            f"Perplexity needs a language model, and {name} has no language modelling head; load the "
             "model with AutoModelForMaskedLM or AutoModelForCausalLM, if its checkpoint has such a head."
         )
     if objective_of(name) != "causal":
@@ -398,8 +398,8 @@ def is_causal(model: Any) -> bool:
     entry = architecture_of(config.model_type)
     if not (entry and entry.causal) and not getattr(config, "is_decoder", False):
         raise CompressionError(
-            f"{name} is set up as an encoder (its config's is_decoder is false), which sees the next token already; a "
-            "perplexity would mean nothing."
+            f"{name} is set up as an encoder (its config's is_decoder is false), which already sees the next token, "
+            "so a perplexity would be meaningless."
         )
     return True
 

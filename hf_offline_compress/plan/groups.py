@@ -258,7 +258,7 @@ class Plan:
         """Return the plan with other forms of its groups, by name; None leaves a group's matrices dense."""
         kept = tuple(form for group in self.groups if (form := forms.get(group.name, group)) is not None)
         dense = [
-            Dense(matrix.name, matrix.rows * matrix.columns, "gains most by staying dense")
+            Dense(matrix.name, matrix.rows * matrix.columns, "loses least when left dense")
             for group in self.groups
             if forms.get(group.name, group) is None
             for matrix in group.matrices

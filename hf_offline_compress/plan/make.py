@@ -1,6 +1,6 @@
 """Recipe + base config → plan: which matrices form groups, how large each is stored, what stays dense and why.
 
-A plan needs no weights and no torch: it is the dry run, and what `compress` then does to the letter.
+A plan needs no weights and no torch: it is the dry run, and what `compress` starts from.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _sized_plan(
             dense += [Dense(matrix.name, matrix.rows * matrix.columns, group) for matrix in matrices]
     if not groups:
         closest = next((item for item in dense if item.reason.startswith(_TOO_SMALL)), dense[0])
-        raise CompressionError(f"Nothing would shrink: {closest.name} {closest.reason}. Ask for another ratio.")
+        raise CompressionError(f"Nothing would shrink: {closest.name} {closest.reason}. Pass another ratio.")
     total = draft.layout.total
     dense += [Dense(name, prod(shape), "is of no kind") for name, shape in draft.layout.unknown.items()]
     rest = total - sum(group.parameters for group in groups) - sum(item.parameters for item in dense)
@@ -115,8 +115,8 @@ def _within_budget(draft: Plan, grouped: Sequence[tuple[Rule, tuple[Matrix, ...]
     if smallest.file_bytes > allowed:
         least, ratio = smallest.file_bytes, draft.layout.total * FLOAT32 / smallest.file_bytes
         raise CompressionError(
-            f"The budget of {budget} ({allowed:,} bytes) cannot be kept: with every chosen matrix at its smallest the weights "
-            f"have {least:,} bytes (total ratio {ratio:.1f}). Ask for no less, or choose more modules."
+            f"The budget of {budget} ({allowed:,} bytes) is too small: with every chosen matrix at its smallest, the weights "
+            f"take {least:,} bytes (total ratio {ratio:.1f}). Ask for at least that, or choose more modules."
         )
     best = smallest
     for _ in range(40):
@@ -144,19 +144,19 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
     own = FLOAT32 / STORAGES[dtype]
     if recipe.rest not in (None, dtype) and dtype != "float32":
         raise CompressionError(
-            f"All else cannot be stored in {recipe.rest}: the model is in {dtype}, and a loaded model has one dtype. "
+            f"The rest cannot be stored in {recipe.rest}: the model is in {dtype}, and a loaded model has one dtype. "
             "Leave `rest` out, or pass dtype='float32'."
         )
     for rule in recipe.rules:
         if rule.structure and rule.ratio <= own and not recipe.budget:
             raise CompressionError(
                 f"Nothing would shrink at ratio {rule.ratio:g}: ratios count from float32, and the model, stored in {dtype}, "
-                f"is at {own:g} already. Ask for more, e.g. ratio {2 * own:g}."
+                f"is at {own:g} already. Ask for a larger one, e.g. ratio {2 * own:g}."
             )
         others = [s for s in (rule.storage, *rule.storages) if s not in (None, dtype, *INTEGERS)]
         if rule.structure and others and dtype != "float32":
             raise CompressionError(
-                f"The storage '{others[0]}' does not go with a model in {dtype}: a loaded model has one dtype. "
+                f"The storage '{others[0]}' does not fit a model in {dtype}: a loaded model has one dtype. "
                 "Leave the storage out, or pass dtype='float32'."
             )
 

@@ -27,7 +27,7 @@ class Budget:
             raise CompressionError("A budget is either a total_ratio or max_bytes; give one of them.")
         if self.total_ratio is not None and not self.total_ratio > 1:
             raise CompressionError(
-                f"The total_ratio {self.total_ratio} would not make anything smaller; it must be above 1."
+                f"The total_ratio {self.total_ratio} would not make the model smaller; it must be above 1."
             )
         if self.max_bytes is not None and self.max_bytes < 1:
             raise CompressionError(f"max_bytes is {self.max_bytes}; it must be above 0, e.g. 6MB.")

@@ -51,21 +51,19 @@ class Objective:
                 "none may be negative and at least one must be above 0."
             )
         if self.sensitive and not self.calibrated:
-            raise CompressionError(
-                "An objective that is sensitive must be calibrated too: both are measured on the text."
-            )
+            raise CompressionError("A sensitive objective must also be calibrated: both are measured on the text.")
         for name, known in (("importance", IMPORTANCES), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise CompressionError(f"The {name} '{getattr(self, name)}' is unknown; known are {listing(known)}.")
         if self.calibrated and self.importance != "none":
             raise CompressionError(
-                "An objective is either calibrated, or weighted by an importance: both say how much errors count."
+                "An objective is either calibrated or weighted by an importance: both set the weight of errors."
             )
         if self.parameter_wise and self.importance == "none":
             raise CompressionError("parameter_wise needs an importance, fisher or l1_sensitivity.")
         if self.parameter_wise and self.cosine:
             raise CompressionError(
-                "Weights of single parameters do not go with a cosine loss, which knows only whole rows; use l2 or l1, "
+                "Parameter-wise weights cannot be used with a cosine loss, which is defined for whole rows only; use l2 or l1, "
                 "or leave parameter_wise out."
             )
 

@@ -27,13 +27,13 @@ class CompressionOptions:
 
     ratio: float | None = option(None, _SAID["ratio"], cli=float)
     modules: str | Sequence[str] | None = option(
-        None, _SAID["modules"], cli=str, help=f"{_SAID['modules']}; with commas between"
+        None, _SAID["modules"], cli=str, help=f"{_SAID['modules']}, comma-separated"
     )
     grouping: str | None = option(None, _SAID["grouping"], cli=str)
     storage: str | None = option(None, _SAID["storage"], cli=str)
     allocation: str | None = option(None, _SAID["allocation"], cli=str)
     total_ratio: float | None = option(
-        None, "4 bytes x all parameters, over the bytes of all weight files: a budget for all", cli=float
+        None, "4 bytes x all parameters, over the bytes of all weight files: a budget for the whole model", cli=float
     )
     max_bytes: int | str | None = option(None, "the same budget in bytes, e.g. 6MB (of 1,000,000 bytes)", cli=str)
     max_loss: float | None = option(
@@ -42,19 +42,19 @@ class CompressionOptions:
         "language-model head fall of agreement, 0.01 being 1 %. The smallest budget that keeps it is searched for, which "
         "takes several times as long. It is judged on `validation`, or on held-out calibration text",
         cli=float,
-        help="find the smallest size whose loss on held-out text is at most this, e.g. 0.01 for 1 %",
+        help="find the smallest model whose loss on held-out text is at most this, e.g. 0.01 for 1 %",
     )
     calibration: str | Path | Sequence[str] | None = option(
         "bundled",
-        "text to calibrate on: bundled, none (None), a file with one text a line, a data set's name, or texts",
+        "text to calibrate on: bundled, none (None), a file with one text per line, a dataset name, or texts",
         cli=str,
-        help="text to calibrate on: bundled, none, a file with one text a line, or a data set's name",
+        help="text to calibrate on: bundled, none, a file with one text per line, or a dataset name",
     )
     validation: str | Path | Sequence[str] | None = option(
         None,
-        "held-out text: what is trained keeps the step of lowest perplexity on it; a file, a data set's name, or texts",
+        "held-out text: trained structures keep the step with the lowest perplexity on it; a file, a dataset name, or texts",
         cli=str,
-        help="held-out text: what is trained keeps the step of lowest perplexity on it; a file or a data set's name",
+        help="held-out text, a file or a dataset name: trained structures keep the step with the lowest perplexity on it",
     )
     tokenizer: PreTrainedTokenizerBase | None = option(None, "of the base, if that is a model in memory")
     auto_class: str | None = option(
@@ -73,7 +73,7 @@ class CompressionOptions:
         cli=str,
         help="where to compute, e.g. cuda",
     )
-    batch_size: int | None = option(None, "calibration texts in one forward pass", cli=int, min=1)
+    batch_size: int | None = option(None, "calibration texts per forward pass", cli=int, min=1)
     seed: int = option(0, "of everything random", cli=int)
     revision: str | None = option(None, "branch, tag or commit of a base on the Hub", cli=str)
     token: str | bool | None = option(None, "for a base on the Hub; by default the one you are logged in with")

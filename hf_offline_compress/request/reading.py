@@ -79,7 +79,7 @@ def _read(file: Path) -> str:
 def _rule(content: object, label: str) -> Rule:
     content = _mapping(content, label, Rule)
     if "structure" not in content:
-        raise CompressionError(f"{label} names no structure; known are {listing(STRUCTURES)}, and dense.")
+        raise CompressionError(f"{label} has no structure; known are {listing(STRUCTURES)}, and dense.")
     values = dict(content)
     values["structure"] = _structure(values["structure"], label)
     if "alternatives" in values:
@@ -113,7 +113,9 @@ def _alternatives(content: object, label: str) -> tuple[Structure, ...]:
         raise CompressionError(f"{label} has `alternatives`: {content!r}, which is not a list of structures.")
     found = [_structure(item, label) for item in content]
     if None in found:
-        raise CompressionError(f"{label} names dense as an alternative; a budget for everything allows that anyway.")
+        raise CompressionError(
+            f"{label} names dense as an alternative; a budget for the whole model allows that anyway."
+        )
     return tuple(structure for structure in found if structure)
 
 
@@ -150,7 +152,7 @@ def _build(cls: Any, options: Mapping[str, Any], label: str) -> Any:
     return cls(**values)
 
 
-_TYPES = {int: "a whole number", bool: "true or false", str: "a name"}
+_TYPES = {int: "an integer", bool: "true or false", str: "a name"}
 
 
 def _mapping(content: object, label: str, cls: Any) -> dict[str, Any]:

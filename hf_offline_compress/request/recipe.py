@@ -87,7 +87,7 @@ class Rule:
     def __post_init__(self) -> None:
         """Reject what cannot be done, whatever the model."""
         if not self.ratio > 1:
-            raise CompressionError(f"The ratio {self.ratio} would not make anything smaller; it must be above 1.")
+            raise CompressionError(f"The ratio {self.ratio} would not make the model smaller; it must be above 1.")
         for storage in (self.storage, *self.storages):
             if storage is not None and storage not in FACTOR_STORAGES:
                 raise CompressionError(f"The storage '{storage}' is unknown; known are {listing(FACTOR_STORAGES)}.")
@@ -97,14 +97,14 @@ class Rule:
         whole = [storage for storage in self.storages if storage in INTEGERS]
         if whole and (unknown := [s.title.lower() for s in self.structures if not s.known_rounding]):
             raise CompressionError(
-                f"What {listing(whole)} would add to errors is not known beforehand of {unknown[0]} with these options; "
-                "leave these storages out. (Of low rank it is known without an identity block.)"
+                f"What {listing(whole)} would add to errors is not known beforehand for {unknown[0]} with these options; "
+                "leave these storages out. (For low_rank it is known without an identity block.)"
             )
         for structure in self.structures:
             if not structure.shares and self.grouping.layers != 1:
                 raise CompressionError(
-                    f"The grouping '{self.grouping}' does not go with the structure '{structure.name}', which has nothing "
-                    "that several matrices could share; use separated."
+                    f"The grouping '{self.grouping}' cannot be used with the structure '{structure.name}', which "
+                    "has nothing to share between matrices; use separated."
                 )
             if unfit := [term for term in self.objective.terms if term not in structure.solvable()]:
                 raise CompressionError(
@@ -128,8 +128,8 @@ class Recipe:
     allocation: str = field(
         default="uniform",
         metadata={
-            "help": "who gets the bytes: uniform, every group at the ratio; or by_gain, all groups together at the ratio, "
-            "each as large as pays most"
+            "help": "how bytes are distributed: uniform, every group at the ratio; or by_gain, all groups together at the ratio, "
+            "each sized for the least total error"
         },
     )
     budget: Budget | None = field(
@@ -137,7 +137,7 @@ class Recipe:
     )
     rest: str | None = field(
         default=None,
-        metadata={"help": f"dtype that all else is stored in: {listing(STORAGES)}; the model's if not given"},
+        metadata={"help": f"dtype of everything that is not compressed: {listing(STORAGES)}; the model's if not given"},
     )
     description: str = ""
     references: tuple[str, ...] = ()
@@ -150,9 +150,7 @@ class Recipe:
         if self.rest is not None and self.rest not in STORAGES:
             raise CompressionError(f"The storage '{self.rest}' is unknown; known are {listing(STORAGES)}.")
         if self.allocation != "by_gain" and any(rule.alternatives or rule.storages for rule in self.rules):
-            raise CompressionError(
-                "Alternatives and storages are chosen among by what they gain, for which the allocation must be 'by_gain'."
-            )
+            raise CompressionError("Alternatives and storages are chosen by gain, so the allocation must be 'by_gain'.")
         if self.allocation == "by_gain" and any(not s.known_gains for rule in self.rules for s in rule.structures):
             known = listing([name for name, structure in STRUCTURES.items() if structure.known_gains])
             raise CompressionError(
@@ -160,7 +158,7 @@ class Recipe:
             )
         if self.allocation == "by_gain" and any(r.structure and not r.objective.sensitive for r in self.rules):
             raise CompressionError(
-                "The allocation 'by_gain' needs the objective 'sensitive': only then do errors of different layers compare."
+                "The allocation 'by_gain' needs the objective 'sensitive': only then are errors of different layers comparable."
             )
         if not any(rule.structure for rule in self.rules):
             raise CompressionError(f"The recipe '{self.name}' has no rule that compresses anything.")
@@ -198,7 +196,7 @@ class Recipe:
         changes: dict[str, Any] = {}
         sizes = {"ratio": ratio, "total_ratio": total_ratio, "max_bytes": max_bytes}
         if len(asked := [name for name, value in sizes.items() if value is not None]) > 1:
-            raise CompressionError(f"{listing(asked)} were given; they exclude each other, so give one.")
+            raise CompressionError(f"{listing(asked)} were given; they exclude each other, so give only one.")
         budget = self.budget
         if ratio is not None:
             changes["ratio"], budget = real(ratio, "ratio"), None

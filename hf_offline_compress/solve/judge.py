@@ -1,4 +1,4 @@
-"""Held-out text as the judge of training: how well the model speaks with a group's weights replaced."""
+"""Held-out text that selects the training step: the model's perplexity with one group's weights replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_judged(architecture: str) -> None:
     """Raise CompressionError if a stock class is no language model."""
     if not is_language_model(architecture):
         raise CompressionError(
-            f"Validation text chooses by perplexity, which {architecture} has none of: it is no language model. Leave the "
+            f"Validation text selects by perplexity, and {architecture} is not a language model. Leave the "
             "validation text out, or choose a head with auto_class."
         )
 

@@ -61,7 +61,7 @@ def wider_storage(group: Group, dtype: str, factors: Factors, rounded: Callable[
     Args:
         group: as planned.
         dtype: of the model.
-        factors: as the solver gave them, or as whole numbers with scales.
+        factors: as the solver gave them, or as integers with scales.
         rounded: gives them for another storage of the group.
 
     Raises:
@@ -101,7 +101,7 @@ def tell(plan: Plan) -> None:
     for dtype in sorted(set(wider.values())):
         names = [name for name, kept in wider.items() if kept == dtype]
         logger.warning(
-            "Kept in %s, since half precision does not hold their numbers: %s%s.",
+            "Kept in %s, since half precision cannot represent their values: %s%s.",
             dtype,
             listing(names[:3]),
             f" and {len(names) - 3} more" if len(names) > 3 else "",
@@ -115,6 +115,6 @@ def _tensors(factors: Factors) -> Iterator[Tensor]:
 
 def _not_held(names: list[str], dtype: str) -> CompressionError:
     return CompressionError(
-        f"{dtype} does not hold the numbers of {listing(names[:3])}{' …' if len(names) > 3 else ''}: they are too large or too "
+        f"{dtype} cannot represent the values of {listing(names[:3])}{' …' if len(names) > 3 else ''}: they are too large or too "
         "small. Pass dtype='float32' (--dtype float32)."
     )

@@ -1,6 +1,6 @@
 """What structures leave of a group at every size, and what storages add to that, known without solving for it.
 
-Steps between whole numbers leave a twelfth of their square.
+Steps between integers leave a twelfth of their square.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _added_to_scales(problem: Problem, storage: Storage) -> float:
 
 
 def _steps(factor: Tensor, bits: int) -> Tensor:
-    """Return the distance between the whole numbers that each number of a factor is rounded to, of the same shape."""
+    """Return the distance between the integers that each number of a factor is rounded to, of the same shape."""
     numbers = in_order(factor)
     steps, _ = shared_steps(numbers, bits)
     spread = steps[:, None].expand(-1, SHARING).flatten()[: len(numbers)]

@@ -16,7 +16,7 @@ from .base import Problem
 
 # As GPTQ has it: of the mean of the diagonal.
 DAMPING = 1e-2
-# Columns coded before the rest hears of their errors, where it hears block by block.
+# Lazy-update block size: columns coded before the remaining columns are updated.
 BLOCK = 128
 # Columns of the smallest halves.
 ONE_BY_ONE = 8

@@ -1,4 +1,4 @@
-"""Factors → whole numbers of few bits with scales: to the nearest, or each factor under the metric that others induce."""
+"""Factors → integers of few bits with scales: to the nearest, or each factor under the metric that others induce."""
 
 from __future__ import annotations
 

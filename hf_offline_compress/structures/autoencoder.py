@@ -52,7 +52,7 @@ class Training:
             if given := [
                 name for name in others if getattr(self, name) != type(self).__dataclass_fields__[name].default
             ]:
-                raise CompressionError(f"training.{given[0]} is of the method 'epochs'; 'latents' has no use for it.")
+                raise CompressionError(f"training.{given[0]} is of the method 'epochs'; 'latents' does not use it.")
         for name in ("learning_rate", "decay"):
             if not getattr(self, name) > 0:
                 raise CompressionError(f"training.{name} is {getattr(self, name)}; it must be above 0.")
@@ -108,7 +108,7 @@ class Autoencoder(Structure):
         if self.decoder == "nonlinear" and self.training.method != "epochs":
             raise CompressionError(
                 "A nonlinear decoder is trained with an encoder: training needs method: epochs, with epochs and batch_size. "
-                "What is trained on its latents is a residual decoder."
+                "Only a residual decoder is trained on its latents."
             )
         if self.decoder == "residual" and self.training.method != "latents":
             raise CompressionError("A residual decoder has no encoder: training needs method: latents.")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 from ..errors import CompressionError
 from .storage import Storage, Stored
 
-# A whole number; a structure may have finer sizes besides, of a class of its own, for the allocation to choose from.
+# An integer; a structure may have finer sizes besides, of a class of its own, for the allocation to choose from.
 Size: TypeAlias = Any
 
 
@@ -99,7 +99,7 @@ class Structure(ABC):
 
     @property
     def known_rounding(self) -> bool:
-        """Whether it is known without solving what storing in whole numbers adds to errors."""
+        """Whether it is known without solving what storing in integers adds to errors."""
         return self.known_gains
 
     def solvable(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class Structure(ABC):
         """Raise CompressionError where matrices of this shape cannot be represented so, at any size."""
         if shape.members > 1 and not self.shares:
             raise CompressionError(
-                f"The structure '{self.name}' has nothing that several matrices could share; its grouping is separated."
+                f"The structure '{self.name}' has nothing to share between matrices; its grouping is separated."
             )
 
     def parameters(self, size: Size, shape: GroupShape) -> int:

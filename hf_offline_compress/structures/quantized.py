@@ -1,4 +1,4 @@
-"""Quantized: every weight a whole number of few bits, with a scale and a zero for a row or a part of one."""
+"""Quantized: every weight an integer of few bits, with a scale and a zero for a row or a part of one."""
 
 from __future__ import annotations
 

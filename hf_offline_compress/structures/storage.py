@@ -1,4 +1,4 @@
-"""How the numbers of a structure's tensors are kept: in a dtype, or as whole numbers of few bits with scales."""
+"""How the numbers of a structure's tensors are kept: in a dtype, or as integers of few bits with scales."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}
 INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 # What is stored in a dtype of its own, whatever the group's storage: positions and packed integers.
 ITEM_BYTES = {"int16": 2, "uint8": 1}
-# So many numbers share a scale and a zero; tensors of fewer are not rounded.
+# Group size: numbers that share a scale and a zero; smaller tensors are not rounded.
 SHARING = 64
 # What scales a whole row is not rounded to fewer bits than these, nor is anything of one dimension.
 DELICATE, DELICATE_BITS = ("scales", "norms"), 8
@@ -41,8 +41,8 @@ class Storage:
     """How numbers are kept.
 
     Attributes:
-        dtype: of the numbers; or, of whole numbers, of their scales.
-        bits: of whole numbers; None for numbers as they are.
+        dtype: of the numbers; or, of integers, of their scales.
+        bits: of integers; None for numbers as they are.
     """
 
     dtype: str
@@ -58,7 +58,7 @@ class Storage:
         return f"int{self.bits}" if self.bits else self.dtype
 
     def integers(self, tensors: Mapping[str, Stored]) -> dict[str, int]:
-        """Return which of the tensors are kept as whole numbers, and their bits."""
+        """Return which of the tensors are kept as integers, and their bits."""
         if self.bits is None:
             return {}
         chosen = {name: tensor for name, tensor in tensors.items() if tensor.dtype is None and tensor.count >= SHARING}

@@ -1,4 +1,4 @@
-"""Trellis: codes of which each says, with those before it, where in a large table the next weights are."""
+"""Trellis: each code and its predecessors index a large table of weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DISTORTIONS = {
 }
 # Classes of rows that have a rate of their own.
 MOST_CLASSES = 16
-# So many bits of a state must be older than the newest code, or there is nothing to choose a path by.
+# Minimum bits of a state older than the newest code; with fewer there is no path to choose.
 LEAST_MEMORY = 4
 
 

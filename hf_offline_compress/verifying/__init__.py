@@ -1,4 +1,4 @@
-"""Verification of a finished folder: would strangers be able to load it, and is there nothing in it that should not be?"""
+"""Verification of a finished folder: does it load in a clean environment, and is it free of what must not be published?"""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def verify_folder(folder: str | Path, *, trust_remote_code: bool = False, token:
         checks, record = _file_checks(path, token)
     code = next(check for check in checks if check.name == "code")
     if code.status == "failed" and trust_remote_code:
-        noted = Check("code", "passed", f"It is run because you said so, although it is not ours: {code.sentence}")
+        noted = Check(
+            "code", "passed", f"It is run at your request, although it is not this package's: {code.sentence}"
+        )
         checks = [noted if check is code else check for check in checks]
     if any(check.name == "formats" and check.status == "failed" for check in checks):
-        loading = [
-            Check("loading", "skipped", "It was not loaded, because of the files that cannot be trusted to be data.")
-        ]
+        loading = [Check("loading", "skipped", "It was not loaded, because some files may run code.")]
     else:
         with stage("loading in fresh processes, with the package and without it"):
             loading = load_checks(path, record, run_code=code.status == "passed" or trust_remote_code)
@@ -65,7 +65,7 @@ def _file_checks(folder: Path, token: str | None = None) -> tuple[list[Check], d
 
     if not is_compressed(folder):
         raise CompressionError(
-            f"'{folder}' is no compressed folder: it needs a config.json of a compressed model. "
+            f"'{folder}' is not a compressed folder: it needs a config.json of a compressed model. "
             "`hf-offline-compress compress` writes such folders."
         )
     try:
@@ -73,10 +73,10 @@ def _file_checks(folder: Path, token: str | None = None) -> tuple[list[Check], d
         config = Check("config", "passed", "config.json is that of a compressed model.")
     except CompressionError as error:
         config = Check("config", "failed", str(error))
-    links = [f"{name} is a link to somewhere else" for name in outside_links(folder)]
+    links = [f"{name} is a link to somewhere outside the folder" for name in outside_links(folder)]
     left, unknown = trainer_files(folder), [name for name in folder_files(folder) if not is_part(name)]
-    more = f" Trainer's own, pickles among them, are left out of a push: {shortened(left)}." if left else ""
-    more += f" No part of the model, and so left out unless included: {shortened(unknown)}." if unknown else ""
+    more = f" Trainer's files, including pickles, are left out of a push: {shortened(left)}." if left else ""
+    more += f" Not part of the model, so left out unless included: {shortened(unknown)}." if unknown else ""
     checks = [
         outcome("files", links, f"{len(folder_files(folder))} files, all in the folder itself.{more}"),
         config,
@@ -90,7 +90,7 @@ def _file_checks(folder: Path, token: str | None = None) -> tuple[list[Check], d
         return [*checks, Check("record", "failed", f"verification.json cannot be used: {error}.")], None
     if record is None:
         sentence = (
-            "There is no verification.json: it was not saved by compress, so the rest is checked as far as it can be."
+            "There is no verification.json: it was not saved by compress, so the rest is checked as far as possible."
         )
         checks.append(Check("record", "skipped", sentence))
     return [*checks, _weights_check(folder, record)], record
@@ -104,7 +104,7 @@ def _weights_check(folder: Path, record: dict[str, Any] | None) -> Check:
     if not found:
         return Check("weights", "failed", "There are no weights: no safetensors file is in the folder.")
     if record is None:
-        return Check("weights", "skipped", f"{size}; what they were when they were saved is not recorded.")
+        return Check("weights", "skipped", f"{size}; their original contents are not recorded.")
     recorded = record["weights"]
     problems = [f"{name} is missing" for name in recorded if name not in found]
     problems += [f"{name} is not among the recorded files" for name in found if name not in recorded]

@@ -34,20 +34,20 @@ def card_check(folder: Path) -> Check:
         ModelCard(str(ModelCard(text)))  # also as it would be written back
     except (OSError, ValueError, TypeError, KeyError, AttributeError, CompressionError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
-        return Check("card", "failed", f"README.md is no model card that can be read: {reason}.")
-    return Check("card", "passed", "README.md parses, and its metadata have the types that the Hub asks for.")
+        return Check("card", "failed", f"README.md cannot be read as a model card: {reason}.")
+    return Check("card", "passed", "README.md parses, and its metadata has the types that the Hub expects.")
 
 
 def _metadata_problem(data: dict[str, Any]) -> str | None:
     """Return what the Hub would refuse in a card's metadata, or None."""
     for key in ("license", "library_name", "pipeline_tag", "license_name"):
         if not isinstance(data.get(key, ""), str):
-            return f"'{key}' must be a text"
+            return f"'{key}' must be a string"
     for key in ("tags", "datasets", "language", "base_model", "metrics"):
         value = data.get(key) or []
         entries = [value] if isinstance(value, str) else value
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            return f"'{key}' must be a text or a list of texts"
+            return f"'{key}' must be a string or a list of strings"
         if key == "base_model" and not all(_REPOSITORY.fullmatch(entry) for entry in entries):
-            return f"'base_model' must be an id on the Hub, not '{entries[0]}'"
+            return f"'base_model' must be a Hub id, not '{entries[0]}'"
     return None

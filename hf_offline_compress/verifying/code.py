@@ -33,7 +33,7 @@ def code_check(folder: Path) -> Check:
     foreign = [name for name in there if name not in ours]
     missing = sorted(ours.keys() - set(there))
     problems = [f"{name} is not the code of hf-offline-compress {__version__}" for name in changed]
-    problems += [f"{name} is no code of hf-offline-compress" for name in foreign]
+    problems += [f"{name} is not part of hf-offline-compress" for name in foreign]
     problems += [f"{name} is missing" for name in missing]
     problems += _foreign_references(folder)
     return outcome("code", problems, f"The code is that of hf-offline-compress {__version__}, byte by byte.")
@@ -53,13 +53,13 @@ def _foreign_references(folder: Path) -> list[str]:
             content = json.loads((folder / name).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        problems += [f"{name} names other code to run, '{target[:60]}'" for target in _pipeline_code(name, content)]
+        problems += [f"{name} refers to other code, '{target[:60]}'" for target in _pipeline_code(name, content)]
         targets = list(_targets(content.get("auto_map"))) if isinstance(content, dict) else []
         if name == "config.json" and not targets:
-            problems.append("config.json has no auto_map, so that nobody can load it without the package")
+            problems.append("config.json has no auto_map, so it cannot be loaded without the package")
         foreign = [target for target in targets if not _OURS.fullmatch(target)]
         if foreign:
-            problems.append(f"{name} names other code to run, '{foreign[0][:60]}'")
+            problems.append(f"{name} refers to other code, '{foreign[0][:60]}'")
     return problems
 
 

@@ -33,7 +33,7 @@ def load_checks(folder: Path, record: dict[str, Any] | None, *, run_code: bool) 
         checks.append(_loading_check(f"loading {mode} the package", found[mode], record))
         checks.append(_outputs_check(mode, found, record))
     if not run_code:
-        reason = "The folder's code was not run, because it is not ours; --trust-remote-code runs it."
+        reason = "The folder's code was not run, because it is not this package's; --trust-remote-code runs it."
         checks.append(Check(f"loading {WITHOUT} the package", "skipped", reason))
     return checks
 
@@ -94,11 +94,11 @@ def _loading_check(name: str, found: dict[str, Any], record: dict[str, Any] | No
     ]
     count = found["compressed_modules"]
     if not count:
-        problems.append("no module of it is compressed")
+        problems.append("none of its modules is compressed")
     if record and count != record["compressed_modules"]:
         problems.append(f"{count} compressed modules, and {record['compressed_modules']} when it was saved")
     if record and found["class"] != record["class"]:
-        problems.append(f"it became a {found['class']}, and was saved as a {record['class']}")
+        problems.append(f"it loads as {found['class']}, and was saved as {record['class']}")
     tokenizer = f", and a {found['tokenizer']}" if found["tokenizer"] else ""
     fine = f"{found['class']} with {count} compressed modules, no missing and no unexpected key{tokenizer}."
     return outcome(name, problems, fine)
@@ -110,7 +110,7 @@ def _outputs_check(mode: str, found: dict[str, dict[str, Any]], record: dict[str
     if mine is None:
         return Check(name, "skipped", "It did not load.")
     if any(None in (digest["root_mean_square"], *digest["values"]) for digest in mine.values()):
-        return Check(name, "failed", "The outputs hold NaN or infinite values.")
+        return Check(name, "failed", "The outputs contain NaN or infinite values.")
     if record is not None:
         error, limit = probe.difference(record["outputs"], mine), TOLERANCES.get(record["dtype"], 1e-3)
         reference = "the outputs that were recorded when it was saved"
