@@ -1,4 +1,4 @@
-"""Run in a fresh process: load every folder of a directory as a stranger would, and write what was found.
+"""Run in a fresh process: load every folder of a directory in a clean process, and write what was found.
 
 usage: load_folders.py {package,remote} OUT FOLDERS…. With "remote" the package cannot be imported.
 """

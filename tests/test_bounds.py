@@ -1,4 +1,4 @@
-"""What strangers' files may ask for: every number that is read has a type and a bound, and what has not is one sentence."""
+"""What untrusted files may ask for: every number that is read has a type and a bound, and what has not is one sentence."""
 
 import json
 import math

@@ -278,8 +278,8 @@ def test_bars_are_as_long_as_numbers(inputs):
 
 def test_costs_are_stated(inputs):
     text = section(render_card(inputs), "Limitations")
-    assert "Worse than the base: perplexity on test.txt is 12,345.7, of the base 85.41." in text
-    assert "on test.txt (identical outputs in brackets) cosine 0.9877 (1.0000)." in text and "loss" not in text
+    assert "Worse than the base: perplexity on test.txt is 12,345.7; the base has 85.41." in text
+    assert "on test.txt, cosine 0.9877 (identical outputs: 1.0000)." in text and "loss" not in text
     assert "batch 1, length 128 takes 23.50 ms; the base takes 20.25 ms" in text
     assert "Takes 190.50 MB of memory, the base 181.00 MB of memory" in text and "Loads in" not in text
     assert "int8 (torch dynamic) (0.04 MB)" in text
@@ -636,7 +636,7 @@ def test_nothing_of_this_machine_is_in_it(made, inputs):
     "change,options,message",
     [
         ("", {"license": "Apache 2.0"}, "The licence 'Apache 2.0' is not one that the Hub knows"),
-        ("", {"language": ["English!"]}, "The language 'English!' is none"),
+        ("", {"language": ["English!"]}, "The language 'English!' is not one"),
         ("", {"base_model": "./tiny"}, r"The base model './tiny' is not a Hub id"),
         ("", {"base_model": "tiny"}, "pass owner/name"),
         ("", {"base": "nowhere"}, "There is no folder 'nowhere' of the base"),

@@ -1,4 +1,4 @@
-"""Back to stock: a dense checkpoint that says what the compressed model says, in a process that knows nothing of us."""
+"""Back to stock: a dense checkpoint with the compressed model's outputs, in a process that knows nothing of us."""
 
 import json
 import os

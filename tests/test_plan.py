@@ -114,7 +114,7 @@ def test_factors_have_the_models_dtype():
         (
             {"ratio": 4, "storage": "float32"},
             {**BERT, "dtype": "float16"},
-            "'float32' does not go with a model in float16",
+            "'float32' does not fit a model in float16",
         ),
         ({}, {**BERT, "dtype": "float8"}, "dtype 'float8' is not supported"),
         ({}, {**BERT, "architectures": ["BertForPoetry"]}, "BertForPoetry"),

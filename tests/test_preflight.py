@@ -120,7 +120,7 @@ def adapted():
         (lambda: torch.nn.DataParallel(make_model("bert", "BertModel")), r"DataParallel cannot.*pass.*`model\.module`"),
         (lambda: torch.compile(make_model("bert", "BertModel")), r"`model\._orig_mod`"),
         (adapted, r"merge them into the model first, `model = model\.merge_and_unload\(\)`"),
-        (dynamically_quantized, "BertModel is quantized already; pass the model from before"),
+        (dynamically_quantized, "BertModel is quantized already; pass the original model"),
         (Pipeline, r"A Pipeline cannot.*such as its `\.model`"),
         (lambda: torch.nn.Linear(2, 2), "A Linear cannot be compressed; pass a Hub id"),
         (lambda: None, "A NoneType cannot be compressed"),

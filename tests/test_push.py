@@ -125,7 +125,7 @@ def test_files_beside_the_model_are_published_only_on_request(hub, folder, finis
     assert pushed.left_out == ("notes/mine.txt", "x.dat", "training_args.bin")
     remarks = " ".join(pushed.remarks)
     assert (
-        "of Trainer were left out: training_args.bin" in remarks
+        "Trainer's files were left out: training_args.bin" in remarks
         and "notes/mine.txt, x.dat. `push --include NAME`" in remarks
     )
     options = ["push", str(folder), "me/x", "--include", "./notes/mine.txt", "--include", "x.dat", "--json"]

@@ -1,4 +1,4 @@
-"""Verification: what was recorded is what is loaded, and nothing is in the folder that should not be."""
+"""Verification: what was recorded is what is loaded, and the folder holds nothing that must not be published."""
 
 import json
 import os
@@ -259,7 +259,7 @@ TAMPERED = {
     "a tokenizer's code": (
         lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
         "code",
-        "tokenizer_config.json names other code",
+        "tokenizer_config.json refers to other code",
     ),
     "no auto_map": (lambda f: edit(f / "config.json", auto_map=None), "code", "has no auto_map"),
     "a link": (lambda f: (f / "link.json").symlink_to(f.parent / "secret.json"), "files", "link.json is a link"),

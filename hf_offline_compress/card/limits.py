@@ -43,10 +43,10 @@ def _worse(evaluation: dict[str, Any]) -> list[str]:
         )
     ]
     if worse and str(evaluation["id"]).startswith("agreement"):
-        shown = ", ".join(f"{cell(m['name'])} {value(m['compressed'])} ({value(m['base'])})" for m in worse)
-        return [
-            f"Its outputs differ from the base model's: on {data_name(evaluation)}, {shown} (identical outputs in brackets)."
-        ]
+        shown = ", ".join(
+            f"{cell(m['name'])} {value(m['compressed'])} (identical outputs: {value(m['base'])})" for m in worse
+        )
+        return [f"Its outputs differ from the base model's: on {data_name(evaluation)}, {shown}."]
     return [
         f"Worse than the base: {cell(m['name'])} on {data_name(evaluation)} is {value(m['compressed'])}; the base has "
         f"{value(m['base'])}."
@@ -126,12 +126,12 @@ def _resizing(inputs: CardInputs) -> list[str]:
 
 
 def _training(inputs: CardInputs) -> list[str]:
-    found = [inputs.since or "It was not fine-tuned after compression; fine-tuning may recover some of the loss."]
+    found = [inputs.since or "It was not fine-tuned after compression; fine-tuning may recover part of what was lost."]
     if inputs.since and inputs.groups:
         found[0] += " The errors below were measured before that."
     if record := inputs.report.get("calibration"):
         text = {"bundled": "hf-offline-compress's own English text", "caller": "text supplied by the author"}.get(
             record["source"], f"`{cell(record['source'])}`"
         )
-        found.append(f"It was calibrated on {text}: on other kinds of text, the loss may be larger than measured here.")
+        found.append(f"It was calibrated on {text}: on other kinds of text, results may be worse than measured here.")
     return found

@@ -1,0 +1,67 @@
+"""Hooks of the documentation site: pages that stand outside docs/ in the repository are pages of the site too.
+
+README.md is the overview. Links to these files, and from them into docs/, become links within the site.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[2]
+# Path in the repository → page of the site.
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+CARDS = sorted(path.parent.name for path in (ROOT / "model_cards").glob("*/README.md"))
+PAGES |= {f"model_cards/{name}/README.md": f"model_cards/{name}.md" for name in CARDS}
+CARD_LIST = "model_cards/index.md"
+LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)#\s\"]+)")
+
+
+def on_files(files, config):
+    """Add the pages that are files outside of docs/, and the list of model cards."""
+    for source, page in PAGES.items():
+        text = _without_metadata((ROOT / source).read_text("utf-8"))
+        files.append(File.generated(config, page, content=_moved(text, source, page)))
+    rows = "\n".join(f"- [{name}]({name}.md)" for name in CARDS)
+    listed = f"# Example cards\n\nCards of real runs, as `hf-offline-compress card` writes them:\n\n{rows}\n"
+    files.append(File.generated(config, CARD_LIST, content=listed))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Let links of pages in docs/ lead to where the others are on the site."""
+    source = f"docs/{page.file.src_uri}"
+    return markdown if page.file.generated_by else _moved(markdown, source, page.file.src_uri)
+
+
+def _without_metadata(text):
+    """Return a page without a card's YAML header, which is for the Hub."""
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+
+
+def _moved(text, source, page):
+    """Return a page whose relative links are those of its place on the site."""
+
+    def link(match):
+        target = match[2]
+        if re.match(r"\w+:|/", target):
+            return match[0]
+        parts = []
+        for part in (PurePosixPath(source).parent / target).parts:
+            if part == "..":
+                parts = parts[:-1]
+            elif part != ".":
+                parts.append(part)
+        place = "/".join(parts)
+        if place == "model_cards":
+            place = CARD_LIST
+        elif place in PAGES:
+            place = PAGES[place]
+        elif place.startswith("docs/"):
+            place = place.removeprefix("docs/")
+        else:  # a file that is only in the repository
+            return match[0]
+        up = "../" * (len(PurePosixPath(page).parts) - 1)
+        return f"{match[1]}{up}{place}"
+
+    return LINK.sub(link, text)
