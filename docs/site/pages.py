@@ -6,7 +6,9 @@ README.md is the overview. Links to these files, and from them into docs/, becom
 import re
 from pathlib import Path, PurePosixPath
 
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 # Path in the repository → page of the site.
@@ -17,7 +19,7 @@ CARD_LIST = "model_cards/index.md"
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)#\s\"]+)")
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are files outside of docs/, and the list of model cards."""
     for source, page in PAGES.items():
         text = _without_metadata((ROOT / source).read_text("utf-8"))
@@ -28,21 +30,21 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, page, **_):
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links of pages in docs/ lead to where the others are on the site."""
     source = f"docs/{page.file.src_uri}"
     return markdown if page.file.generated_by else _moved(markdown, source, page.file.src_uri)
 
 
-def _without_metadata(text):
+def _without_metadata(text: str) -> str:
     """Return a page without a card's YAML header, which is for the Hub."""
     return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
 
 
-def _moved(text, source, page):
+def _moved(text: str, source: str, page: str) -> str:
     """Return a page whose relative links are those of its place on the site."""
 
-    def link(match):
+    def link(match: re.Match[str]) -> str:
         target = match[2]
         if re.match(r"\w+:|/", target):
             return match[0]
