@@ -263,11 +263,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
             "calibration=None and no validation to compress without data."
         )
-    if texts is not None:
-        folder = pipeline_root(source.folder) if source else None
-        warn_of_languages(texts, languages_of(folder) if folder else (), tokenizer)
-        prompts = prompts_of(folder) if folder else ()
-        texts = presented(texts, tokenizer, prompts=prompts, chat=objective_of(type(model).__name__) == "causal")
+    texts = _presented(subject, texts)
     _check_finite(model, family_of(config).title)
     with _measurable(model, options.device, ours=source is not None) as compute:
         wider |= wider_tensors(plan, compute.state_dict())
@@ -345,6 +341,16 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
     return CompressionResult(built, tokenizer, report, source.folder if source else None)
+
+
+def _presented(subject: _Subject, texts: CalibrationText | None) -> CalibrationText | None:
+    """Return calibration texts as the model is used: with the base's prompts, or through its chat template."""
+    if texts is None:
+        return None
+    folder = pipeline_root(subject.source.folder) if subject.source else None
+    warn_of_languages(texts, languages_of(folder) if folder else (), subject.tokenizer)
+    chat = objective_of(type(subject.model).__name__) == "causal"
+    return presented(texts, subject.tokenizer, prompts=prompts_of(folder) if folder else (), chat=chat)
 
 
 def _narrow_enough(model: PreTrainedModel) -> PreTrainedModel:
