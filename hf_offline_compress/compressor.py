@@ -38,6 +38,7 @@ from .foundation.memory import release_memory
 from .foundation.options import chosen, documented
 from .foundation.preflight import check_room, found_device
 from .foundation.progress import stage
+from .foundation.unfinished import UnfinishedRun
 from .measure.collect import measure
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
@@ -50,6 +51,7 @@ from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
 from .solve.groups import solve_groups
 from .solve.judge import check_judged, perplexity_judge
 from .solve.precision import check_held, tell, wider_tensors
+from .solve.resuming import kept_statistics, unfinished_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,12 +68,14 @@ class CompressionResult:
         tokenizer: of the base; None if it has none.
         report: what was done.
         source: the base's folder, from which companion files are carried along; None for a model in memory.
+        run: what was kept to go on after a cut; forgotten once the model is saved.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     report: Report
     source: Path | None = None
+    run: UnfinishedRun | None = None
 
     def __repr__(self) -> str:
         """Return one line; the report has the rest."""
@@ -100,6 +104,7 @@ class CompressionResult:
             overwrite,
             max_shard_size,
             write_card=lambda old, new: renew_card(old, new, base),
+            run=self.run,
         )
 
     def push_to_hub(
@@ -222,6 +227,10 @@ def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Reque
         batch_size=None if options.batch_size is None else whole(options.batch_size, "batch_size", 1),
         max_loss=None if options.max_loss is None else real(options.max_loss, "max_loss"),
     )
+    if options.resume and options.target is None:
+        raise CompressionError(
+            "resume=True keeps what is worked out beside the result: pass target, where it will lie."
+        )
     if options.device is not None:
         found_device(options.device)
     recipe = load_recipe(recipe).override(**options.overrides)
@@ -266,6 +275,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     texts = _presented(subject, texts)
     _check_finite(model, family_of(config).title)
     with _measurable(model, options.device, ours=source is not None) as compute:
+        run = unfinished_run(options, compute, plan, texts, validation, tokenizer)
         wider |= wider_tensors(plan, compute.state_dict())
         plan = planned(request.recipe, plan)
 
@@ -273,9 +283,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             if texts is None:
                 return Statistics(), None
             with clock("calibrate"):
-                return measure(
-                    compute, plan, texts, tokenizer, seed=options.seed, batch_size=options.batch_size, progress=progress
-                )
+                how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "progress": progress}
+                return kept_statistics(run, lambda: measure(compute, plan, texts, tokenizer, **how))
 
         statistics, record = measured()
 
@@ -293,7 +302,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
                 factors, reports, lost = solve_groups(
-                    sized, compute.state_dict(), known, seed=options.seed, progress=progress, judge=judge
+                    sized, compute.state_dict(), known, seed=options.seed, progress=progress, judge=judge, run=run
                 )
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
@@ -340,7 +349,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     )
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
-    return CompressionResult(built, tokenizer, report, source.folder if source else None)
+    return CompressionResult(built, tokenizer, report, source.folder if source else None, run)
 
 
 def _presented(subject: _Subject, texts: CalibrationText | None) -> CalibrationText | None:

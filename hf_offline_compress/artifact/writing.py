@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.checkpoint import clamp_length, copy_companions
+from ..errors import CompressionError
 from ..foundation import files
 from ..foundation.files import read_json, whole_folder
 from ..foundation.preflight import check_room, shard_bytes
 from ..foundation.progress import stage
 from ..foundation.tokenizer_files import compact_tokenizer
+from ..foundation.unfinished import UnfinishedRun, leftover_of, remove_unfinished
 from .reading import EVALUATION_FILE, REPORT_FILE, is_compressed, is_part
 from .record import read_record, write_record
 from .saved import check_saved
@@ -29,9 +31,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_target(folder: Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
-    """Raise CompressionError unless a folder can be written there; see `files.check_target`."""
+def check_target(folder: Path, overwrite: bool, inputs: Iterable[str | Path] = (), *, resume: bool = False) -> None:
+    """Raise CompressionError unless a folder can be written there; see `files.check_target`.
+
+    What an unfinished run for the same folder has left is in the way, unless it is to be resumed or may be replaced.
+    """
     files.check_target(folder, overwrite, is_compressed, "this package", inputs)
+    if not (resume or overwrite) and (left := leftover_of(folder)):
+        raise CompressionError(
+            f"An unfinished run for the output folder '{folder}' lies in '{left.name}' beside it; go on with it by --resume "
+            "(resume=True), or pass --overwrite (overwrite=True) to discard it."
+        )
 
 
 def save_folder(
@@ -43,15 +53,17 @@ def save_folder(
     overwrite: bool,
     max_shard_size: str | int,
     write_card: Callable[[Path, Path], None] | None = None,
+    run: UnfinishedRun | None = None,
 ) -> Path:
     """Write weights, config, code, tokenizer, report and companions beside the target, then rename; return its path.
 
-    `write_card(folder, partial)`, where given, writes the card of the finished folder, which still has another name.
+    `write_card(folder, partial)`, where given, writes the card of the finished folder, which still has another name. What
+    an unfinished run for the folder has left, the `run` that gave this model or another one, is of no more use then.
 
     Raises:
         CompressionError: see `check_target`; or what was saved does not say what the model says.
     """
-    check_target(folder, overwrite, [source] if source else ())
+    check_target(folder, overwrite, [source] if source else (), resume=run is not None)
     shard = shard_bytes(max_shard_size)
     check_room(folder, int(report.totals["stored_bytes"]))
     with whole_folder(folder, is_compressed if overwrite else None, _keep) as partial:
@@ -75,6 +87,10 @@ def save_folder(
         with _accessory("No model card was written; `hf-offline-compress card` writes one later"):
             if write_card is not None:
                 write_card(folder, partial)
+    if run is not None:
+        run.remove()
+    elif left := leftover_of(folder):
+        remove_unfinished(left)
     return folder
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..foundation.preflight import shard_bytes
 from ..foundation.progress import stage
+from ..foundation.unfinished import leftover_of
 from ..request.options import CompressionOptions
 from ..request.reading import load_recipe
 from ..request.recipe import DEFAULT_RECIPE
@@ -39,7 +42,7 @@ def compress(
         from ..artifact.writing import check_target
 
         started = time.monotonic()
-        check_target(out, overwrite, [base])
+        check_target(out, overwrite, [base], resume=options.resume)
         shard_bytes(max_shard_size)
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
         calm(quiet)
@@ -56,4 +59,17 @@ def compress(
             seconds = time.monotonic() - started
             print_summary(out, base, result.report, saved.weight_bytes, saved.folder_bytes, seconds)
 
-    run(work, debug, quiet)
+    run(_saying_what_is_kept(work, out) if options.resume else work, debug, quiet)
+
+
+def _saying_what_is_kept(work: Callable[[], None], out: Path) -> Callable[[], None]:
+    """Return the work, with what lies in OUT.partial named where it is told to end."""
+
+    def telling() -> None:
+        try:
+            work()
+        except KeyboardInterrupt as error:
+            left = leftover_of(out)
+            raise type(error)(f"the same command goes on from '{left.name}'" if left else "") from error
+
+    return telling

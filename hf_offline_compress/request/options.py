@@ -87,6 +87,13 @@ class CompressionOptions:
     target: str | Path | None = option(
         None, "where the result will be saved; that there is room for it is checked before any work"
     )
+    resume: bool = option(
+        False,
+        "keep what is worked out in TARGET.partial until the result is saved, and go on from there if a run with the same "
+        "request was cut; needs a target",
+        cli=bool,
+        help="keep what is worked out in OUT.partial, and go on from there after a cut",
+    )
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from ..artifact.building import named_tensors, reconstructed, rounded_factors
 from ..artifact.report import GroupReport, group_report
 from ..foundation.memory import release_memory
 from ..foundation.progress import bar as progress_bar
+from ..foundation.unfinished import UnfinishedRun
 from ..measure.statistics import Statistics
 from ..plan.groups import Group, Plan
 from ..solvers import ANY_SIZES, BATCHED_SOLVERS, Factors, Problem, rounded_to_integers, solve_all
 from .precision import wider_storage
 from .problems import problem_of
+from .resuming import Solved, kept_solution
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
 # take several times as much.
@@ -32,6 +34,7 @@ def solve_groups(
     seed: int,
     progress: bool,
     judge: Callable[[Group], Callable[[Tensor], float]] | None = None,
+    run: UnfinishedRun | None = None,
 ) -> tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]:
     """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each.
 
@@ -45,55 +48,68 @@ def solve_groups(
         seed: of everything random.
         progress: show a progress bar.
         judge: group → (rows → how bad the model is with them); chooses among the steps of training.
+        run: keeps what is solved, and knows what was solved before a cut; None keeps nothing.
 
     Raises:
         CompressionError: what a solver gave is not finite, or not held by the model's own dtype.
     """
     prefix = plan.layout.prefix
-    tensors: dict[str, Tensor] = {}
-    reports: dict[str, GroupReport] = {}
-    wider: dict[str, str] = {}
     # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
     last_use = {m.inputs: group.name for batch in batches for _, group in batch for m in group.matrices}
 
-    def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> None:
-        started = time.perf_counter()
+    def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> Solved:
         problems = []
         for index, group in batch:
             problem = problem_of(group, state, prefix, statistics)
             own = judge(group) if judge else None
             problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
-        solved = solve_all(problems)
-        seconds = (time.perf_counter() - started) / len(batch)
-        for (_, group), problem, found in zip(batch, problems, solved, strict=True):
-
-            def in_storage(form: Group, problem: Problem = problem, found: Factors = found) -> Factors:
-                return rounded_to_integers(problem, found, form.storage) if form.storage.bits else found
-
-            factors = in_storage(group)
-            if dtype := wider_storage(group, plan.dtype, factors, in_storage):
-                wider[group.name] = dtype
-            stored = rounded_factors(group, factors, plan.dtype)
-            tensors.update(named_tensors(group, stored, prefix))
-            reports[group.name] = group_report(
-                group, problem, list(reconstructed(group, stored)), seconds=seconds, notes=factors.notes
-            )
+        groups = [group for _, group in batch]
+        solved = kept_solution(run, groups, problems, lambda: _solved(plan, groups, problems))
+        for group in groups:
             for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
                 if last_use[matrix.inputs] == group.name:
                     statistics.input_moments.pop(matrix.inputs, None)
+        return solved
 
+    found: list[Solved] = []
     with progress_bar(None, "compressing", "group", progress, total=len(plan.groups)) as bar:
         for batch in batches:
 
             def step(share: float, before: float = bar.n, count: int = len(batch)) -> None:
                 bar.update(int(before + share * count + 1e-6) - bar.n)  # whole groups
 
-            solve_batch(batch, step)
+            found.append(solve_batch(batch, step))
             release_memory()  # what this batch took is gone; the next one is of another shape
             step(1.0)
+    tensors = {name: tensor for solved in found for name, tensor in solved.tensors.items()}
+    reports = {report.name: report for solved in found for report in solved.reports}
+    wider = {name: dtype for solved in found for name, dtype in solved.wider.items()}
     return tensors, [reports[group.name] for group in plan.groups], wider
+
+
+def _solved(plan: Plan, groups: Sequence[Group], problems: Sequence[Problem]) -> Solved:
+    """Return what becomes of groups that are solved together."""
+    started = time.perf_counter()
+    factors = solve_all(problems)
+    seconds = (time.perf_counter() - started) / len(groups)
+    tensors: dict[str, Tensor] = {}
+    reports: list[GroupReport] = []
+    wider: dict[str, str] = {}
+    for group, problem, found in zip(groups, problems, factors, strict=True):
+
+        def in_storage(form: Group, problem: Problem = problem, found: Factors = found) -> Factors:
+            return rounded_to_integers(problem, found, form.storage) if form.storage.bits else found
+
+        kept = in_storage(group)
+        if dtype := wider_storage(group, plan.dtype, kept, in_storage):
+            wider[group.name] = dtype
+        stored = rounded_factors(group, kept, plan.dtype)
+        tensors.update(named_tensors(group, stored, plan.layout.prefix))
+        dense = list(reconstructed(group, stored))
+        reports.append(group_report(group, problem, dense, seconds=seconds, notes=kept.notes))
+    return Solved(tensors, tuple(reports), wider)
 
 
 def _batches(order: list[tuple[int, Group]]) -> list[list[tuple[int, Group]]]:
