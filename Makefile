@@ -5,10 +5,21 @@ STAMP := .venv/.installed
 
 WHEEL_ENV := .venv-wheel
 
-.PHONY: demo test test-wheel lint format model-cards clean
+BROWSER := examples/browser
+
+.PHONY: demo browser-demo test test-wheel lint format model-cards clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+# A page that runs the models in MODELS; needs Node.js for its packages, and Python alone to be served.
+browser-demo: $(BROWSER)/node_modules
+	@test -n "$(MODELS)" || { echo "say where the models are: make browser-demo MODELS=FOLDER"; exit 1; }
+	$(PYTHON) $(BROWSER)/serve.py "$(MODELS)" $(ARGS)
+
+$(BROWSER)/node_modules: $(BROWSER)/package-lock.json
+	cd $(BROWSER) && npm ci --ignore-scripts
+	touch $@
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
@@ -41,4 +52,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv $(WHEEL_ENV) demo-output
+	rm -rf .venv $(WHEEL_ENV) $(BROWSER)/node_modules demo-output

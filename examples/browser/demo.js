@@ -1,0 +1,422 @@
+// The page and its worker in one module. Each model file has a worker of its own: the page stays responsive while a model
+// computes, and the memory of a model that is no longer wanted is given back, which WebAssembly itself never does.
+
+const LIBRARY = new URL("node_modules/@huggingface/transformers/dist/transformers.min.js", import.meta.url).href;
+// The runtime of ONNX for processors alone: half the size of the one with WebGPU that the library asks for by default.
+const RUNTIME = new URL("node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded", import.meta.url).href;
+const MODELS = new URL("models/", import.meta.url).pathname; // to the library, a path is what is local
+const BATCH = 8; // lines
+const ROUNDS = 10; // of every query, when files are compared
+const MOST_TOKENS = 128; // of an answer
+
+// ---------------------------------------------------------------------------------------------------------- the worker
+
+function work() {
+  let model, task, heap, TextStreamer;
+
+  // What the runtime allocates is counted where it is made: nothing else tells a page how much memory a model takes.
+  WebAssembly.Memory = class extends WebAssembly.Memory {
+    constructor(limits) {
+      super(limits);
+      heap = this;
+    }
+  };
+  const memory = () => heap?.buffer.byteLength ?? 0;
+
+  async function load(entry, file, threads, report) {
+    const library = await import(LIBRARY);
+    ({ TextStreamer } = library);
+    const { env, pipeline } = library;
+    // Every file comes from where the page came from, and is fetched anew, so that what is shown is what a visitor meets.
+    Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: MODELS });
+    Object.assign(env, { useBrowserCache: false, useWasmCache: false });
+    const { wasm } = env.backends.onnx;
+    wasm.wasmPaths = { mjs: `${RUNTIME}.mjs`, wasm: `${RUNTIME}.wasm` };
+    wasm.numThreads = threads;
+
+    const start = performance.now();
+    let fetched = start;
+    // Rather than the library's progress_callback, for which it asks for every file twice.
+    env.fetch = async (address, options) => {
+      const answer = await fetch(address, options);
+      if (!`${address}`.endsWith(".onnx")) return answer;
+      let bytes = 0;
+      const count = new TransformStream({
+        transform(chunk, stream) {
+          report({ bytes: (bytes += chunk.length) });
+          stream.enqueue(chunk);
+        },
+        flush() {
+          fetched = performance.now();
+        },
+      });
+      return new Response(answer.body.pipeThrough(count), answer);
+    };
+    const config = await (await fetch(`${MODELS}${entry.name}/${entry.config}`)).json();
+    const kind = entry.task === "chat" ? "text-generation" : "feature-extraction";
+    task = await pipeline(kind, entry.name, { config, device: "wasm", dtype: file.dtype });
+    model = entry;
+    return { fetch: fetched - start, load: performance.now() - start, memory: memory(), threads };
+  }
+
+  // Rows of the answer are the texts' embeddings, of unit length.
+  async function embed(texts) {
+    const start = performance.now();
+    const output = await task(texts, { pooling: model.pooling, normalize: true });
+    return { rows: output.tolist(), ms: performance.now() - start, memory: memory() };
+  }
+
+  async function generate(messages, most, report) {
+    const times = [];
+    const streamer = new TextStreamer(task.tokenizer, {
+      skip_prompt: true,
+      skip_special_tokens: true,
+      callback_function: (text) => report({ text }),
+      token_callback_function: () => times.push(performance.now()),
+    });
+    const start = performance.now();
+    const prompt = task.tokenizer.chat_template ? messages : messages.map(({ content }) => content).join("\n");
+    await task(prompt, { max_new_tokens: most, do_sample: false, streamer });
+    // The first time stamp is that of the prompt, which the streamer is given too; the next ends the prompt's own pass.
+    const tokens = times.length - 1;
+    const seconds = (times.at(-1) - times[1]) / 1000;
+    return { tokens, first: times[1] - start, rate: tokens > 1 ? (tokens - 1) / seconds : 0, memory: memory() };
+  }
+
+  const calls = { load, embed, generate };
+  onmessage = async ({ data: { id, call, values } }) => {
+    try {
+      postMessage({ id, value: await calls[call](...values, (progress) => postMessage({ id, progress })) });
+    } catch (error) {
+      postMessage({ id, error: `${error?.message ?? error}` });
+    }
+  };
+}
+
+// One loaded model file.
+class Engine {
+  #worker = new Worker(import.meta.url, { type: "module" });
+  #waiting = new Map();
+  #next = 0;
+
+  constructor(entry, file) {
+    Object.assign(this, { entry, file });
+    this.#worker.onmessage = ({ data }) => {
+      const { resolve, reject, report } = this.#waiting.get(data.id);
+      if (data.progress) return report?.(data.progress);
+      this.#waiting.delete(data.id);
+      return "error" in data ? reject(new Error(data.error)) : resolve(data.value);
+    };
+    this.#worker.onerror = (event) => {
+      for (const { reject } of this.#waiting.values()) reject(new Error(event.message ?? "the worker has failed"));
+    };
+  }
+
+  #call(call, values, report) {
+    const id = this.#next++;
+    this.#worker.postMessage({ id, call, values });
+    return new Promise((resolve, reject) => this.#waiting.set(id, { resolve, reject, report }));
+  }
+
+  async load(threads, report) {
+    this.loaded = await this.#call("load", [this.entry, this.file, threads], report);
+    return this.loaded;
+  }
+
+  async #embed(texts, prompt) {
+    const result = await this.#call("embed", [texts.map((text) => prompt + text)]);
+    this.loaded.memory = Math.max(this.loaded.memory, result.memory);
+    return result;
+  }
+
+  // Lines of like length go together, since a batch is as long as its longest.
+  async embedLines(lines, report = () => {}) {
+    const order = lines.map((_, i) => i).sort((a, b) => lines[a].length - lines[b].length);
+    const rows = [];
+    for (let start = 0; start < order.length; start += BATCH) {
+      const places = order.slice(start, start + BATCH);
+      const result = await this.#embed(places.map((i) => lines[i]), this.entry.prompts[1]);
+      places.forEach((place, i) => (rows[place] = result.rows[i]));
+      report(Math.min(start + BATCH, lines.length), lines.length);
+    }
+    return rows;
+  }
+
+  async embedQuery(query) {
+    const { rows, ms } = await this.#embed([query], this.entry.prompts[0]);
+    return { row: rows[0], ms };
+  }
+
+  async generate(messages, most, report) {
+    const result = await this.#call("generate", [messages, most], report);
+    this.loaded.memory = Math.max(this.loaded.memory, result.memory);
+    return result;
+  }
+
+  close() {
+    this.#worker.terminate();
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ the page
+
+const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
+const median = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
+const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
+const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
+const milliseconds = (ms) => `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
+
+function page() {
+  const $ = (id) => document.getElementById(id);
+  const asked = new URLSearchParams(location.search); // ?query=…&threads=…
+  const threads = crossOriginIsolated ? Number(asked.get("threads")) || Math.min(4, navigator.hardwareConcurrency) : 1;
+  const linesOf = () => $("text").value.split("\n").map((line) => line.trim()).filter(Boolean);
+
+  function element(name, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(name), properties);
+    made.append(...children);
+    return made;
+  }
+
+  // What a tab says of itself; every failure ends here.
+  async function guarded(status, run) {
+    try {
+      status.className = "status";
+      return await run((text) => (status.textContent = text));
+    } catch (error) {
+      status.className = "status failed";
+      status.textContent = error.message;
+      throw error;
+    }
+  }
+
+  async function open(entry, file, say) {
+    const engine = new Engine(entry, file);
+    say(`Loading ${file.file} …`);
+    try {
+      await engine.load(threads, ({ bytes }) =>
+        say(bytes < file.bytes ? `Fetching ${megabytes(bytes)} of ${megabytes(file.bytes)}` : "Unpacking …"),
+      );
+    } catch (error) {
+      engine.close();
+      throw error;
+    }
+    return engine;
+  }
+
+  function choices(select, entries) {
+    select.replaceChildren(...entries.map((entry, i) => element("option", { value: i, textContent: entry.name })));
+    select.disabled = entries.length < 2;
+  }
+
+  // ---- search: one record a file of the chosen model, { engine, rows, times, agreement } ----
+
+  let files = [];
+  let shown = []; // the lines that the rows belong to
+  let busy = Promise.resolve();
+
+  function tabulate(entry) {
+    $("files").replaceChildren(
+      ...entry.files.map((file, i) => {
+        const { engine, times, agreement } = files[i] ?? {};
+        const cells = [
+          file.file,
+          megabytes(file.bytes),
+          engine ? seconds(engine.loaded.load) : "–",
+          engine ? megabytes(engine.loaded.memory) : "–",
+          times?.length ? milliseconds(median(times)) : "–",
+          agreement === undefined ? "–" : agreement.toFixed(4),
+        ];
+        return element("tr", {}, ...cells.map((textContent) => element("td", { textContent })));
+      }),
+    );
+    $("compare").hidden = entry.files.length < 2;
+  }
+
+  async function prepare(entry, i, say) {
+    files[i] ??= { engine: await open(entry, entry.files[i], say), times: [] };
+    files[i].rows ??= await files[i].engine.embedLines(shown, (done, of) => say(`Reading lines: ${done} of ${of}`));
+    tabulate(entry);
+    return files[i];
+  }
+
+  function readText() {
+    const lines = linesOf();
+    if (lines.join("\n") !== shown.join("\n")) files.forEach((each) => delete each.rows);
+    shown = lines;
+  }
+
+  // Give the lines by how near they are to the query, nearest first, as { line, score, place }.
+  async function search(query, entry = chosen()) {
+    return guarded($("search-status"), async (say) => {
+      readText();
+      const record = await prepare(entry, 0, say);
+      const { row, ms } = await record.engine.embedQuery(query);
+      record.times.push(ms);
+      const hits = record.rows.map((other, place) => ({ line: shown[place], score: dot(row, other), place }));
+      hits.sort((a, b) => b.score - a.score);
+      tabulate(entry);
+      say(`${shown.length} lines, ${milliseconds(ms)} for this query`);
+      return { hits, ms, row };
+    });
+  }
+
+  async function show() {
+    const query = $("query").value.trim();
+    if (!query) return;
+    const { hits } = await search(query);
+    $("hits").replaceChildren(
+      ...hits.slice(0, 6).map(({ line, score }) =>
+        element(
+          "li",
+          {},
+          element("span", { className: "line", textContent: line }),
+          element("meter", { min: 0, max: 1, value: Math.max(0, score), title: score.toFixed(3) }),
+          element("span", { className: "score", textContent: score.toFixed(2) }),
+        ),
+      ),
+    );
+  }
+
+  // All files of the model on the same queries, taking turns, so that whatever else the machine does meets all alike.
+  async function compare(queries, entry = chosen()) {
+    return guarded($("search-status"), async (say) => {
+      readText();
+      for (let i = 0; i < entry.files.length; i++) await prepare(entry, i, say);
+      const first = {};
+      files.forEach((each) => (each.times = []));
+      for (let round = 0; round <= ROUNDS; round++) {
+        say(`Comparing: round ${round} of ${ROUNDS}`);
+        for (const query of queries) {
+          for (const [i, each] of files.entries()) {
+            const { ms } = await each.engine.embedQuery(query);
+            if (round) each.times.push(ms); // round 0 warms up
+          }
+        }
+      }
+      const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+      files.forEach((each) => (each.agreement = mean(each.rows.map((row, i) => dot(row, files.at(-1).rows[i])))));
+      tabulate(entry);
+      say(`${queries.length} queries, ${ROUNDS} rounds, in turns; agreement is the mean cosine with the last file`);
+      return entry.files.map((file, i) => ({
+        ...file,
+        ...files[i].engine.loaded,
+        query: median(files[i].times),
+        agreement: files[i].agreement,
+      }));
+    });
+  }
+
+  // ---- chat ----
+
+  let talker;
+  let messages = [];
+
+  function bubble(role, text) {
+    const made = element("div", { className: `bubble ${role}`, textContent: text });
+    $("messages").append(made);
+    made.scrollIntoView({ block: "nearest" });
+    return made;
+  }
+
+  async function say(text, most = MOST_TOKENS, entry = chatting()) {
+    return guarded($("chat-status"), async (tell) => {
+      talker ??= await open(entry, entry.files[0], tell);
+      messages.push({ role: "user", content: text });
+      bubble("user", text);
+      const answer = bubble("assistant", "");
+      tell("Reading …");
+      const result = await talker.generate(messages, most, ({ text: more }) => (answer.textContent += more));
+      messages.push({ role: "assistant", content: answer.textContent });
+      const { load, memory } = talker.loaded;
+      const parts = [
+        megabytes(talker.file.bytes),
+        `loaded in ${seconds(load)}`,
+        `${megabytes(memory)} of memory`,
+        `${result.tokens} tokens, the first after ${seconds(result.first)}, then ${result.rate.toFixed(1)} tokens a second`,
+      ];
+      tell(parts.join(" · "));
+      return { ...talker.file, ...talker.loaded, ...result, text: answer.textContent };
+    });
+  }
+
+  // ---- all of it ----
+
+  let models = { search: [], chat: [] };
+  const chosen = () => models.search[Number($("search-model").value)];
+  const chatting = () => models.chat[Number($("chat-model").value)];
+
+  function tab(name) {
+    for (const each of ["search", "chat"]) {
+      $(each).hidden = each !== name;
+      $(`${each}-tab`).setAttribute("aria-selected", each === name);
+    }
+    if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
+  }
+
+  function reset() {
+    files.forEach((each) => each.engine.close());
+    files = [];
+    $("hits").replaceChildren();
+    tabulate(chosen());
+  }
+
+  // One thing at a time: a query that comes while another is answered waits for it.
+  const queue = (run) => (busy = busy.then(run, run).catch((error) => console.error(error)));
+
+  async function start() {
+    const answer = await fetch(`${MODELS}index.json`);
+    if (!answer.ok) throw new Error("There is no models/index.json: see the first lines of serve.py.");
+    const entries = await answer.json();
+    models = Object.groupBy(entries, ({ task }) => task);
+    models.search ??= [];
+    models.chat ??= [];
+    $("threads").textContent = crossOriginIsolated ? `${threads} threads` : "one thread: the server sends no isolation headers";
+    for (const name of ["search", "chat"]) {
+      choices($(`${name}-model`), models[name]);
+      $(`${name}-empty`).hidden = models[name].length > 0;
+      $(`${name}-panel`).hidden = models[name].length === 0;
+    }
+    if (models.search.length) {
+      tabulate(chosen());
+      queue(show);
+    }
+    return models;
+  }
+
+  $("search-tab").onclick = () => tab("search");
+  $("chat-tab").onclick = () => tab("chat");
+  onhashchange = () => tab(location.hash === "#chat" ? "chat" : "search");
+  onhashchange();
+  $("search-form").onsubmit = (event) => {
+    event.preventDefault();
+    queue(show);
+  };
+  $("text").onchange = () => queue(show);
+  $("search-model").onchange = () => queue(() => (reset(), show()));
+  $("compare").onclick = () => queue(() => compare([$("query").value, ...linesOf().slice(0, 9)]));
+  $("file").onchange = async () => {
+    $("text").value = await $("file").files[0].text();
+    queue(show);
+  };
+  $("chat-model").onchange = () => {
+    talker?.close();
+    talker = undefined;
+    messages = [];
+    $("messages").replaceChildren();
+  };
+  $("chat-form").onsubmit = (event) => {
+    event.preventDefault();
+    const text = $("message").value.trim();
+    $("message").value = "";
+    if (text) queue(() => say(text));
+  };
+
+  if (asked.has("query")) $("query").value = asked.get("query");
+  // For tests and benchmarks, which drive the page as a visitor does and read off what it shows.
+  window.demo = { ready: start(), idle: () => busy, search, compare, say, rows: () => files[0].rows };
+  window.demo.ready.catch((error) => ($("search-status").textContent = error.message));
+}
+
+if (typeof document === "undefined") work();
+else page();
