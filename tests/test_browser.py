@@ -145,6 +145,70 @@ def test_the_page_shows_what_each_file_costs(visit):
     assert quantized >= 0.99 and dense == pytest.approx(1, abs=1e-5)
 
 
+def write_counter(folder):
+    """Write a chat model without weights: its next token is the number of tokens that its cache holds."""
+    from onnx import TensorProto, helper, save
+
+    tokenizer = make_tokenizer("llama")
+    shapes = {"past_key_values": ["batch_size", 1, "past", 4], "present": ["batch_size", 1, "total", 4]}
+    inputs = {"input_ids": ["batch_size", "new"], "attention_mask": ["batch_size", "total"]}
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in inputs.items()]
+    past, present = (
+        [helper.make_tensor_value_info(f"{name}.0.{part}", TensorProto.FLOAT, shape) for part in ("key", "value")]
+        for name, shape in shapes.items()
+    )
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch_size", "new", len(tokenizer)])
+    constants = [
+        helper.make_tensor("rows", TensorProto.FLOAT, [len(tokenizer), 4], [0.0] * 4 * len(tokenizer)),
+        helper.make_tensor("depth", TensorProto.INT64, [], [len(tokenizer)]),
+        helper.make_tensor("off_on", TensorProto.FLOAT, [2], [0, 1]),
+        helper.make_tensor("one", TensorProto.INT64, [1], [1]),
+        helper.make_tensor("nothing", TensorProto.INT64, [], [0]),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["rows", "input_ids"], ["states"]),
+        helper.make_node("Unsqueeze", ["states", "one"], ["heads"]),
+        *(
+            helper.make_node("Concat", [f"past_key_values.0.{part}", "heads"], [f"present.0.{part}"], axis=2)
+            for part in ("key", "value")
+        ),
+        helper.make_node("Shape", ["present.0.key"], ["total"], start=2, end=3),
+        helper.make_node("Mul", ["input_ids", "nothing"], ["zeros"]),
+        helper.make_node("Add", ["zeros", "total"], ["next"]),
+        helper.make_node("OneHot", ["next", "depth", "off_on"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "counter", [*ids, *past], [logits, *present], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (folder / "onnx").mkdir(parents=True)
+    save(model, folder / "onnx/model_quantized.onnx")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 4}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 0, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_the_second_tab_answers(drive, tmp_path):
+    """By a cache that grows from call to call, and with the words as they come."""
+    pytest.importorskip("onnx")
+    tokenizer = write_counter(tmp_path / "counter")
+    question = "the cat sat on the mat"
+    begin = len(tokenizer(question)["input_ids"])
+    expected = tokenizer.decode(range(begin, begin + 8))
+    with serving(tmp_path) as address:
+        *_, said, bubbles, status = drive(
+            address,
+            ("open",),
+            ("click", "#chat-tab"),
+            ("say", question, 8),
+            ("texts", ".bubble"),
+            ("texts", "#chat-status"),
+        )
+    assert said["text"] == expected and said["tokens"] == 8 and said["rate"] > 0
+    assert bubbles == [question, expected]
+    assert re.search(r"MB · loaded in [\d.]+ s · .* 8 tokens, the first after .* tokens a second", status[0])
+
+
 def write_model(folder, config, files=("model_quantized",), **others):
     (folder / "onnx").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -77,10 +77,10 @@ function work() {
     const start = performance.now();
     const prompt = task.tokenizer.chat_template ? messages : messages.map(({ content }) => content).join("\n");
     await task(prompt, { max_new_tokens: most, do_sample: false, streamer });
-    // The first time stamp is that of the prompt, which the streamer is given too; the next ends the prompt's own pass.
-    const tokens = times.length - 1;
-    const seconds = (times.at(-1) - times[1]) / 1000;
-    return { tokens, first: times[1] - start, rate: tokens > 1 ? (tokens - 1) / seconds : 0, memory: memory() };
+    // The time to the first token is that of the prompt's own pass.
+    const tokens = times.length;
+    const rate = tokens > 1 ? ((tokens - 1) * 1000) / (times.at(-1) - times[0]) : 0;
+    return { tokens, first: times[0] - start, rate, memory: memory() };
   }
 
   const calls = { load, embed, generate };
