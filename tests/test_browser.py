@@ -59,7 +59,7 @@ def drive(chromium):
     def run(address, *steps):
         command = ["node", str(PAGE / "drive.mjs"), chromium, address]
         done = subprocess.run(
-            command, input=json.dumps(steps), capture_output=True, text=True, timeout=300, check=False
+            command, input=json.dumps(steps), capture_output=True, text=True, timeout=600, check=False
         )
         assert done.stdout, done.stderr
         result = json.loads(done.stdout)
