@@ -267,12 +267,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
         return make_plan(config, recipe, architecture=name, dtype=subject.dtype, wider=dict(wider), layout=layout)
 
     plan = planned(request.recipe, subject.plan)
-    if (texts or validation) and tokenizer is None:
-        raise CompressionError(
-            "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
-            "calibration=None and no validation to compress without data."
-        )
-    texts = _presented(subject, texts)
+    texts = _texts_as_read(subject, request)
     _check_finite(model, family_of(config).title)
     with _measurable(model, options.device, ours=source is not None) as compute:
         run = unfinished_run(options, compute, plan, texts, validation, tokenizer)
@@ -325,41 +320,58 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 request = replace(request, recipe=recipe)
             search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
         tell(plan)
+    about = _about(subject, request) | {
+        "dtype": plan.dtype,
+        "calibration": record.to_dict() if record else None,
+        "search": search,
+        "groups": tuple(reports),
+        "dense": plan.dense,
+        "totals": totals(plan),
+        "seconds": clock.seconds,
+    }
+    if tokenizer is not None:
+        tokenizer = clamp_length(tokenizer, config)
+    return CompressionResult(built, tokenizer, Report(**about), source.folder if source else None, run)
+
+
+def _texts_as_read(subject: _Subject, request: _Request) -> CalibrationText | None:
+    """Return the calibration text as the model's users would pass it: with its prompts, or through its chat template.
+
+    Raises:
+        CompressionError: there is text, and no tokenizer.
+    """
+    texts, tokenizer, source = request.texts, subject.tokenizer, subject.source
+    if (texts or request.validation) and tokenizer is None:
+        raise CompressionError(
+            "Calibration and validation need the model's tokenizer, and there is none; pass tokenizer=, or "
+            "calibration=None and no validation to compress without data."
+        )
+    if texts is None:
+        return None
+    folder = pipeline_root(source.folder) if source else None
+    warn_of_languages(texts, languages_of(folder) if folder else (), tokenizer)
+    chat = objective_of(type(subject.model).__name__) == "causal"
+    return presented(texts, tokenizer, prompts=prompts_of(folder) if folder else (), chat=chat)
+
+
+def _about(subject: _Subject, request: _Request) -> dict[str, Any]:
+    """Return what a report says of the base and the request."""
+    model, source, options, validation = subject.model, subject.source, request.options, request.validation
     name = source.name if source else Path(str(model.config.name_or_path or "a model in memory")).name
     loaded = {"auto_class": options.auto_class, "dtype": _dtype_name(options.dtype), "batch_size": options.batch_size}
-    report = Report(
-        base={
+    return {
+        "base": {
             "name": name,
             "revision": source.revision if source else None,
             "weight_bytes": source.weight_bytes if source else None,
         },
-        architecture=type(model).__name__,
-        recipe=request.recipe.to_dict(),
-        seed=options.seed,
-        dtype=plan.dtype,
-        calibration=record.to_dict() if record else None,
-        validation={"source": validation.source, "sha256": validation.sha256} if validation else None,
-        search=search,
-        options={key: value for key, value in loaded.items() if value is not None} if source else {},
-        groups=tuple(reports),
-        dense=plan.dense,
-        totals=totals(plan),
-        seconds=clock.seconds,
-        versions=versions(),
-    )
-    if tokenizer is not None:
-        tokenizer = clamp_length(tokenizer, config)
-    return CompressionResult(built, tokenizer, report, source.folder if source else None, run)
-
-
-def _presented(subject: _Subject, texts: CalibrationText | None) -> CalibrationText | None:
-    """Return calibration texts as the model is used: with the base's prompts, or through its chat template."""
-    if texts is None:
-        return None
-    folder = pipeline_root(subject.source.folder) if subject.source else None
-    warn_of_languages(texts, languages_of(folder) if folder else (), subject.tokenizer)
-    chat = objective_of(type(subject.model).__name__) == "causal"
-    return presented(texts, subject.tokenizer, prompts=prompts_of(folder) if folder else (), chat=chat)
+        "architecture": type(model).__name__,
+        "recipe": request.recipe.to_dict(),
+        "seed": options.seed,
+        "validation": {"source": validation.source, "sha256": validation.sha256} if validation else None,
+        "options": {key: value for key, value in loaded.items() if value is not None} if source else {},
+        "versions": versions(),
+    }
 
 
 def _narrow_enough(model: PreTrainedModel) -> PreTrainedModel:

@@ -43,7 +43,10 @@ def plan(
             name, config = read_config(base, revision=options.revision)
         with stage("importing the model's classes", at_once=False):
             outcome = make_plan(
-                config, asked, architecture=resolve_architecture(config, options.auto_class), dtype=options.dtype
+                config,
+                asked,
+                architecture=resolve_architecture(config, options.auto_class),
+                dtype=str(options.dtype) if options.dtype else None,
             )
         companions = companion_bytes(base)
         beside = None if companions is None else companions + _code_bytes()
