@@ -47,7 +47,8 @@ def probe_inputs(config: Any, head: str) -> dict[str, Any]:
 def probe_outputs(model: Any, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a digest of every output tensor: its shape, root mean square, and some values spread over it.
 
-    What is not finite is None. The model is left as it was: its mode, and what it has decoded.
+    What is not finite is None. Weights are decoded in the model's dtype, however it is told to hold them: the outputs are
+    those of every machine. The model is left as it was: its mode, and what it has decoded.
 
     Args:
         model: any compressed model, on any device.
@@ -57,6 +58,10 @@ def probe_outputs(model: Any, inputs: dict[str, Any]) -> dict[str, dict[str, Any
 
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     modules = [module for module in model.modules() if getattr(module, "_cache", 0) is None]
+    rounded = [module for module in model.modules() if getattr(module, "decoding", "") in ("int8", "auto")]
+    decodings = [module.decoding for module in rounded]
+    for module in rounded:
+        module.decoding = "cached"
     training = model.training
     model.eval()
     try:
@@ -64,6 +69,9 @@ def probe_outputs(model: Any, inputs: dict[str, Any]) -> dict[str, dict[str, Any
             result = model(**{name: torch.tensor(value, device=device) for name, value in inputs.items()})
     finally:
         model.train(training)
+        for module, decoding in zip(rounded, decodings, strict=True):
+            module.decoding = decoding
+            module.forget()
         for module in modules:
             module._cache = None
     return {name: _digest(value) for name, value in result.items() if isinstance(value, torch.Tensor)}

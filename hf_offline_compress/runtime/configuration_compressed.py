@@ -11,7 +11,7 @@ from .bounds_compressed import check_groups, check_sizes
 
 FORMAT_VERSION = 5
 OLDEST_VERSION = 4
-DECODINGS = ("cached", "on_the_fly")
+DECODINGS = ("cached", "on_the_fly", "int8", "auto")
 MINIMUM_TRANSFORMERS = (5, 20)
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_TRANSFORMERS:
@@ -28,7 +28,9 @@ def check_decoding(decoding: Any, max_bytes: Any) -> None:
     if max_bytes is None:
         return
     if decoding != "cached":
-        raise ValueError(f"`max_bytes` bounds what is kept decoded, and with {decoding!r} nothing is; use 'cached'.")
+        raise ValueError(
+            f"`max_bytes` bounds what is kept decoded in floating point, which {decoding!r} does not; use 'cached'."
+        )
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
         raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be a whole number of bytes, 0 or more.")
 
@@ -42,9 +44,10 @@ class CompressionConfigMixin:
     """Checks the field `compression`, which every configuration below has.
 
     `compression` is None (a dense model) or plain JSON: `format_version`, `decoding` ("cached": weights are decoded
-    once; "on_the_fly": on every use), `max_decoded_bytes` (optional: so many bytes of decoded weights are kept at most,
-    others are decoded on every use), `absent` (modules of the base model that its checkpoint lacked) and `groups`, each with
-    its structure, sizes, storage and member modules.
+    once; "on_the_fly": on every use; "int8": once, to bytes; "auto": "int8" where that is fast, else "cached"),
+    `max_decoded_bytes` (optional: so many bytes of decoded weights are kept at most, others are decoded on every use),
+    `absent` (modules of the base model that its checkpoint lacked) and `groups`, each with its structure, sizes, storage
+    and member modules.
     """
 
     compression: Any

@@ -94,6 +94,12 @@ def in_order(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, 0).flatten()
 
 
+CHANGED = (
+    "Parameters of a compressed layer were changed or exchanged between its forward and its backward pass, so there are no "
+    "gradients; take them first, or call train() on the model before the forward pass."
+)
+
+
 class _Kept(torch.autograd.Function):
     """A tensor that was made from others and kept: used as it is, and made anew where a gradient is really taken."""
 
@@ -121,10 +127,7 @@ class _Kept(torch.autograd.Function):
         """
         sources = ctx.read()
         if versions_of(sources) != ctx.versions or not {*map(id, ctx.wanted)} <= {*map(id, sources)}:
-            raise RuntimeError(
-                "Parameters of a compressed layer were changed or exchanged between its forward and its backward pass, so "
-                "there are no gradients; take them first, or call train() on the model before the forward pass."
-            )
+            raise RuntimeError(CHANGED)
         ctx.forget()  # a step of training may follow, which a compiled graph would not notice
         with torch.enable_grad(), _in_precision(gradients[0].device.type, ctx.precision):
             made = ctx.make()
@@ -134,7 +137,66 @@ class _Kept(torch.autograd.Function):
         return None, None, None, None, *found
 
 
-def make_kept(make: Callable[[], Tensor], device_type: str) -> Tensor:
+class _Straight(torch.autograd.Function):
+    """A product that is computed in one way, whose gradients are those of another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        apply: Callable[[Tensor], Tensor],
+        exact: Callable[[Tensor], Tensor],
+        read: Callable[[], Sequence[Tensor]],
+        *wanted: Tensor,
+    ) -> Tensor:
+        """Return the product, [..., columns] → [..., rows]."""
+        ctx.save_for_backward(x)
+        ctx.exact, ctx.read, ctx.wanted, ctx.versions = exact, read, wanted, versions_of(read())
+        return apply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradients of inputs and parameters that the exact product has.
+
+        Raises:
+            RuntimeError: the parameters are not what they were in the forward pass.
+        """
+        if versions_of(ctx.read()) != ctx.versions:
+            raise RuntimeError(CHANGED)
+        (x,) = ctx.saved_tensors
+        of_inputs = ctx.needs_input_grad[0]
+        with torch.enable_grad():
+            own = x.detach().requires_grad_(of_inputs)
+            made = ctx.exact(own)
+        found = torch.autograd.grad(
+            made, [own, *ctx.wanted] if of_inputs else ctx.wanted, gradients[0], allow_unused=True
+        )
+        of_x = found[:1] if of_inputs else (None,)
+        return *of_x, None, None, None, *found[len(found) - len(ctx.wanted) :]
+
+
+def with_gradients_of(
+    exact: Callable[[Tensor], Tensor],
+    x: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    read: Callable[[], Sequence[Tensor]],
+) -> Tensor:
+    """Return `apply(x)`, [..., columns] → [..., rows], with the gradients of `exact(x)` where any are on and asked for.
+
+    Args:
+        exact: the product that is differentiated, in the backward pass.
+        x: inputs [..., columns].
+        apply: the product that is computed.
+        read: returns the tensors that `exact` reads.
+    """
+    wanted = [source for source in read() if source.requires_grad] if torch.is_grad_enabled() else []
+    if not wanted and not takes_gradient([x]):
+        return apply(x)
+    product: Tensor = _Straight.apply(x, apply, exact, read, *wanted)
+    return product
+
+
+def make_kept(make: Callable[[], Any], device_type: str) -> Any:
     """Return what `make` returns, without gradients, and without casts that autocast would use again where they are on."""
     with torch.no_grad(), _in_precision(device_type, _precision(device_type)):
         return make()
@@ -163,9 +225,9 @@ def takes_gradient(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def is_stuck(kept: Tensor) -> bool:
+def is_stuck(kept: Any) -> bool:
     """Whether a tensor that was kept in inference mode cannot be used any more, since gradients are on."""
-    return torch.is_grad_enabled() and kept.is_inference()
+    return torch.is_grad_enabled() and isinstance(kept, Tensor) and kept.is_inference()
 
 
 def may_keep(module: nn.Module, sources: Sequence[Tensor]) -> bool:

@@ -60,7 +60,8 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
         for weight in compressed_modules(model).values():
             shared = weight.__dict__.get("_shared_decoder")
             weight.__dict__["_decoder_name"] = next((n for n, decoder in decoders.items() if decoder is shared), None)
-    set_decoding(compressed_modules(model).values(), compression["decoding"], compression.get("max_decoded_bytes"))
+    decoding, max_bytes = compression["decoding"], compression.get("max_decoded_bytes")
+    set_decoding(compressed_modules(model).values(), decoding, max_bytes, asked=False)
     _tie(model)
 
 

@@ -6,7 +6,7 @@ hooks see every use.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bounds_compressed import check_group
-from .numbers_compressed import PackedNumbers, SeenSources, is_stuck, make_kept, may_keep, takes_gradient, with_gradient
+from .executing_compressed import Execution, execution_of
+from .numbers_compressed import PackedNumbers, SeenSources, is_stuck, make_kept, may_keep, takes_gradient
 
 # Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
 DECODED_AT_ONCE = 2**22
@@ -55,7 +56,8 @@ class CompressedWeight(PackedNumbers):
     """A weight [rows, columns] that is kept as something smaller. What a structure must provide.
 
     Attributes:
-        decoding: "cached" or "on_the_fly"; of no effect where a structure is applied without decoding.
+        decoding: how the weight is held, one of `DECODINGS`; of no effect where a structure is applied without decoding.
+        asked: whether somebody asked for just that, or a folder says so.
     """
 
     # Made as decoder_class.make(group, columns); None where a structure has nothing to share.
@@ -86,7 +88,7 @@ class CompressedWeight(PackedNumbers):
         super().__init__()
         check_group(group, rows, columns)
         self.rows, self.columns, self.padding_idx = rows, columns, padding_idx
-        self.storage, self.decoding = group["storage"], "cached"
+        self.storage, self.decoding, self.asked = group["storage"], "cached", True
         self.make_tensors(group)
         if "integers" in group:
             self.pack(group["integers"]["own"], group["integers"]["sharing"])
@@ -195,16 +197,25 @@ class DecodedBudget:
         return fits
 
 
-def set_decoding(modules: Iterable[CompressedWeight], decoding: str, max_bytes: int | None = None) -> None:
-    """Choose when the weights of a model are decoded, and how many bytes of them may be kept; see the model's method."""
+def set_decoding(
+    modules: Iterable[CompressedWeight], decoding: str, max_bytes: int | None = None, asked: bool = True
+) -> None:
+    """Choose how the weights of a model are held, and how many bytes of them decoded; see the model's method.
+
+    Args:
+        modules: the model's.
+        decoding: its name.
+        max_bytes: the bound, if there is one.
+        asked: whether somebody asks for it now. What a folder says is not insisted on: see `execution_of`.
+    """
     budget = None if max_bytes is None else DecodedBudget(max_bytes)
     for module in modules:
-        module.decoding = decoding
+        module.decoding, module.asked = decoding, asked
         # Of a weight that is decoded and kept, its factors need not be.
         decoded = isinstance(module, DecodedWeight)
         for part in (module, module.__dict__.get("_shared_decoder") or module.decoder):
             if isinstance(part, PackedNumbers):
-                part.keep = decoding == "cached" and budget is None and not decoded
+                part.keep = decoding != "on_the_fly" and budget is None and not decoded
                 part.forget()
         if isinstance(module, DecodedWeight):
             module.budget = budget
@@ -226,7 +237,7 @@ class DecodedWeight(CompressedWeight):
         """Make an empty weight; see the base class."""
         super().__init__(*args, **kwargs)
         self.budget: DecodedBudget | None = None
-        self._cache: tuple[SeenSources, Tensor] | None = None
+        self._cache: tuple[SeenSources, Any, Execution] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
@@ -243,7 +254,7 @@ class DecodedWeight(CompressedWeight):
 
     def row_block(self, start: int, stop: int) -> Tensor:
         """Return rows of Ŵ from `start` to before `stop`, [stop − start, columns], decoding little else."""
-        device = next(tensor for tensor in self._sources() if tensor.is_floating_point()).device
+        device = next(tensor for tensor in self.sources() if tensor.is_floating_point()).device
         return self.some_rows(torch.arange(start, stop, device=device))
 
     def project(self, x: Tensor) -> Tensor:
@@ -251,17 +262,18 @@ class DecodedWeight(CompressedWeight):
 
         A large weight that is not kept, as of a tied head, is decoded and applied in blocks of its rows.
         """
-        cached = self._cached()
-        step = max(1, DECODED_AT_ONCE // self.columns)
-        by_rows = type(self).some_rows is not DecodedWeight.some_rows
+        if (kept := self._kept(x)) is not None:
+            held, execution = kept
+            return execution.apply(held, x, self)
         # The whole weight is needed for gradients.
-        whole = self.rows <= step or not by_rows or takes_gradient([x, *self._sources()])
-        if cached is not None or whole:
-            return F.linear(x, self.dense_weight() if cached is None else cached, self.bias)
+        if takes_gradient([x, *self.sources()]):
+            return F.linear(x, self.dense_weight(), self.bias)
         out: Tensor | None = None
-        for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
-            part = F.linear(x, self.row_block(start, stop), None if self.bias is None else self.bias[start:stop])
+        for start, block in self.row_blocks():
+            stop = start + len(block)
+            part = F.linear(x, block, None if self.bias is None else self.bias[start:stop])
+            if len(block) == self.rows:
+                return part
             if out is None:
                 out = part.new_empty(*part.shape[:-1], self.rows)
             out[..., start:stop] = part
@@ -270,13 +282,21 @@ class DecodedWeight(CompressedWeight):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Decode the rows asked for, or look them up in the cache; see the base class."""
-        # Bytes that are few go to layers that need all of their weight.
-        cached = self._cached(fill=self.budget is None)
-        if cached is None and ids.numel() <= self.rows:
-            return self.some_rows(ids)
-        return F.embedding(ids, self.dense_weight() if cached is None else cached)
+        if (kept := self._kept(None)) is not None:
+            held, execution = kept
+            return execution.look_up(held, ids, self)
+        return self.some_rows(ids) if ids.numel() <= self.rows else F.embedding(ids, self.dense_weight())
 
-    def _sources(self) -> list[Tensor]:
+    def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Return blocks of rows of Ŵ [some, columns], one after the other, and where each begins."""
+        step = max(1, DECODED_AT_ONCE // self.columns)
+        if self.rows <= step or type(self).some_rows is DecodedWeight.some_rows:
+            yield 0, self.dense_weight()
+            return
+        for start in range(0, self.rows, step):
+            yield start, self.row_block(start, min(start + step, self.rows))
+
+    def sources(self) -> list[Tensor]:
         """Return the tensors that the weight is made from; this must be quick: no walk over submodules."""
         named = {**self._parameters, **self._buffers}
         if "_former_parameters" in self.__dict__:  # a replica of `nn.DataParallel` has no parameters
@@ -285,21 +305,36 @@ class DecodedWeight(CompressedWeight):
         decoder = self.__dict__.get("_shared_decoder") or self.decoder
         return own if decoder is None else [*own, *decoder.parameters(), *decoder.buffers()]
 
-    def _cached(self, fill: bool = True) -> Tensor | None:
-        """Return the decoded weight, or None where it must not be kept; without `fill`, only if it is there already."""
-        sources = self._sources() if self.decoding == "cached" else []
-        if self.decoding != "cached" or not may_keep(self, sources):
+    def _kept(self, x: Tensor | None) -> tuple[Any, Execution] | None:
+        """Return what is kept of the weight, and how it is applied, or None where nothing must be kept.
+
+        Without inputs `x`, rows are to be looked up.
+        """
+        if self.decoding == "on_the_fly":
+            self._cache = None
+            return None
+        own = self.sources()
+        compiling = torch.compiler.is_compiling()
+        cache = self._cache
+        if compiling and cache is None:
+            return None
+        execution = cache[2] if compiling and cache else execution_of(self.decoding, own[0].device.type, self.asked)
+        sources = execution.sources(own, self)
+        if not may_keep(self, sources) or (compiling and not execution.compiles(x)):
             self._cache = None  # a step of training may follow, which a compiled graph would not notice
             return None
-        if torch.compiler.is_compiling():
-            return self._cache[1] if self._cache else None
-        if self._cache is None or not self._cache[0].unchanged(sources) or is_stuck(self._cache[1]):
+        if not execution.keeps_for(x):
+            return None
+        if compiling and cache:
+            return cache[1], execution
+        if cache is None or cache[2] is not execution or not cache[0].unchanged(sources) or is_stuck(cache[1]):
             self._cache = None
-            size = self.rows * self.columns * sources[0].element_size()
-            if not fill or (self.budget is not None and size > self.budget.left()):
+            # Bytes that are few go to layers that need all of their weight.
+            size = execution.bytes(self.rows, self.columns, own[0].dtype)
+            if self.budget is not None and (x is None or size > self.budget.left()):
                 return None
-            weight = make_kept(self.dense_weight, sources[0].device.type)
-            if self.budget is not None and not self.budget.admit(weight):
-                return with_gradient(weight, self.dense_weight, self.forget, self._sources)
-            self._cache = (SeenSources(sources), weight)
-        return with_gradient(self._cache[1], self.dense_weight, self.forget, self._sources)
+            held = make_kept(lambda: execution.prepare(self, x), own[0].device.type)
+            if self.budget is not None and not self.budget.admit(held):
+                return held, execution
+            self._cache = cache = (SeenSources(sources), held, execution)
+        return cache[1], execution

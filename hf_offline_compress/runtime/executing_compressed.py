@@ -1,0 +1,277 @@
+"""How a weight that has to be decoded is held between uses, and applied: one class a way, chosen in one place."""
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .engines_compressed import Engine, fast_engine, rounded, saturates
+from .numbers_compressed import takes_gradient, with_gradient, with_gradients_of
+
+logger = logging.get_logger(__name__)
+# Tokens that a layer is tried with before it is decided how its activations are scaled, at most and at least.
+TRIED, FEWEST = 128, 8
+# Numbers of outputs that are made for it at most.
+NUMBERS_TRIED = 2**21
+# Inputs that stand out from the others by so much are multiplied as they are, at most so many of them.
+OUTLYING, MOST_OUTLYING = 4.0, 8
+# One scale for all tokens may leave this error, of the size of a layer's output.
+ERROR_BY_ALL = 0.015
+
+
+class Source(Protocol):
+    """A weight [rows, columns] that can be decoded, and its bias [rows]."""
+
+    rows: int
+    columns: int
+    bias: Any
+
+    def dense_weight(self) -> Tensor:
+        """Return all of it."""
+
+    def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Return blocks of rows, and where each begins."""
+
+    def sources(self) -> list[Tensor]:
+        """Return the tensors that the weight is made from."""
+
+    def forget(self) -> None:
+        """Drop what is kept of it."""
+
+
+class Execution:
+    """A way to hold and apply a weight. This one holds nothing: the weight is decoded at every use."""
+
+    def keeps_for(self, x: Tensor | None) -> bool:
+        """Whether something is held for products with inputs, or without any for looking up rows."""
+        return False
+
+    def compiles(self, x: Tensor | None) -> bool:
+        """Whether a compiled graph may use what is held."""
+        return True
+
+    def sources(self, own: list[Tensor], source: Source) -> list[Tensor]:
+        """Return all tensors that what is held is made from; `own` are those of the weight."""
+        return own
+
+    def bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Return the bytes that are held of a weight."""
+        return 0
+
+    def prepare(self, source: Source, x: Tensor | None) -> Any:
+        """Return what is held of a weight, made when `x` [..., columns] is the first to be multiplied by it."""
+        raise NotImplementedError
+
+    def apply(self, held: Any, x: Tensor, source: Source) -> Tensor:
+        """Return x Wᵀ + bias, [..., columns] → [..., rows]."""
+        raise NotImplementedError
+
+    def look_up(self, held: Any, ids: Tensor, source: Source) -> Tensor:
+        """Return rows of W, [...] → [..., columns]."""
+        raise NotImplementedError
+
+
+class Decoded(Execution):
+    """The weight in the model's dtype."""
+
+    def keeps_for(self, x: Tensor | None) -> bool:
+        """See the base class."""
+        return True
+
+    def bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """See the base class."""
+        return rows * columns * dtype.itemsize
+
+    def prepare(self, source: Source, x: Tensor | None) -> Tensor:
+        """See the base class."""
+        return source.dense_weight()
+
+    def apply(self, held: Tensor, x: Tensor, source: Source) -> Tensor:
+        """See the base class."""
+        return F.linear(x, with_gradient(held, source.dense_weight, source.forget, source.sources), source.bias)
+
+    def look_up(self, held: Tensor, ids: Tensor, source: Source) -> Tensor:
+        """See the base class."""
+        return F.embedding(ids, with_gradient(held, source.dense_weight, source.forget, source.sources))
+
+
+class Bytes:
+    """A matrix as bytes, as an engine reads it.
+
+    Attributes:
+        columns: inputs that are multiplied as they are [outlying], or None.
+        added: what is added to products, for each of the factors [factors, rows]: with scales for each token the products
+            of the middle of the range and the bias, then those of the outlying inputs.
+        by_token: whether every token has a scale and a zero of its own.
+    """
+
+    def __init__(
+        self, engine: Engine, packed: Any, rows: int, columns: Tensor | None, added: Tensor, by_token: bool
+    ) -> None:
+        """Hold it, so that compiled graphs find it."""
+        self.engine, self.packed, self.rows, self.by_token = engine, packed, rows, by_token
+        self.columns, self.added = columns, added
+        self.key = next(_keys)
+        _held[self.key] = self
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias, float32 [tokens, columns] → [tokens, rows]."""
+        factors = []
+        if self.columns is not None:
+            factors, x = [x.index_select(1, self.columns)], x.index_fill(1, self.columns, 0)
+        if not self.by_token:
+            out = self.engine.multiply(x, self.packed)
+            return out.addmm_(factors[0], self.added) if factors else out
+        low, high = torch.aminmax(x, dim=1, keepdim=True)
+        half, middle = (high - low).mul_(0.5).clamp_min_(torch.finfo(x.dtype).tiny), (high + low).mul_(0.5)
+        # Now every token lies between −1 and 1, so that one scale is each one's own, whatever the others are.
+        out = self.engine.multiply((x - middle).div_(half), self.packed)
+        return out.mul_(half).addmm_(torch.cat([middle, torch.ones_like(middle), *factors], dim=1), self.added)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias, [..., columns] → [..., rows], in the dtype of x or what autocast makes of it."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return self.multiply(x.reshape(-1, x.shape[-1]).float()).to(dtype).view(*x.shape[:-1], self.rows)
+
+
+class Int8(Execution):
+    """The weight as int8 with a scale for each row, multiplied by the CPU's integer kernels.
+
+    Activations are rounded to bytes as they come. With one scale for all tokens an engine does it by itself; where that
+    costs too much of a layer's output, tried on the first tokens that it sees, every token has a scale of its own.
+    Inputs that are larger than the others by far, the same few for all tokens in most models, are left out and multiplied
+    as they are.
+    """
+
+    def keeps_for(self, x: Tensor | None) -> bool:
+        """Rows that are looked up are decoded on use; see the base class."""
+        return x is not None
+
+    def compiles(self, x: Tensor | None) -> bool:
+        """Gradients are taken outside of graphs alone; see the base class."""
+        return x is not None and not takes_gradient([x])
+
+    def sources(self, own: list[Tensor], source: Source) -> list[Tensor]:
+        """The bias is held with the weight; see the base class."""
+        return own if source.bias is None else [*own, source.bias]
+
+    def bytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """See the base class."""
+        return rows * columns + 8 * rows
+
+    def prepare(self, source: Source, x: Tensor | None) -> Bytes:
+        """See the base class; the weight is decoded in blocks of rows, and no more of it is there at a time."""
+        engine = fast_engine()
+        assert engine is not None and x is not None
+        x = x.detach().reshape(-1, source.columns).float()
+        x = x[:: max(1, len(x) // max(FEWEST, min(TRIED, NUMBERS_TRIED // source.rows)))]
+        columns = _outlying(x)
+        codes = torch.empty(source.rows, source.columns, dtype=torch.int8)
+        scales, expected = torch.empty(source.rows), torch.empty(len(x), source.rows)
+        apart = torch.empty(0 if columns is None else len(columns), source.rows)
+        pairs = bool(saturates(engine.name))
+        for start, block in source.row_blocks():
+            here, block = slice(start, start + len(block)), block.detach().float()
+            expected[:, here] = x @ block.T
+            if columns is not None:
+                apart[:, here] = block[:, columns].T
+                block = block.index_fill(1, columns, 0)
+            codes[here], scales[here] = rounded(block, pairs)
+            del block
+        bias = None if source.bias is None else source.bias.detach().float()
+        if len(x) >= FEWEST:
+            held = Bytes(engine, engine.pack(codes, scales, bias), source.rows, columns, apart, by_token=False)
+            lost = held.multiply(x).sub_(expected if bias is None else expected + bias)
+            if lost.norm() <= ERROR_BY_ALL * expected.norm():
+                return held
+            del held
+        sums = codes.sum(dim=1, dtype=torch.int32) * scales
+        added = torch.cat([sums[None], (torch.zeros_like(sums) if bias is None else bias)[None], apart])
+        return Bytes(engine, engine.pack(codes, scales, None), source.rows, columns, added, by_token=True)
+
+    def apply(self, held: Bytes, x: Tensor, source: Source) -> Tensor:
+        """See the base class. The bias is in what is held."""
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], held.rows)
+        if torch.compiler.is_compiling():
+            product: Tensor = int8_product(x, held.key, held.rows)
+            return product
+        return with_gradients_of(
+            lambda x: F.linear(x, source.dense_weight(), source.bias),
+            x,
+            held.apply,
+            lambda: self.sources(source.sources(), source),
+        )
+
+
+_keys = itertools.count()
+_held: weakref.WeakValueDictionary[int, Bytes] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::int8_product", mutates_args=())
+def int8_product(x: Tensor, key: int, rows: int) -> Tensor:
+    """Return the product of x [..., columns] and what is held under a key, [..., rows]: what a compiled graph calls."""
+    return _held[key].apply(x)
+
+
+@int8_product.register_fake
+def _(x: Tensor, key: int, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _outlying(x: Tensor) -> Tensor | None:
+    """Return the columns of x [tokens, columns] that are larger than the others by far, or None."""
+    if not len(x):
+        return None
+    peaks = x.abs().amax(dim=0)
+    largest, columns = peaks.topk(min(MOST_OUTLYING, len(peaks) // 16))
+    columns = columns[largest > OUTLYING * peaks.median()]
+    return columns.sort().values if len(columns) else None
+
+
+EXECUTIONS: dict[str, Execution] = {"cached": Decoded(), "on_the_fly": Execution(), "int8": Int8()}
+
+
+def why_not_int8(device_type: str) -> str | None:
+    """Return why weights on a device cannot be executed as int8, or None where they can."""
+    if device_type not in ("cpu", "meta"):
+        return f"decoding 'int8' runs on a CPU, and the model is on {device_type}; use 'cached', or move it to a CPU."
+    if fast_engine() is None:
+        return (
+            "decoding 'int8' needs an integer kernel (fbgemm or oneDNN on x86, qnnpack on ARM), and none that this torch has "
+            "works on this CPU; use 'cached' or 'on_the_fly'."
+        )
+    return None
+
+
+def execution_of(decoding: str, device_type: str, asked: bool) -> Execution:
+    """Return how weights on a device are executed: the one place that decides it.
+
+    Args:
+        decoding: one of `EXECUTIONS`, or "auto".
+        device_type: of the weight.
+        asked: whether somebody asked for just that. What a folder says is done as well as can be, with a warning.
+
+    Raises:
+        RuntimeError: it was asked for, and cannot be done.
+    """
+    name = chosen(decoding, device_type)
+    if name == "int8" and (why := why_not_int8(device_type)):
+        if asked:
+            raise RuntimeError(why)
+        logger.warning_once(f"This folder is decoded once instead of as it says: {why}")
+        name = "cached"
+    return EXECUTIONS[name]
+
+
+def chosen(decoding: str, device_type: str) -> str:
+    """Return the decoding that "auto" stands for on a device; any other is itself."""
+    if decoding != "auto":
+        return decoding
+    return "cached" if why_not_int8(device_type) else "int8"
