@@ -36,7 +36,7 @@ from .errors import CompressionError, listing
 from .foundation.arguments import real, seed_of, whole
 from .foundation.memory import release_memory
 from .foundation.options import chosen, documented
-from .foundation.preflight import check_room, found_device
+from .foundation.preflight import check_decoding, check_room, found_device
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
 from .measure.collect import measure
@@ -81,18 +81,32 @@ class CompressionResult:
         """Return one line; the report has the rest."""
         return f"CompressionResult({type(self.model).__name__}, {self.report!r})"
 
-    def save(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "50GB") -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        max_shard_size: str | int = "50GB",
+        decoding: str | None = None,
+    ) -> Path:
         """Write a finished, self-contained folder, whole or not at all, and return its path.
 
         Args:
             folder: where to; it must not exist yet, or be empty.
             overwrite: replace a folder that this package has written.
             max_shard_size: larger weights are split into files of this size.
+            decoding: how weights are held when the folder is loaded: "cached" (the default), "on_the_fly", "int8" or
+                "auto"; see the model's `set_decoding`.
 
         Raises:
-            CompressionError: the folder holds something, and `overwrite` is not given or it is none of ours.
+            CompressionError: the folder holds something, and `overwrite` is not given or it is none of ours; or there is
+                no such decoding.
         """
         from .card import renew_card
+
+        check_decoding(decoding)
+        if decoding is not None:
+            self.model.config.compression["decoding"] = decoding
 
         base = pipeline_root(self.source) if self.source else None
         return save_folder(

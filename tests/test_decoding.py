@@ -323,11 +323,15 @@ def test_decoded_weights_are_no_state(max_bytes, tmp_path):
     model.save_pretrained(tmp_path / "bounded")
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "bounded")
     assert decoded(again) == 0
+    assert "max_decoded_bytes" not in again.config.compression  # a choice is for the model that it was made for
+    again.config.compression["max_decoded_bytes"] = max_bytes
+    again.save_pretrained(tmp_path / "bounded")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "bounded")
     torch.testing.assert_close(outputs_of(again, HEAD), expected)
     assert decoded(again) == decoded(model)
     assert again.config.compression.get("max_decoded_bytes") == max_bytes
     again.set_decoding("on_the_fly")
-    assert decoded(again) == 0 and "max_decoded_bytes" not in again.config.compression
+    assert decoded(again) == 0 and again.config.compression.get("max_decoded_bytes") == max_bytes
     # Caches are for evaluation only.
     duplicate.train()(torch.tensor([[5, 6, 7]]))
     assert decoded(duplicate) == 0

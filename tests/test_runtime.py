@@ -132,7 +132,7 @@ def test_copies_keep_their_own_decoders(saved):
     torch.testing.assert_close(outputs_of(duplicate, head), expected)
 
 
-def test_decoding_modes_agree_and_are_saved(saved, tmp_path):
+def test_decoding_modes_agree_and_are_not_saved(saved, tmp_path):
     folder, head, _ = saved
     model = AUTO[head].from_pretrained(folder)
     cached = outputs_of(model, head)
@@ -141,6 +141,8 @@ def test_decoding_modes_agree_and_are_saved(saved, tmp_path):
     assert not any(getattr(module, "_cache", None) for module in model.compressed_modules().values())
     model.save_pretrained(tmp_path / "fly")
     again = AUTO[head].from_pretrained(tmp_path / "fly")
+    assert {module.decoding for module in again.compressed_modules().values()} == {"cached"}
+    again = AUTO[head].from_pretrained(tmp_path / "fly", decoding="on_the_fly")
     assert {module.decoding for module in again.compressed_modules().values()} == {"on_the_fly"}
     with pytest.raises(ValueError, match="cached, on_the_fly"):
         model.set_decoding("sometimes")

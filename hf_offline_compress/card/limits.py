@@ -111,6 +111,11 @@ def _decoding(inputs: CardInputs) -> list[str]:
             "Small on disk, not in memory: weights are decoded once, at the first forward pass, and are dense from then on. "
             '`model.set_decoding("on_the_fly")` decodes them at every use instead, which takes less memory and more time.'
         ]
+    if compression["decoding"] in ("int8", "auto"):
+        return [
+            "On a CPU, weights are decoded once, to int8 with a scale for each row, and multiplied by integer kernels, "
+            'which rounds its outputs slightly. `from_pretrained(..., decoding="cached")` decodes them exactly.'
+        ]
     return [
         "Weights are decoded at every use, which takes little memory and more time. "
         '`model.set_decoding("cached")` decodes them once.'

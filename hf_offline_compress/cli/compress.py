@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..foundation.preflight import shard_bytes
+from ..foundation.preflight import check_decoding, shard_bytes
 from ..foundation.progress import stage
 from ..foundation.unfinished import leftover_of
 from ..request.options import CompressionOptions
@@ -30,6 +30,13 @@ def compress(
     recipe: RecipeOption = DEFAULT_RECIPE,
     options: CompressionOptions = NOTHING_ELSE,
     max_shard_size: Annotated[str, typer.Option(help="split the weights into files of at most this size")] = "50GB",
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            help="how the folder's weights are held when it is loaded: cached, on_the_fly, int8, auto",
+            show_default="cached",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -44,6 +51,7 @@ def compress(
         started = time.monotonic()
         check_target(out, overwrite, [base], resume=options.resume)
         shard_bytes(max_shard_size)
+        check_decoding(decoding)
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
         calm(quiet)
         with stage("importing torch and transformers"):  # which takes seconds
@@ -51,7 +59,7 @@ def compress(
 
         asked = replace(options, modules=split_selectors(options.modules), progress=not quiet, target=out)
         result = do(base, recipe, asked)
-        result.save(out, overwrite=overwrite, max_shard_size=max_shard_size)
+        result.save(out, overwrite=overwrite, max_shard_size=max_shard_size, decoding=decoding)
         saved = inspect_folder(out)
         if as_json:
             print_json(saved.report or result.report.to_dict())

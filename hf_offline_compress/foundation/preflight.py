@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CompressionError
+from ..errors import CompressionError, listing
 from .parsing import parse_bytes
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ def shard_bytes(size: str | int) -> int:
             "e.g. 5GB."
         )
     return found
+
+
+def check_decoding(decoding: str | None) -> None:
+    """Raise CompressionError where there is no such way to hold weights."""
+    from ..runtime.bounds_compressed import DECODINGS
+
+    if decoding is not None and decoding not in DECODINGS:
+        raise CompressionError(f"The decoding {decoding!r} is unknown; known are {listing(DECODINGS)}.")
 
 
 def found_device(device: str | torch.device | None) -> torch.device:

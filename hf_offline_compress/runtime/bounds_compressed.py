@@ -9,6 +9,7 @@ from .architectures_compressed import FUSED_PARTS
 MOST_LAYERS = 2**12
 # Of rows, columns, and all else that a tensor may have along one side.
 MOST = 2**26
+DECODINGS = ("cached", "on_the_fly", "int8", "auto")
 STORAGES = ("float32", "float16", "bfloat16")
 # Hidden units of a decoder, as a multiple of its columns.
 MOST_HIDDEN = 64
@@ -227,3 +228,17 @@ def _check(values: Any, fields: Mapping[Any, Field], label: str) -> None:
             raise ValueError(f"{label} lacks `{name}`, {wanted}.")
         if not fits(values[name]):
             raise ValueError(f"{label} has `{str(name)[:80]}`: {str(values[name])[:60]}; it must be {wanted}.")
+
+
+def check_decoding(decoding: Any, max_bytes: Any) -> None:
+    """Raise ValueError where there is no such decoding, or its bound is no number of bytes."""
+    if decoding not in DECODINGS:
+        raise ValueError(f"`decoding` is {decoding!r}; it must be one of {', '.join(DECODINGS)}.")
+    if max_bytes is None:
+        return
+    if decoding != "cached":
+        raise ValueError(
+            f"`max_bytes` bounds what is kept decoded in floating point, which {decoding!r} does not; use 'cached'."
+        )
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
+        raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be a whole number of bytes, 0 or more.")

@@ -7,11 +7,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .architectures_compressed import ARCHITECTURES, CLASS_PREFIX, TYPE_PREFIX, token_limit
-from .bounds_compressed import check_groups, check_sizes
+from .bounds_compressed import check_decoding, check_groups, check_sizes
 
 FORMAT_VERSION = 5
 OLDEST_VERSION = 4
-DECODINGS = ("cached", "on_the_fly", "int8", "auto")
 MINIMUM_TRANSFORMERS = (5, 20)
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_TRANSFORMERS:
@@ -19,20 +18,6 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMU
         f"Compressed models need transformers {'.'.join(map(str, MINIMUM_TRANSFORMERS))} or newer; "
         f"installed is {transformers.__version__}. `pip install -U transformers` gets it."
     )
-
-
-def check_decoding(decoding: Any, max_bytes: Any) -> None:
-    """Raise ValueError where there is no such decoding, or its bound is no number of bytes."""
-    if decoding not in DECODINGS:
-        raise ValueError(f"`decoding` is {decoding!r}; it must be one of {', '.join(DECODINGS)}.")
-    if max_bytes is None:
-        return
-    if decoding != "cached":
-        raise ValueError(
-            f"`max_bytes` bounds what is kept decoded in floating point, which {decoding!r} does not; use 'cached'."
-        )
-    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
-        raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be a whole number of bytes, 0 or more.")
 
 
 def upgraded(compression: dict[str, Any]) -> dict[str, Any]:

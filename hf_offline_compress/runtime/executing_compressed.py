@@ -188,7 +188,9 @@ class Int8(Execution):
         if len(x) >= FEWEST:
             held = Bytes(engine, engine.pack(codes, scales, bias), source.rows, columns, apart, by_token=False)
             lost = held.multiply(x).sub_(expected if bias is None else expected + bias)
-            if lost.norm() <= ERROR_BY_ALL * expected.norm():
+            # Each token by itself: a large one must not hide what the others lose.
+            shares = lost.norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            if shares.square().mean().sqrt() <= ERROR_BY_ALL:
                 return held
             del held
         sums = codes.sum(dim=1, dtype=torch.int32) * scales

@@ -15,7 +15,8 @@ from transformers import initialization as init
 from transformers.models.auto import modeling_auto
 
 from .architectures_compressed import ARCHITECTURES, CLASS_PREFIX, TYPE_PREFIX
-from .configuration_compressed import check_decoding, config_class_of
+from .bounds_compressed import check_decoding
+from .configuration_compressed import config_class_of
 from .executing_compressed import why_not_int8
 from .layers_compressed import FusedLinear, TiedHead
 from .loading_compressed import check_loaded, current_compression, remember_groups
