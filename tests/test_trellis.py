@@ -12,7 +12,7 @@ from hf_offline_compress.runtime.packing_compressed import unpack
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
 from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all
 from hf_offline_compress.solvers.mixtures import mixtures
-from hf_offline_compress.solvers.paths import cheapest_path
+from hf_offline_compress.solvers.paths import viterbi_path
 from hf_offline_compress.solvers.trellis import _coefficients, _features, _rounded_scales
 from hf_offline_compress.structures import GroupShape, Mixture, Storage, Trellis
 from hf_offline_compress.structures.trellis import DISTORTIONS, RATES, bits_a_weight
@@ -74,7 +74,7 @@ def test_no_path_is_cheaper_than_the_one_found(bits):
     steps, states = 5, 8
     costs = torch.rand(steps, 6, states, generator=torch.Generator().manual_seed(bits))
     start = torch.tensor([0, 3, 5, 1, 0, 7])
-    found = cheapest_path(costs.transpose(1, 2).contiguous(), start, bits)
+    found = viterbi_path(costs.transpose(1, 2).contiguous(), start, bits)
     for stream in range(len(start)):
         best, best_path = float("inf"), None
         for codes in itertools.product(range(2**bits), repeat=steps):

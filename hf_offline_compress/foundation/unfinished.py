@@ -142,7 +142,7 @@ def remembered(
     if found is None:
         found = work()
         run.put(name, found)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def remove_unfinished(folder: Path) -> None:

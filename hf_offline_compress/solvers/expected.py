@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.numbers_compressed import in_order
 from ..runtime.packing_compressed import even_steps
 from ..structures import LowRank, Quantized, Size, Stored
-from ..structures.storage import DELICATE_BITS, SHARING, Storage
+from ..structures.storage import DELICATE_BITS, GROUP_SIZE, Storage
 from .base import Problem
 from .feedback import row_importance, undetermined
 from .low_rank import leading_factors, low_rank_errors
@@ -90,7 +90,7 @@ def _added_to_scales(problem: Problem, storage: Storage) -> float:
     width = structure.group_size or weight.shape[1]
     parts = torch.nn.functional.pad(weight, (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
     spans, _ = even_steps(parts.amin(dim=2), parts.amax(dim=2), 1)  # one step is all that there is between two values
-    if spans.numel() < SHARING:
+    if spans.numel() < GROUP_SIZE:
         return 0.0
     away = _steps(spans, max(storage.bits or 0, DELICATE_BITS)).square() / 12
     squares = torch.nn.functional.pad(columns, (0, -len(columns) % width)).view(-1, width) * parts.square()
@@ -103,5 +103,5 @@ def _steps(factor: Tensor, bits: int) -> Tensor:
     """Return the distance between the integers that each number of a factor is rounded to, of the same shape."""
     numbers = in_order(factor)
     steps, _ = shared_steps(numbers, bits)
-    spread = steps[:, None].expand(-1, SHARING).flatten()[: len(numbers)]
+    spread = steps[:, None].expand(-1, GROUP_SIZE).flatten()[: len(numbers)]
     return spread.view(factor.shape[-1], *factor.shape[:-1]).movedim(0, -1)

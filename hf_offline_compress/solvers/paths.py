@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def cheapest_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
+def viterbi_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
     """Return the states [steps, streams] of the cheapest path of each stream; `costs` become costs of paths.
 
     A state is followed by those whose older bits are its newer ones: s → (s · 2^bits + code) mod states. Streams come last

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..runtime.numbers_compressed import in_order, pack_numbers
 from ..runtime.packing_compressed import even_steps, pack
 from ..structures import LowRank, Stored
-from ..structures.storage import SHARING, Storage
+from ..structures.storage import GROUP_SIZE, Storage
 from .base import Factors, Problem
 from .feedback import DAMPING, feed_back, inverse_roots
 from .low_rank import damped_root
@@ -45,8 +45,8 @@ def rounded_to_integers(problem: Problem, factors: Factors, storage: Storage) ->
 
 
 def shared_steps(numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return scales and zeros of numbers in the order in which they are packed, `SHARING` of them to each."""
-    parts = torch.nn.functional.pad(numbers, (0, -len(numbers) % SHARING)).view(-1, SHARING)
+    """Return scales and zeros of numbers in the order in which they are packed, `GROUP_SIZE` of them to each."""
+    parts = torch.nn.functional.pad(numbers, (0, -len(numbers) % GROUP_SIZE)).view(-1, GROUP_SIZE)
     return even_steps(parts.amin(dim=1), parts.amax(dim=1), bits)
 
 
@@ -61,7 +61,7 @@ def _rounded(tensors: dict[str, Tensor], storage: Storage) -> dict[str, Tensor]:
         if name not in integers:
             kept[name] = tensor
             continue
-        packed = pack_numbers(tensor.float(), integers[name], SHARING)
+        packed = pack_numbers(tensor.float(), integers[name], GROUP_SIZE)
         kept |= {f"{name}_{part}": value for part, value in packed.items()}
     return kept
 
@@ -117,7 +117,7 @@ def _fed_back(
     # Each number's place in the order of packing says whose scale it has.
     place = torch.arange(len(numbers), device=tensor.device)
     place = place.view(tensor.shape) if transposed else place.view(tensor.shape[1], -1).T
-    group = place // SHARING
+    group = place // GROUP_SIZE
     codes, decoded = torch.empty_like(tensor), torch.empty_like(tensor)
 
     def code(row: int, wanted: Tensor) -> Tensor:

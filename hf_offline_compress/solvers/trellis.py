@@ -21,7 +21,7 @@ from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
 from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
 from .mixtures import by_class, mixtures
-from .paths import cheapest_path
+from .paths import viterbi_path
 
 # Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
 COSTS_AT_ONCE = 2**22
@@ -277,7 +277,7 @@ def _encode_streams(
                 inverse = torch.linalg.inv(roots[:, here, here])[members]
             factors = _coefficients(target, inverse, weights, width)
             torch.bmm(features.expand(run, -1, -1), factors, out=costs)
-            path = cheapest_path(costs, last, bits)
+            path = viterbi_path(costs, last, bits)
             last = path[-1]
             states[:, at // width] = path.T
             if roots is None or inverse is None or errors is None:

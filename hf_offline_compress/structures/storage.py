@@ -13,7 +13,7 @@ INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 # What is stored in a dtype of its own, whatever the group's storage: positions and packed integers.
 ITEM_BYTES = {"int16": 2, "uint8": 1}
 # Group size: numbers that share a scale and a zero; smaller tensors are not rounded.
-SHARING = 64
+GROUP_SIZE = 64
 # What scales a whole row is not rounded to fewer bits than these, nor is anything of one dimension.
 DELICATE, DELICATE_BITS = ("scales", "norms"), 8
 
@@ -61,7 +61,9 @@ class Storage:
         """Return which of the tensors are kept as integers, and their bits."""
         if self.bits is None:
             return {}
-        chosen = {name: tensor for name, tensor in tensors.items() if tensor.dtype is None and tensor.count >= SHARING}
+        chosen = {
+            name: tensor for name, tensor in tensors.items() if tensor.dtype is None and tensor.count >= GROUP_SIZE
+        }
         return {
             name: max(self.bits, DELICATE_BITS) if len(tensor.shape) < 2 or name in DELICATE else self.bits
             for name, tensor in chosen.items()
@@ -75,7 +77,7 @@ class Storage:
             if name not in integers:
                 kept[name] = tensor
                 continue
-            groups, bits = ceil(tensor.count / SHARING), integers[name]
+            groups, bits = ceil(tensor.count / GROUP_SIZE), integers[name]
             kept[f"{name}_codes"] = Stored((ceil(tensor.count * bits / 8),), "uint8")
             kept[f"{name}_scales"] = Stored((groups,))
             kept[f"{name}_zeros"] = Stored((ceil(groups * (bits + 1) / 8),), "uint8")
@@ -90,7 +92,7 @@ class Storage:
         entry: dict[str, Any] = {"storage": self.dtype}
         if self.bits:
             entry["integers"] = {
-                "sharing": SHARING,
+                "sharing": GROUP_SIZE,
                 "own": self.integers(own),
                 "decoder": self.integers(decoder),
             }
