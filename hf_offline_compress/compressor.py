@@ -34,6 +34,7 @@ from .base.given import check_base, check_tokenizer
 from .base.texts import languages_of, prompts_of
 from .errors import CompressionError, listing
 from .foundation.arguments import real, seed_of, whole
+from .foundation.files import read_json
 from .foundation.memory import release_memory
 from .foundation.options import chosen, documented
 from .foundation.preflight import check_decoding, check_room, found_device
@@ -52,6 +53,7 @@ from .solve.groups import solve_groups
 from .solve.judge import check_judged, perplexity_judge
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
+from .vocabulary import PrunedVocabulary, prune_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,6 +183,7 @@ class _Subject:
     dtype: str
     source: BaseCheckpoint | None = None
     plan: Plan | None = None
+    vocabulary: dict[str, Any] | None = None
 
 
 @documented(CompressionOptions)
@@ -209,23 +212,33 @@ def compress(
         model = _narrow_enough(base)
         dtype = _dtype_name(options.dtype or model.dtype)
         assert dtype is not None
-        return _compressed(_Subject(model, options.tokenizer, dtype), request, clock)
+        subject = _Subject(model, options.tokenizer, dtype)
+        return _compressed(
+            _pruned_in_memory(subject, request, clock) if request.recipe.vocabulary else subject, request, clock
+        )
 
     with stage("finding the base"):
         source = resolve_base(base, revision=options.revision, token=options.token)
     architecture = resolve_architecture(source.config, options.auto_class)
     wanted = _dtype_name(options.dtype)
     stored = wanted or _checkpoint_dtype(source)
+    tokenizer, config, vocabulary = options.tokenizer, source.config, None
+    if request.recipe.vocabulary:
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+        generation = read_json(source.folder / "generation_config.json")
+        vocabulary = _pruned(request, tokenizer, config, source.name, generation, source, clock)
+        config = vocabulary.config(config)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
-    plan = make_plan(source.config, request.recipe, architecture=architecture, dtype=wanted)
+    plan = make_plan(config, request.recipe, architecture=architecture, dtype=wanted)
     if options.target is not None and options.max_loss is None:
         check_room(Path(options.target), plan.file_bytes)
     if request.validation and options.max_loss is None:
         check_judged(architecture)
-    tokenizer = options.tokenizer or load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     with clock("load"), stage("loading the base"):
         model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
-    return _compressed(_Subject(model, tokenizer, stored or plan.dtype, source, plan), request, clock)
+    subject = _Subject(model, tokenizer, stored or plan.dtype, source, plan)
+    return _compressed(_with(subject, vocabulary) if vocabulary else subject, request, clock)
 
 
 def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Request:
@@ -260,6 +273,43 @@ def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Reque
         sizes = (options.ratio, options.total_ratio, options.max_bytes)
         texts, validation = searched_on(options.max_loss, recipe, texts, validation, sizes)
     return _Request(recipe, texts, validation, options)
+
+
+def _pruned(
+    request: _Request,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: dict[str, Any],
+    name: str,
+    generation: dict[str, Any] | None,
+    source: BaseCheckpoint | None,
+    clock: _Clock,
+) -> PrunedVocabulary:
+    """Return the vocabulary that was asked for; what the model reads with its texts, as prompts, stays too."""
+    asked = request.recipe.vocabulary
+    assert asked is not None
+    text = load_texts(asked.text, "vocabulary text")
+    assert text is not None
+    if tokenizer is not None:
+        text = presented(text, tokenizer, prompts=prompts_of(pipeline_root(source.folder)) if source else (), chat=True)
+    judged = {"calibration": request.texts, "validation": request.validation}
+    with clock("vocabulary"), stage("pruning the vocabulary"):
+        return prune_vocabulary(asked, text, tokenizer, config, name=name, generation=generation, judged=judged)
+
+
+def _pruned_in_memory(subject: _Subject, request: _Request, clock: _Clock) -> _Subject:
+    """Return a copy of a model in memory with the vocabulary that was asked for."""
+    model = copy.deepcopy(subject.model)
+    generation = getattr(model, "generation_config", None)
+    values = generation.to_dict() if generation is not None else None
+    name = Path(str(model.config.name_or_path or "a model in memory")).name
+    found = _pruned(request, subject.tokenizer, model.config.to_dict(), name, values, None, clock)
+    return _with(replace(subject, model=model), found)
+
+
+def _with(subject: _Subject, vocabulary: PrunedVocabulary) -> _Subject:
+    """Return a model of ours with another vocabulary."""
+    record = {**vocabulary.record, "removed_parameters": vocabulary.apply(subject.model)}
+    return replace(subject, tokenizer=vocabulary.tokenizer, vocabulary=record)
 
 
 def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> CompressionResult:
@@ -385,6 +435,7 @@ def _about(subject: _Subject, request: _Request) -> dict[str, Any]:
         "validation": {"source": validation.source, "sha256": validation.sha256} if validation else None,
         "options": {key: value for key, value in loaded.items() if value is not None} if source else {},
         "versions": versions(),
+        "vocabulary": subject.vocabulary,
     }
 
 

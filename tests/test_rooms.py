@@ -20,6 +20,7 @@ ROOMS = (
     ("request",),
     ("plan",),
     ("measure",),
+    ("vocabulary",),
     ("solvers",),
     ("artifact",),
     ("metrics",),

@@ -41,7 +41,7 @@ def layout_of_config(config: Mapping[str, Any], architecture: str, absent: Seque
 
     try:
         values = getattr(transformers, entry.config).from_dict(dict(config))
-        return _layout(entry, _empty(getattr(transformers, architecture), values), tuple(absent))
+        return _layout(entry, empty_model(getattr(transformers, architecture), values), tuple(absent))
     except CompressionError:
         raise
     except Exception as error:  # whatever the stock class says of a config that it cannot build
@@ -63,7 +63,7 @@ def layout_of_model(model: PreTrainedModel) -> ParameterLayout:
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = ties_words(model)
     base: Any = model.base_model
-    empty = _empty(type(model), config)
+    empty = empty_model(type(model), config)
     absent = tuple(
         part
         for part in family.entry.optional
@@ -95,7 +95,7 @@ def ties_words(model: PreTrainedModel) -> bool:
     return head.weight is words.weight
 
 
-def _empty(stock: Any, config: Any) -> PreTrainedModel:
+def empty_model(stock: Any, config: Any) -> PreTrainedModel:
     """Return a stock model without weights."""
     with torch.device("meta"), initialization.no_init_weights():
         model: PreTrainedModel = stock(config)

@@ -81,6 +81,7 @@ class Report:
             weights, config, code, tokenizer and what else comes with the base (not report, record and card).
         seconds: time for each stage.
         versions: of the libraries.
+        vocabulary: which tokens stayed, by which text, and what of texts they cover; None where none was pruned.
     """
 
     base: dict[str, Any]
@@ -97,6 +98,7 @@ class Report:
     totals: dict[str, float]
     seconds: dict[str, float]
     versions: dict[str, str]
+    vocabulary: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """Return one line; `to_dict` has the rest."""

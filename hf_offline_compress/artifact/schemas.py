@@ -23,6 +23,20 @@ GROUP: dict[Any, Any] = {
     "relative_error": NUMBER,
     "calibrated_error": (*NUMBER, None),
 }
+COVERAGE = {"source": str, "tokens": int, "kept": NUMBER, "growth": NUMBER, "unknown": NUMBER}
+VOCABULARY: dict[Any, Any] = {
+    "text": {"source": str, "sha256": str},
+    "size?": COUNT,
+    "coverage?": (*NUMBER, None),
+    "writing_systems": [str],
+    "tokens_before": int,
+    "tokens": int,
+    "tokenizer_bytes": int,
+    "rows_before": int,
+    "rows": int,
+    "removed_parameters": int,
+    "coverage_of": {str: COVERAGE},
+}
 REPORT: dict[Any, Any] = {
     "base": {"name": str, "revision?": TEXT, "weight_bytes?": COUNT, "metadata?": ({}, None)},
     "architecture": str,
@@ -50,6 +64,7 @@ REPORT: dict[Any, Any] = {
     },
     "seconds?": ({str: NUMBER}, None),
     "versions": {str: str},
+    "vocabulary?": (VOCABULARY, None),
 }
 CONFIG: dict[Any, Any] = {
     "model_type": str,

@@ -74,7 +74,7 @@ def save_folder(
             _forget_paths(partial / "tokenizer_config.json")
         with _accessory("Not all files that come with the base were copied"):
             if source is not None:
-                copy_companions(source, partial)
+                copy_companions(source, partial, pruned=report.vocabulary is not None)
         compact_tokenizer(partial)
         with _accessory(f"{REPORT_FILE} was not written"):
             content = report.to_dict()

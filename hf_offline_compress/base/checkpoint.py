@@ -72,12 +72,17 @@ COMPANIONS = (
     "LICENSE.md",
     "NOTICE",
 )
+# Files that number the tokens, and so are of one vocabulary alone.
+NUMBERED = ("generation_config.json", *(file for file in TOKENIZER_FILES if file != "special_tokens_map.json"))
 logger = logging.getLogger(__name__)
 WEIGHTS = r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?"
 # Of a repository; its README is read for licence and languages alone. A module's folder may hold the model itself.
 WANTED = re.compile(
     rf"({MODULE}/)?({WEIGHTS}|{'|'.join(map(re.escape, ('config.json', 'README.md', *COMPANIONS)))})"
     rf"|{MODULE}/[^/]+\.(json|txt|safetensors|bin)|additional_chat_templates/[^/]+\.jinja"
+)
+TOKENIZER_WANTED = re.compile(
+    rf"({MODULE}/)?({'|'.join(map(re.escape, ('generation_config.json', *TOKENIZER_FILES)))})"
 )
 ADVICE = "Download it again, or save the model again with save_pretrained."
 UNWRAPPED = {r"^((module|_orig_mod)\.)+": ""}  # what DataParallel and torch.compile put before the names of weights
@@ -236,6 +241,18 @@ def resolve_base(base: str | Path, *, revision: str | None = None, token: str | 
     return BaseCheckpoint(found.name, folder / found.inner, found.config, family, commit)
 
 
+def resolve_tokenizer(
+    base: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> BaseCheckpoint:
+    """Return a base with the files of its tokenizer on this disk, and without its weights; see `resolve_base`."""
+    found = _locate(base, revision, token := token_of(token))
+    folder = _folder(base)
+    if folder is None:
+        folder = fetch_files(found.name, TOKENIZER_WANTED, revision, token)
+    check_base_texts(folder / found.inner, found.name, TOKENIZER_FILES)
+    return BaseCheckpoint(found.name, folder / found.inner, found.config, family_of(found.config), found.commit)
+
+
 def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTrainedModel:
     """Return the stock model of a base in evaluation mode, on the CPU; no code of the checkpoint's own is run.
 
@@ -322,8 +339,10 @@ def clamp_length(tokenizer: Any, config: Any) -> Any:
     return tokenizer
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_companions(source: Path, target: Path, *, pruned: bool = False) -> list[str]:
     """Copy what users rely on beside config and weights, into a folder where it is not yet; return the names.
+
+    Where the vocabulary was pruned, files that number its tokens stay behind: those of the new one are there already.
 
     Weights of sentence-transformers' own modules that are pickled are stored as safetensors. Where the model lies in a
     folder of such a pipeline, as in its first version, the pipeline comes along, with the model in its root.
@@ -331,7 +350,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     copied = []
     root = pipeline_root(source)
     inner = source.resolve().name if root != source else None
-    for name in COMPANIONS:
+    for name in (each for each in COMPANIONS if not (pruned and each in NUMBERED)):
         place = next((folder for folder in (source, root) if _is_own(root, folder / name)), None)
         if place is not None and not (target / name).exists():
             _copy(place / name, target / name)
@@ -353,15 +372,16 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def companion_bytes(base: str | Path) -> int | None:
+def companion_bytes(base: str | Path, *, pruned: bool = False) -> int | None:
     """Return the bytes of a base's tokenizer and of what else travels along; None where it is not a folder on this disk.
 
-    A tokenizer.json counts as it will be written, without white space.
+    A tokenizer.json counts as it will be written, without white space; where the vocabulary is pruned, no file counts that
+    numbers its tokens.
     """
     if (folder := _folder(base)) is None:
         return None
     inner = _locate(base, None, None).inner
-    places = ([folder / inner / name, folder / name] for name in COMPANIONS)
+    places = ([folder / inner / name, folder / name] for name in COMPANIONS if not (pruned and name in NUMBERED))
     found = [next((file for file in each if file.is_file()), None) for each in places]
     modules = [folder / each for each in _module_folders(folder) if each != inner]
     found += [f for each in modules for f in each.iterdir() if f.suffix in (".json", ".txt", ".safetensors")]

@@ -18,6 +18,7 @@ from .inputs import CardInputs
 RECIPE_FILE = "recipe.yaml"
 TEXTS = "TEXTS.txt"
 BUDGETS = ("total_ratio", "max_bytes")
+VOCABULARY = {"vocabulary": "text", "vocabulary_size": "size", "vocabulary_coverage": "coverage"}
 
 
 def reproduction(inputs: CardInputs, base_model: str | None) -> tuple[str, str | None]:
@@ -64,6 +65,8 @@ def _preset_options(report: dict[str, Any]) -> dict[str, str] | None:
         return None
     if "modules" in options and split_selectors(options["modules"]) != wanted.modules:
         return None
+    if options.get("vocabulary") == "caller":
+        options["vocabulary"] = TEXTS
     return {"recipe": name, **options} if _settings(found) == _settings(wanted) else None
 
 
@@ -78,6 +81,10 @@ def _changed(key: str, preset: Recipe, wanted: Recipe) -> Any:
         if wanted.budget is None or wanted.budget == preset.budget:
             return None
         return getattr(wanted.budget, key)
+    if key in VOCABULARY:
+        if wanted.vocabulary is None or wanted.vocabulary == preset.vocabulary:
+            return None
+        return getattr(wanted.vocabulary, VOCABULARY[key])
     if hasattr(wanted, key):
         return None if getattr(wanted, key) == getattr(preset, key) else getattr(wanted, key)
     values = [getattr(rule, key) for rule in wanted.rules if rule.structure]

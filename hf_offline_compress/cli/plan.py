@@ -11,13 +11,15 @@ from ..request.recipe import DEFAULT_RECIPE
 from ..request.selectors import split_selectors
 from .options import NOTHING_ELSE, AsJson, Base, Debug, Quiet, RecipeOption, app, takes
 from .output import megabytes, print_dense, print_json, print_table, print_text, run
+from .summary import print_vocabulary
 
 if TYPE_CHECKING:
     from ..plan.groups import Plan
+    from ..request.vocabulary import Vocabulary
 
 
 # What a plan depends on of all that a compression is asked for.
-PLANNED = (*OVERRIDES, "auto_class", "dtype", "revision")
+PLANNED = (*OVERRIDES, "calibration", "validation", "auto_class", "dtype", "revision")
 
 
 @app.command()
@@ -41,6 +43,10 @@ def plan(
         asked = load_recipe(recipe).override(**changes)
         with stage("finding the base", at_once=False):
             name, config = read_config(base, revision=options.revision)
+        record: dict[str, Any] | None = None
+        if asked.vocabulary is not None:
+            with stage("pruning the vocabulary"):
+                config, record = _pruned(base, asked.vocabulary, options)
         with stage("importing the model's classes", at_once=False):
             outcome = make_plan(
                 config,
@@ -48,12 +54,16 @@ def plan(
                 architecture=resolve_architecture(config, options.auto_class),
                 dtype=str(options.dtype) if options.dtype else None,
             )
-        companions = companion_bytes(base)
-        beside = None if companions is None else companions + _code_bytes()
+        companions = companion_bytes(base, pruned=record is not None)
+        beside = None if companions is None else companions + _code_bytes() + (record or {}).get("tokenizer_bytes", 0)
         if as_json:
-            print_json({**_plan_json(name, outcome), "beside_bytes": beside})
+            print_json(
+                {**_plan_json(name, outcome), "beside_bytes": beside, **({"vocabulary": record} if record else {})}
+            )
         elif not quiet:
             _print_plan(name, outcome, beside)
+            if record:
+                print_vocabulary(record)
 
     run(work, debug, quiet)
 
@@ -63,6 +73,31 @@ def _code_bytes() -> int:
     from .. import runtime
 
     return sum(file.stat().st_size for file in Path(str(runtime.__file__)).parent.glob("*_compressed.py"))
+
+
+def _pruned(base: str, asked: Vocabulary, options: CompressionOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the config with a pruned vocabulary, and the record of what was pruned."""
+    from ..base.checkpoint import load_tokenizer, pipeline_root, resolve_tokenizer
+    from ..base.texts import prompts_of
+    from ..foundation.files import read_json
+    from ..measure.presenting import presented
+    from ..measure.texts import load_texts
+    from ..vocabulary import prune_vocabulary
+
+    text = load_texts(asked.text, "vocabulary text")
+    judged = {
+        "calibration": load_texts(options.calibration),
+        "validation": load_texts(options.validation, "validation"),
+    }
+    source = resolve_tokenizer(base, revision=options.revision)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is not None:
+        text = presented(text, tokenizer, prompts=prompts_of(pipeline_root(source.folder)), chat=True)
+    generation = read_json(source.folder / "generation_config.json")
+    found = prune_vocabulary(
+        asked, text, tokenizer, source.config, name=source.name, generation=generation, judged=judged
+    )
+    return found.config(source.config), found.record
 
 
 def _plan_json(name: str, outcome: Plan) -> dict[str, Any]:

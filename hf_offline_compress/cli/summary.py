@@ -51,9 +51,29 @@ def print_summary(out: Path, base: str, report: Report, written: int, whole: int
         if on_text
         else "expected loss: relative squared change of these weights; no text was used"
     )
+    if report.vocabulary:
+        print_vocabulary(report.vocabulary)
     if report.search:
         print(f"loss on held-out text: {_searched_loss(report.search):.2%}")
     print(f"\nnext, compare it with the base on your own text:\n{_next(out, base)}")
+
+
+def print_vocabulary(record: dict[str, Any]) -> None:
+    """Print how many tokens stay, and what becomes of each text."""
+    print(f"\nvocabulary       {record['tokens_before']:,} -> {record['tokens']:,} tokens")
+    rows = [
+        (
+            purpose,
+            text["source"],
+            f"{text['tokens']:,}",
+            f"{text['kept']:.2%}",
+            f"{text['growth']:.3f}",
+            f"{text['unknown']:.2%}",
+        )
+        for purpose, text in record["coverage_of"].items()
+    ]
+    print_table(("text", "source", "tokens", "kept", "length", "unknown"), rows)
+    print_text("kept: share of the text's tokens that stay; length: tokens after pruning over tokens before.")
 
 
 def expected_loss(groups: list[GroupReport]) -> float:

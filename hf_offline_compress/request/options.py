@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-OVERRIDES = ("ratio", "modules", "grouping", "storage", "allocation", "total_ratio", "max_bytes")
+VOCABULARY = ("vocabulary", "vocabulary_size", "vocabulary_coverage")
+OVERRIDES = ("ratio", "modules", "grouping", "storage", "allocation", "total_ratio", "max_bytes", *VOCABULARY)
 _SAID = {
     item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
 }
@@ -23,7 +24,7 @@ _SAID = {
 
 @dataclass(frozen=True)
 class CompressionOptions:
-    """What `compress` takes beside base and recipe. The first seven override the recipe."""
+    """What `compress` takes beside base and recipe. The first ten override the recipe."""
 
     ratio: float | None = option(None, _SAID["ratio"], cli=float)
     modules: str | Sequence[str] | None = option(
@@ -36,6 +37,22 @@ class CompressionOptions:
         None, "4 bytes x all parameters, over the bytes of all weight files: a budget for the whole model", cli=float
     )
     max_bytes: int | str | None = option(None, "the same budget in bytes, e.g. 6MB (of 1,000,000 bytes)", cli=str)
+    vocabulary: str | Path | Sequence[str] | None = option(
+        None,
+        "the tokens of this text are kept, and all others pruned from tokenizer and model, before anything else is done: "
+        "bundled, a file with one text a line, a data set's name, or texts",
+        cli=str,
+        help=_SAID["vocabulary"],
+    )
+    vocabulary_size: int | None = option(
+        None,
+        "keep so many tokens: the most frequent of the text, then the most probable of its writing systems",
+        cli=int,
+        min=1,
+    )
+    vocabulary_coverage: float | None = option(
+        None, "keep the most frequent tokens that make up this share of the text; all by default", cli=float
+    )
     max_loss: float | None = option(
         None,
         "instead of a size, the loss that is allowed: the largest relative rise of perplexity, or for models without a "

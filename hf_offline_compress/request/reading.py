@@ -16,6 +16,7 @@ from .budget import Budget, budget_of
 from .objective import OBJECTIVES, Objective
 from .recipe import DEFAULT_MODULES, Grouping, Recipe, Rule
 from .selectors import names_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 
 def preset_names() -> tuple[str, ...]:
@@ -62,9 +63,17 @@ def recipe_from_dict(content: object, label: str = "recipe") -> Recipe:
         if content.get("budget")
         else None,
         rest=content.get("rest"),
+        vocabulary=_vocabulary(content["vocabulary"], f"The recipe '{label}'") if content.get("vocabulary") else None,
         description=str(content.get("description", "")),
         references=names_of(content.get("references", ()), "references"),
     )
+
+
+def _vocabulary(content: object, label: str) -> Vocabulary:
+    """Return what a recipe says of the vocabulary: a text, or a mapping with one."""
+    if not isinstance(content, Mapping):
+        return vocabulary_of(content)
+    return vocabulary_of(**_mapping(content, f"{label}'s vocabulary", Vocabulary))
 
 
 def _read(file: Path) -> str:

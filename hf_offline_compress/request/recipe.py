@@ -16,6 +16,7 @@ from ..structures import FLOATS, INTEGERS, STRUCTURES, Structure
 from .budget import Budget, budget_of
 from .objective import OBJECTIVES, Objective
 from .selectors import check_selectors, names_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 STORAGES = FLOATS
 FACTOR_STORAGES = (*FLOATS, *INTEGERS)
@@ -139,6 +140,13 @@ class Recipe:
         default=None,
         metadata={"help": f"dtype of everything that is not compressed: {listing(STORAGES)}; the model's if not given"},
     )
+    vocabulary: Vocabulary | None = field(
+        default=None,
+        metadata={
+            "help": "keep the tokens of this text alone, and prune the others: bundled, a file with one text a line, or a "
+            "data set's name"
+        },
+    )
     description: str = ""
     references: tuple[str, ...] = ()
 
@@ -185,10 +193,13 @@ class Recipe:
         allocation: str | None = None,
         total_ratio: float | None = None,
         max_bytes: int | str | None = None,
+        vocabulary: object = None,
+        vocabulary_size: int | None = None,
+        vocabulary_coverage: float | None = None,
     ) -> Recipe:
         """Return the recipe with what is not None replaced, in every rule that compresses.
 
-        A ratio takes the place of a budget for all weights, and the other way round.
+        A ratio takes the place of a budget for all weights, and the other way round; a vocabulary's size that of a coverage.
 
         Raises:
             CompressionError: a value is not one that the field takes, or there are several budgets.
@@ -214,7 +225,17 @@ class Recipe:
             modules=self.modules if modules is None else names_of(modules, "modules"),
             allocation=self.allocation if allocation is None else allocation,
             budget=budget,
+            vocabulary=self._vocabulary(vocabulary, vocabulary_size, vocabulary_coverage),
         )
+
+    def _vocabulary(self, text: object, size: object, coverage: object) -> Vocabulary | None:
+        """Return what is asked of the vocabulary, with what is not None replaced."""
+        if text is None and size is None and coverage is None:
+            return self.vocabulary
+        own = self.vocabulary
+        if own is not None and size is None and coverage is None:
+            size, coverage = own.size, own.coverage
+        return vocabulary_of(own.text if own is not None and text is None else text, size, coverage)
 
     def without_calibration(self) -> Recipe:
         """Return the recipe for when there is no text: every objective becomes its data-free self, allocated uniformly."""
@@ -237,6 +258,7 @@ class Recipe:
             "allocation": self.allocation,
             "budget": {key: value for key, value in asdict(self.budget).items() if value} if self.budget else None,
             "rest": self.rest,
+            **({"vocabulary": self.vocabulary.to_dict()} if self.vocabulary else {}),
             "rules": [
                 {
                     "modules": list(rule.modules),

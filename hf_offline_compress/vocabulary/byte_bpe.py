@@ -8,6 +8,7 @@ first of all possible merges is the one that it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import decoders
@@ -44,7 +45,7 @@ class ByteBPE(TokenModel):
         symbols = self._symbols(token)
         needed = {*symbols}
         while len(symbols) > 1:
-            ranks = [self.ranks.get(pair) for pair in zip(symbols, symbols[1:], strict=False)]
+            ranks = [self.ranks.get(pair) for pair in pairwise(symbols)]
             best = min((rank for rank in ranks if rank is not None), default=None)
             if best is None:
                 return set()
@@ -74,6 +75,8 @@ class ByteBPE(TokenModel):
     def _symbols(self, token: str) -> list[str]:
         """Return what a token is before any merge: its characters, with the marks for the inside and the end of a word."""
         inside, end = bool(self.inside) and token.startswith(self.inside), bool(self.end) and token.endswith(self.end)
-        letters = list(token.removeprefix(self.inside).removesuffix(self.end) if end else token.removeprefix(self.inside))
+        letters = list(
+            token.removeprefix(self.inside).removesuffix(self.end) if end else token.removeprefix(self.inside)
+        )
         symbols = [letter if i == 0 and not inside else f"{self.inside}{letter}" for i, letter in enumerate(letters)]
         return [*symbols[:-1], f"{symbols[-1]}{self.end}"] if end and symbols else symbols

@@ -17,7 +17,9 @@ def lasting_tokens(model: TokenModel, fixed: Iterable[int], scripts: set[str]) -
         fixed: ids of special and added tokens.
         scripts: writing systems of the text, whose characters stay.
     """
+    names = _names(model)
     lasting = {*fixed} | model.indispensable()
+    lasting = lasting.union(*(model.parts(names[number]) for number in fixed if number in names))
     for token, number in model.tokens.items():
         text = model.text_of(token)
         # What is nothing but a mark stands for a space, or for the beginning of a word.
@@ -38,7 +40,7 @@ def covering_tokens(model: TokenModel, counts: Mapping[int, int], lasting: Set[i
     kept, names = {*lasting}, _names(model)
     wanted = coverage * sum(counts.values())
     covered = sum(count for number, count in counts.items() if number in kept)
-    for number, count in _frequent(counts):
+    for number, _ in _frequent(counts):
         if covered >= wanted:
             break
         if number not in kept:
