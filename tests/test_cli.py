@@ -1,4 +1,4 @@
-"""The command line, as a user types it: one process a call."""
+"""The command line, as a user types it: one process a call; the first of them has imported nothing yet."""
 
 import json
 import os
@@ -42,6 +42,7 @@ def compressed(base, text, tmp_path_factory):
         4,
         "--modules",
         "linears,word_embeddings",
+        fresh=True,
     )
 
 
@@ -204,7 +205,7 @@ def test_help_names_every_choice():
 def test_a_run_cut_short_leaves_nothing_that_looks_finished(base, tmp_path, kill):
     """The run waits in the middle of saving; a killed one may leave a hidden partial folder, never the target."""
     code = (
-        "import signal, sys, time, hf_offline_compress.artifact.reading as f\n"
+        "import signal, sys, time, hf_offline_compress.artifact.writing as f\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which is ignored in a shell's background
         "def wait(*args): print('saving', flush=True); time.sleep(60)\n"
         "f.copy_companions = wait\n"

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import hf_offline_compress.compressor as compressor
 import hf_offline_compress.solve.groups as solving
-from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
+from hf_offline_compress import CompressionError, Grouping, Objective, Recipe, Rule, compress, make_plan
+from hf_offline_compress.artifact.building import reconstructed
 from hf_offline_compress.card.writing import END
+from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.runtime.layers_compressed import FusedLinear, TiedHead
-from hf_offline_compress.solvers import solve_all
+from hf_offline_compress.solve.problems import problem_of
+from hf_offline_compress.solvers import solve, solve_all
 from hf_offline_compress.structures import Autoencoder, LowRank, Stored, Training
 
 
@@ -478,3 +481,19 @@ def test_a_base_that_cuts_its_sequences_is_compressed_like_any_other(tmp_path):
         result.save(tmp_path / str(size))
         weights.append((tmp_path / str(size) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_members_that_are_asked_for_one_by_one_leave_the_mode_of_gradients(grad):
+    """Whoever stops asking half-way, too; and what is decoded has no history."""
+    model = make_model("bert", "BertModel")
+    state = model.state_dict()
+    recipe = Recipe("shared", (Rule(LowRank(), grouping=Grouping(None), ratio=2.0),), modules=("query",))
+    group = make_plan(model.config.to_dict(), recipe, architecture="BertModel").groups[0]
+    factors = solve(problem_of(group, state, "", Statistics()))
+    with torch.set_grad_enabled(grad):
+        weights = reconstructed(group, factors)
+        for _ in range(len(group.matrices) - 1):
+            assert not next(weights).requires_grad and torch.is_grad_enabled() is grad
+        weights.close()
+        assert torch.is_grad_enabled() is grad

@@ -89,24 +89,24 @@ def shell(packages, hub, tmp_path_factory):
     def environment(extras):
         place = home / "-".join(("with", *extras))
         env = {**os.environ, **online, "HF_HOME": str(place / "home"), "OMP_NUM_THREADS": "1"}
-        env |= {"DOCS_SOCKET": str(place / "socket"), "DOCS_PYTHON": str(place / "python")}
+        env |= {"WARM_SOCKET": str(place / "socket"), "WARM_PYTHON": str(place / "python")}
         env["PATH"] = f"{place}{os.pathsep}{env['PATH']}"
         if packages:
             env["PYTHONPATH"] = str(packages)
         if extras not in servers:
             place.mkdir()
             for name in ("python", "hf-offline-compress"):
-                line = f'DOCS_CALLED={name} exec "{sys.executable}" -SE "{Path(__file__).parent}/docs_client.py" "$@"'
+                line = f'WARM_CALLED={name} exec "{sys.executable}" -SE "{Path(__file__).parent}/warm_client.py" "$@"'
                 (place / name).write_text(f"#!/bin/sh\n{line}\n")
                 (place / name).chmod(0o755)
-            command = [sys.executable, str(ROOT / "tests/docs_server.py"), env["DOCS_SOCKET"], ",".join(extras)]
+            command = [sys.executable, str(ROOT / "tests/warm_server.py"), env["WARM_SOCKET"], ",".join(extras)]
             servers[extras] = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
             assert servers[extras].stdout.readline() == b"ready\n"
         return env
 
     def run(extras, language, code, folder):
         env = environment(extras)
-        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [env["DOCS_PYTHON"], "-c", code]
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [env["WARM_PYTHON"], "-c", code]
         return subprocess.run(
             command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
         )

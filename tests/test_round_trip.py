@@ -18,7 +18,7 @@ from inputs import TEXT
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
-from hf_offline_compress.architectures.families import FAMILIES, is_language_model
+from hf_offline_compress.architectures.families import FAMILIES, KINDS, is_language_model
 from hf_offline_compress.request.budget import Budget
 from hf_offline_compress.structures import (
     Autoencoder,
@@ -130,28 +130,37 @@ RECIPES = {
         modules=(*ALL, "attention"),
     ),
 }
-# Every head with these, and with every recipe a linear layer, a transposed fused one, and a fused one without bias.
-EVERYWHERE = ("low_rank", "quantized", "sparse")
+# Every head with these three in one folder, kinds of matrices taking turns; with every recipe by itself a linear layer, a
+# transposed fused one, and a fused one without bias.
+TURNS = ("low_rank", "quantized", "sparse")
 THOROUGH = ("BertForMaskedLM", "GPT2LMHeadModel", "ModernBertForMaskedLM")
 # A budget is met by gain in each family once.
 ALLOCATED = dict(HEADS).values()  # the last head of each
 CASES = [
-    (t, h, r)
-    for t, h in HEADS
-    for r in RECIPES
-    if r in EVERYWHERE or h in THOROUGH or (r == "budget" and h in ALLOCATED)
+    *((t, h, "turns") for t, h in HEADS),
+    *((t, h, r) for t, h in HEADS for r in RECIPES if h in THOROUGH or (r == "budget" and h in ALLOCATED)),
 ]
 LOADER = Path(__file__).with_name("load_folders.py")
 
 
 def model_of(model_type, head, recipe):
     """Return a model; where no groups are shared by layers, one of a single layer."""
-    return make_model(model_type, head, layers=1 if recipe in EVERYWHERE and head not in THOROUGH else 3)
+    return make_model(model_type, head, layers=1 if recipe == "turns" and head not in THOROUGH else 3)
 
 
-def recipe_of(model_type, recipe):
+def turns(head):
+    """Return a recipe of three structures: which kinds have which differs from head to head."""
+    first = HEADS.index(next(each for each in HEADS if each[1] == head))
+    names = [TURNS[(first + i) % 3] for i in range(3)]
+    rules = [
+        replace(RECIPES[name].rules[0], modules=KINDS[i::3] if i < 2 else ("all", ".+")) for i, name in enumerate(names)
+    ]
+    return Recipe("turns", tuple(rules), modules=(".+",))
+
+
+def recipe_of(model_type, head, recipe):
     """Return a recipe, without the position embeddings that a family does not have."""
-    found = RECIPES[recipe]
+    found = turns(head) if recipe == "turns" else RECIPES[recipe]
     if "position_embeddings" in FAMILIES[model_type].entry.kinds.values():
         return found
     return replace(found, modules=tuple(name for name in found.modules if name != "position_embeddings"))
@@ -159,7 +168,7 @@ def recipe_of(model_type, recipe):
 
 def also_remote(head, recipe):
     """Return whether a folder is loaded by its own code too, whose import takes longest: each head once."""
-    return recipe == "quantized" or head in THOROUGH
+    return recipe == "turns" or head in THOROUGH
 
 
 def name_of(model_type, head, recipe):
@@ -176,7 +185,7 @@ def folders(tmp_path_factory):
         config = model.config.to_dict()
         result = compress(
             model,
-            recipe_of(model_type, recipe),
+            recipe_of(model_type, head, recipe),
             tokenizer=make_tokenizer(model_type),
             calibration=TEXTS,
             progress=False,
@@ -232,7 +241,7 @@ STEPS = {code: step for step, code in RATES.items()}
 def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe):
     folder, result, config = folders[1][name_of(model_type, head, recipe)]
     groups = result.model.config.compression["groups"]
-    asked = recipe_of(model_type, recipe)
+    asked = recipe_of(model_type, head, recipe)
     plan = make_plan(config, asked, architecture=head)
     # Numbers that half precision does not hold are kept in bfloat16.
     wider = {g.name: "bfloat16" for g in plan.groups if groups.get(g.name, {}).get("storage") == "bfloat16"}
@@ -250,8 +259,8 @@ def test_predicted_bytes_are_the_bytes_on_disk(folders, model_type, head, recipe
             size = Mixture(tuple((STEPS[kind["width"], kind["bits"]], kind["streams"]) for kind in entry["classes"]))
             form = next(form for form in plan.forms(group) if form.structure.name == "trellis")
             forms[group.name, *chosen[group.name]] = replace(form, size=size)
-    if RECIPES[recipe].budget:
-        allowed = plan.layout.total * 4 / RECIPES[recipe].budget.total_ratio
+    if asked.budget:
+        allowed = plan.layout.total * 4 / asked.budget.total_ratio
         plan = plan.reformed({g.name: forms.get((g.name, *chosen.get(g.name, ("dense",)))) for g in plan.groups})
         assert len({(group.structure.name, group.size) for group in plan.groups}) > 1
         if recipe == "storages":

@@ -1,4 +1,4 @@
-"""What stands for `python` and `hf-offline-compress` where blocks of the documents run; see docs_server.py."""
+"""What stands for `python` and `hf-offline-compress` where blocks of the documents run; see warm_server.py."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import socket
 import sys
 
 arguments = sys.argv[1:]
-if os.path.basename(os.environ["DOCS_CALLED"]) != "python":  # noqa: PTH119 (pathlib takes its time)
+if os.path.basename(os.environ["WARM_CALLED"]) != "python":  # noqa: PTH119 (pathlib takes its time)
     arguments = ["-m", "hf_offline_compress", *arguments]
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-connection.connect(os.environ["DOCS_SOCKET"])
+connection.connect(os.environ["WARM_SOCKET"])
 request = json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode()  # noqa: PTH109
 socket.send_fds(connection, [request], [0, 1, 2])
 code = connection.recv(1)

@@ -1,6 +1,7 @@
-"""A python that has imported the slow libraries already: every process of a page is a fork of it.
+"""A python that has imported the slow libraries already: every process of a page, or of a command, is a fork of it.
 
-usage: python docs_server.py SOCKET EXTRAS. What only other extras would install cannot be imported. A request is JSON, with
+usage: python warm_server.py SOCKET EXTRAS. What only other extras would install cannot be imported; without EXTRAS nothing
+is forbidden. The package itself is not imported yet. A request is JSON, with
 the arguments of `python`, a folder and an environment, and comes with the three standard streams; the answer is the exit
 code. Variables that huggingface_hub reads when it is imported (HF_HOME, HF_ENDPOINT) are those of this process.
 """
@@ -60,15 +61,16 @@ def forbid_others(extras):
         del sys.modules[name]
 
 
-def import_slow_libraries():
+def import_slow_libraries(of_pages):
     import torch
     import transformers
     from transformers import AutoModel, AutoTokenizer, BertModel, BertTokenizer  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    with suppress(ImportError):
-        import sentence_transformers  # noqa: F401
+    if of_pages:
+        with suppress(ImportError):
+            import sentence_transformers  # noqa: F401
 
 
 def interpret(arguments, folder, environment):
@@ -76,7 +78,7 @@ def interpret(arguments, folder, environment):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.executable = environment["DOCS_PYTHON"]
+    sys.executable = environment["WARM_PYTHON"]
     safe = arguments[:1] == ["-P"]
     arguments = arguments[safe:]
     sys.path[:0] = [*([] if safe else [folder]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
@@ -115,9 +117,11 @@ def answer(connection):
 
 
 def main():
-    path, extras = sys.argv[1], sys.argv[2].split(",")
-    forbid_others(extras)
-    import_slow_libraries()
+    path = sys.argv[1]
+    of_pages = len(sys.argv) > 2
+    if of_pages:
+        forbid_others(sys.argv[2].split(","))
+    import_slow_libraries(of_pages)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(path)
