@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .allocate.apply import allocated
+from .allocate.apply import offers_of
+from .allocate.measured import Outcome, Round, allocated_and_solved
 from .allocate.search import loss_judge, search_ratio, searched_on
 from .architectures.families import family_of, objective_of
+from .architectures.layout import ParameterLayout
 from .architectures.stock import layout_of_model
 from .artifact.building import build_model
 from .artifact.report import GroupReport, Report, totals, versions
@@ -40,7 +43,7 @@ from .foundation.options import chosen, documented
 from .foundation.preflight import check_decoding, check_room, found_device
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
-from .measure.collect import measure
+from .measure.collect import divergence_from, measure
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
 from .measure.texts import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
@@ -319,17 +322,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     config = model.config.to_dict()
     layout, wider = layout_of_model(model), dict[str, str]()
 
-    def planned(recipe: Recipe, known: Plan | None) -> Plan:
-        """Return the plan for a recipe; the known one where it is just that."""
-        if (
-            known
-            and (known.recipe, known.layout, known.dtype) == (recipe, layout, subject.dtype)
-            and known.wider == wider
-        ):
-            return known
-        name = type(model).__name__
-        return make_plan(config, recipe, architecture=name, dtype=subject.dtype, wider=dict(wider), layout=layout)
-
+    planned = partial(_planned, subject, layout, wider)
     plan = planned(request.recipe, subject.plan)
     texts = _texts_as_read(subject, request)
     _check_finite(model, family_of(config).title)
@@ -338,34 +331,40 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
         wider |= wider_tensors(plan, compute.state_dict())
         plan = planned(request.recipe, plan)
 
+        how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size}
+
         def measured() -> tuple[Statistics, CalibrationRecord | None]:
             if texts is None:
                 return Statistics(), None
             with clock("calibrate"):
-                how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "progress": progress}
-                return kept_statistics(run, lambda: measure(compute, plan, texts, tokenizer, **how))
+                return kept_statistics(run, lambda: measure(compute, plan, texts, tokenizer, **how, progress=progress))
 
         statistics, record = measured()
+        with clock("measure"):
+            divergence = divergence_from(compute, plan, texts, tokenizer, **how)
+        # Moments are dropped as they are used, to save memory, unless they are needed again.
+        again = max_loss is not None or divergence is not None
+        rounds: list[Round] = []
 
-        def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
-            sized = planned(recipe, plan)
-            # Moments are dropped as they are used, to save memory; a search needs them again.
-            known = (
-                statistics if max_loss is None else replace(statistics, input_moments=dict(statistics.input_moments))
-            )
-            if recipe.allocation == "by_gain":
-                with clock("allocate"):
-                    sized = allocated(compute, sized, known, progress)
+        def solve(sized: Plan) -> Outcome:
+            known = replace(statistics, input_moments=dict(statistics.input_moments)) if again else statistics
             check_held(sized, compute.state_dict())
             with clock("solve"):
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
-                factors, reports, lost = solve_groups(
+                return solve_groups(
                     sized, compute.state_dict(), known, seed=options.seed, progress=progress, judge=judge, run=run
                 )
+
+        def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
+            sized, offers = planned(recipe, plan), None
+            if recipe.allocation == "by_gain":
+                with clock("allocate"):
+                    offers = offers_of(compute, sized, statistics, progress)
+            sized, (factors, reports, lost), rounds[:] = allocated_and_solved(sized, offers, divergence, solve)
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
-                if max_loss is None:
+                if not again:
                     statistics.input_moments = measured()[0].input_moments
                 return solved(recipe)
             with clock("build"), stage("building the compressed model"):
@@ -388,6 +387,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
         "dtype": plan.dtype,
         "calibration": record.to_dict() if record else None,
         "search": search,
+        "rounds": [asdict(step) for step in rounds] or None,
         "groups": tuple(reports),
         "dense": plan.dense,
         "totals": totals(plan),
@@ -396,6 +396,16 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
     return CompressionResult(built, tokenizer, Report(**about), source.folder if source else None, run)
+
+
+def _planned(
+    subject: _Subject, layout: ParameterLayout, wider: Mapping[str, str], recipe: Recipe, known: Plan | None
+) -> Plan:
+    """Return the plan for a recipe; the known one where it is just that."""
+    if known and (known.recipe, known.layout, known.dtype) == (recipe, layout, subject.dtype) and known.wider == wider:
+        return known
+    config, name = subject.model.config.to_dict(), type(subject.model).__name__
+    return make_plan(config, recipe, architecture=name, dtype=subject.dtype, wider=dict(wider), layout=layout)
 
 
 def _texts_as_read(subject: _Subject, request: _Request) -> CalibrationText | None:

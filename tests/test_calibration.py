@@ -10,7 +10,9 @@ from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.architectures.stock import layout_of_config
 from hf_offline_compress.measure.inputs import collect
 from hf_offline_compress.measure.sensitivity import measure_sensitivity
+from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import TOKENS, Batch, count_tokens, load_texts, make_batches, warn_of_overlap
+from hf_offline_compress.solve.problems import LEAST_OFTEN, _position_shares
 
 
 def matrices_of(model, *kinds):
@@ -132,14 +134,38 @@ def test_what_shares_inputs_is_measured_once():
 def test_token_counts_are_of_all_texts(masked):
     tokenizer, texts = make_tokenizer("bert"), [*TEXTS, *(text.upper() for text in TEXTS)] * 200
     counts = count_tokens(load_texts(texts), tokenizer, masked=masked, positions=12, rows=90)
-    ids = torch.tensor(
-        [i for sequence in tokenizer(texts, truncation=True, max_length=12)["input_ids"] for i in sequence]
-    )
+    windows = tokenizer(texts, truncation=True, max_length=12, return_overflowing_tokens=True)["input_ids"]
+    ids = torch.tensor([i for window in windows for i in window])
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     expected = torch.bincount(ids, 1 - 0.15 * masked * (~special).double(), minlength=90)
     expected[tokenizer.mask_token_id] += 0.15 * masked * (~special).sum()
-    torch.testing.assert_close(counts, expected)
+    torch.testing.assert_close(counts.tokens, expected)
     assert len(ids) > TOKENS
+    lengths = torch.tensor([len(sequence) for sequence in tokenizer(texts)["input_ids"]])
+    assert counts.places.tolist() == [int((lengths > place).sum()) for place in range(int(lengths.max()))]
+
+
+def test_long_lines_are_cut_into_windows_and_not_truncated():
+    tokenizer = make_tokenizer("bert")
+    words = [token for token in tokenizer.get_vocab() if token.isalpha()][:20]
+    line = " ".join(words * 900)  # of far more characters than are tokenized at once
+    batches, record = make_batches(load_texts([line]), tokenizer, masked=False, positions=40, seed=0)
+    assert record.texts > 100 and all(batch.input_ids.shape[1] <= 40 for batch in batches)
+    counts = count_tokens(load_texts([line]), tokenizer, masked=False, positions=40, rows=len(tokenizer))
+    ids = tokenizer.convert_tokens_to_ids(words)
+    assert counts.tokens[ids].tolist() == [900.0] * 20
+    assert len(counts.places) == len(tokenizer(line)["input_ids"])
+
+
+@pytest.mark.parametrize("rows,positions", [(40, 40), (42, 40), (40, None)])
+def test_positions_count_by_how_many_texts_reach_them(rows, positions):
+    statistics = Statistics(place_counts=torch.tensor([100.0, 100.0, 50.0]).double(), positions=positions)
+    first = rows - (positions or rows)
+    shares = _position_shares(rows, statistics)
+    assert float(shares.sum()) == pytest.approx(1)
+    assert float(shares[first]) == float(shares[first + 1]) > float(shares[first + 2]) > float(shares[-1]) > 0
+    least = LEAST_OFTEN / (1 + LEAST_OFTEN) * float(shares[first])  # longer texts than were seen must stay readable
+    assert shares[first + 3 :].tolist() == pytest.approx([least] * (rows - first - 3))
 
 
 def test_words_that_are_compressed_are_counted_and_recorded():

@@ -22,49 +22,92 @@ if TYPE_CHECKING:
 
 # How often the budget is spent anew, and the share of it that is not worth that.
 TRIES, NEARLY_NOTHING = 4, 0.002
+# What counts as so many times the worst form is taken only where nothing else fits.
+STARVED = 1e3
 
 
-def allocated(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Plan:
-    """Return the plan with the bytes that its groups have in all given to those that gain most from them.
+@dataclass(frozen=True)
+class Offers:
+    """What every group of a plan may become, and what that costs.
 
-    Each group has one of its rule's structures, at one of its sizes; under a budget for everything, it may also stay dense.
-    Groups whose errors are not known beforehand keep what they have.
+    Attributes:
+        plan: with a budget in its recipe for everything, or with the sizes that the ratios of its rules give.
+        groups: those of its groups whose errors are known beforehand; all others keep what they have.
+        gains: of each.
+    """
+
+    plan: Plan
+    groups: list[Group]
+    gains: list[_Gains]
+
+    def forecast(self, form: Group) -> float:
+        """Return the error to expect of a form of a group, in the unit of the sensitivity."""
+        index = next(i for i, group in enumerate(self.groups) if group.name == form.name)
+        return float(self.gains[index].choices.errors[self.gains[index].forms.index(form)])
+
+    def sized(self, factors: Mapping[str, float] | None = None, least: Mapping[str, int] | None = None) -> Plan:
+        """Return the plan with the bytes that its groups have in all given to those that gain most from them.
+
+        Each group has one of its rule's structures, at one of its sizes; under a budget for everything, it may also stay
+        dense.
+
+        Args:
+            factors: name of a group → what its errors are multiplied with.
+            least: name of a group → it must have more bytes than these, if it is compressed.
+        """
+        choices = []
+        for group, gains in zip(self.groups, self.gains, strict=True):
+            errors = gains.choices.errors * (factors or {}).get(group.name, 1.0)
+            starved = gains.choices.costs <= (least or {}).get(group.name, 0)
+            if not starved.all():
+                errors = torch.where(starved, STARVED * errors.max().clamp_min(torch.finfo(errors.dtype).tiny), errors)
+            choices.append(replace(gains.choices, errors=errors))
+        allowed = _allowed(self.plan)
+        if allowed is None:
+            budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in self.groups)
+        else:
+            budget = allowed - (self.plan.file_bytes - sum(group.stored_bytes for group in self.groups))
+        best: Plan | None = None
+        tries = 0
+        while best is None or tries < TRIES:
+            chosen = allocate(choices, budget)
+            forms = {group.name: own.forms[i] for group, own, i in zip(self.groups, self.gains, chosen, strict=True)}
+            sized = self.plan.reformed(forms)
+            if allowed is None:
+                return sized
+            left = allowed - sized.file_bytes
+            if left >= 0 and (best is None or sized.file_bytes > best.file_bytes):
+                best = sized
+            if 0 <= left < NEARLY_NOTHING * allowed:
+                break
+            # Other forms, another header of the file. What was within the budget may miss it by a little next time.
+            budget += left if left < 0 else 0.9 * left
+            tries += 1
+        assert best is not None
+        return best
+
+
+def offers_of(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Offers:
+    """Return what the groups of a plan may become, with the errors that statistics let expect.
 
     Args:
         model: the base.
-        plan: with a budget in its recipe for everything, or with the sizes that the ratios of its rules give.
+        plan: see `Offers`.
         statistics: of calibration.
         progress: show a progress bar.
     """
     groups = [group for group in plan.groups if group.structure.known_gains]
-    allowed = plan.recipe.budget.allowed(plan.layout.total) if plan.recipe.budget else None
+    allowed = _allowed(plan)
     # Where everything would fit as it is, there is nothing to weigh: what is asked for is a compressed model.
     may_stay = allowed is not None and plan.reformed(dict.fromkeys([g.name for g in groups])).file_bytes > allowed
-    state, found = model.state_dict(), []
-    for group in bar(groups, "allocating", "group", progress):
-        found.append(_gains(group, plan, state, statistics, may_stay))
-    if allowed is None:
-        budget = sum(group.parameters * FLOAT32 / group.rule.ratio for group in groups)
-    else:
-        budget = allowed - (plan.file_bytes - sum(group.stored_bytes for group in groups))
-    best: Plan | None = None
-    tries = 0
-    while best is None or tries < TRIES:
-        chosen = allocate([gains.choices for gains in found], budget)
-        forms = {group.name: gains.forms[i] for group, gains, i in zip(groups, found, chosen, strict=True)}
-        sized = plan.reformed(forms)
-        if allowed is None:
-            return sized
-        left = allowed - sized.file_bytes
-        if left >= 0 and (best is None or sized.file_bytes > best.file_bytes):
-            best = sized
-        if 0 <= left < NEARLY_NOTHING * allowed:
-            break
-        # Other forms, another header of the file. What was within the budget may miss it by a little next time.
-        budget += left if left < 0 else 0.9 * left
-        tries += 1
-    assert best is not None
-    return best
+    state = model.state_dict()
+    gains = [_gains(group, plan, state, statistics, may_stay) for group in bar(groups, "allocating", "group", progress)]
+    return Offers(plan, groups, gains)
+
+
+def _allowed(plan: Plan) -> int | None:
+    """Return the bytes that the plan's budget allows, if it has one."""
+    return plan.recipe.budget.allowed(plan.layout.total) if plan.recipe.budget else None
 
 
 @dataclass(frozen=True)

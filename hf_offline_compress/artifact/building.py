@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,19 @@ def named_tensors(group: Group, factors: Factors, prefix: str) -> dict[str, Tens
             )
         named |= by_leaf
     return named
+
+
+def factors_among(group: Group, tensors: Mapping[str, Tensor], prefix: str) -> Factors:
+    """Return a group's factors, among tensors by the full names that the plan has for them; see `named_tensors`."""
+
+    def taken(leaves: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {leaf: tensors[name] for leaf, name in zip(leaves, full, strict=True)}
+
+    structure, size, shape = group.structure, group.size, group.shape
+    own = group.storage.kept(structure.member_tensors(size, shape))
+    shared = group.storage.kept(structure.decoder_tensors(size, shape))
+    members = tuple(taken(own, group.member_tensors(matrix, prefix)) for matrix in group.matrices)
+    return Factors(members, taken(shared, group.decoder_tensors(prefix)))
 
 
 def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:

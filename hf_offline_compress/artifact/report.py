@@ -40,6 +40,9 @@ class GroupReport:
         calibrated_error: the relative error weighted by real inputs, ‖(W − Ŵ) H^½‖ / ‖W H^½‖; None without calibration.
         seconds: time to solve it.
         notes: what the solver said.
+        forecast: what the group alone was expected to cost the model's output, where it was measured too; in the unit of
+            `measured`.
+        measured: what it really does: nats a token where there are logits, squared error of a token's hidden states else.
     """
 
     name: str
@@ -59,6 +62,8 @@ class GroupReport:
     calibrated_error: float | None
     seconds: float
     notes: dict[str, float] = field(default_factory=dict)
+    forecast: float | None = None
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Report:
         calibration: source, hash and size of the text; None if no text was used.
         validation: source and hash of the text that training was judged by; None if it was judged by its loss.
         search: loss allowed and sizes tried, where the size was searched for; else None.
+        rounds: what each allocation was expected and measured to cost, where it was measured; else None.
         options: how the base was loaded, as far as that was asked for.
         groups: what was compressed.
         dense: what was not, and why.
@@ -99,6 +105,7 @@ class Report:
     seconds: dict[str, float]
     versions: dict[str, str]
     vocabulary: dict[str, Any] | None = None
+    rounds: list[dict[str, float]] | None = None
 
     def __repr__(self) -> str:
         """Return one line; `to_dict` has the rest."""

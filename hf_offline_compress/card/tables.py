@@ -178,6 +178,7 @@ def speeds(benchmark: dict[str, Any]) -> str:
 def group_table(inputs: CardInputs) -> str:
     """Return a row for every group: what it was, what it became, how far that is from it."""
     calibrated = any(group["calibrated_error"] is not None for group in inputs.groups)
+    measured = _measured(inputs)
     header = ["group", "structure", "matrices", "rows × columns", "stored in", "bytes", "ratio", "error"]
     rows = []
     for group in inputs.groups:
@@ -197,7 +198,11 @@ def group_table(inputs: CardInputs) -> str:
         )
         if calibrated:
             rows[-1].append(value(group["calibrated_error"]))
-    return table([*header, "error on real inputs"] if calibrated else header, rows, left=2)
+        if measured:
+            losses = (group.get("forecast"), group.get("measured"))
+            rows[-1] += [NOTHING if loss is None else f"{loss:.2g}" for loss in losses]
+    header += ["error on real inputs"] * calibrated + ["loss, expected", "loss, measured"] * measured
+    return table(header, rows, left=2)
 
 
 def config_table(inputs: CardInputs) -> str:
@@ -215,17 +220,27 @@ def config_table(inputs: CardInputs) -> str:
 
 
 def chart(inputs: CardInputs) -> str:
-    """Return bars of every group's error and bytes, as lines of text."""
+    """Return bars of every group's error and bytes, and of its loss where that was measured, as lines of text."""
     groups = inputs.groups
+    losses = [float(group.get("measured") or 0.0) for group in groups] if _measured(inputs) else []
     errors = [float(group["relative_error"]) for group in groups]
     sizes_ = [int(group["stored_bytes"]) for group in groups]
     names = max(len("group"), *(len(group["name"]) for group in groups))
     digits = max(len("bytes"), *(len(count(size)) for size in sizes_))
-    lines = [f"{'group':{names}}  {'error':>6} {'':{WIDTH}}  {'bytes':>{digits}}"]
-    for group, error, size in zip(groups, errors, sizes_, strict=True):
+    lines = [
+        f"{'group':{names}}  {'error':>6} {'':{WIDTH}}  {'bytes':>{digits}} {'':{WIDTH}}  {'loss' if losses else ''}"
+    ]
+    for i, (group, error, size) in enumerate(zip(groups, errors, sizes_, strict=True)):
         line = f"{group['name']:{names}}  {error:.4f} {bar(error, max(errors))}  {count(size):>{digits}} {bar(size, max(sizes_))}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        if losses:
+            line += f"  {losses[i]:<8.2g} {bar(losses[i], max(losses))}"
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _measured(inputs: CardInputs) -> bool:
+    """Whether groups were put into the dense model one by one, to measure what each costs."""
+    return any(group.get("measured") is not None for group in inputs.groups)
 
 
 def bar(number: float, largest: float) -> str:

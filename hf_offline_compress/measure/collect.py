@@ -13,14 +13,23 @@ from ..errors import CompressionError, listing
 from ..foundation.memory import release_memory
 from ..foundation.progress import bar as progress_bar
 from ..plan.groups import Plan
+from ..request.effort import EFFORTS
+from ..runtime.architectures_compressed import token_limit
+from .divergence import Divergence
 from .importance import measure_importance
 from .inputs import collect
 from .sensitivity import measure_sensitivity
 from .statistics import Statistics
-from .texts import CalibrationRecord, CalibrationText, count_tokens, make_batches
+from .texts import CalibrationRecord, CalibrationText, batches_apart, count_tokens, make_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# With fewer tokens a divergence is more noise than anything else.
+LEAST_JUDGED = 512
+# Windows that are run at once: few, so that half of the batches are half of the text.
+JUDGED_AT_ONCE = 4
 
 
 def measure(
@@ -52,13 +61,7 @@ def measure(
         return lambda items: progress_bar(items, title, "batch", progress)
 
     masked = objective_of(plan.architecture) == "masked"
-    positions = clamp_length(tokenizer, model.config.to_dict()).model_max_length
-    options: dict[str, Any] = {
-        "positions": positions,
-        "seed": seed,
-        "batch_size": batch_size,
-        "vocabulary": model.config.vocab_size,
-    }
+    options = _text_options(model, plan, tokenizer, seed, batch_size)
     batches, record = make_batches(texts, tokenizer, masked=masked, **options)
     mask_token = tokenizer.mask_token_id if masked else None
     statistics = Statistics()
@@ -68,8 +71,10 @@ def measure(
             model, wanted, batches, tied=plan.layout.tied and plan.recipe.sensitive, progress=bar("calibrating")
         )
         for embedding in (m for m in wanted if m.kind == "word_embeddings"):
-            counts = count_tokens(texts, tokenizer, masked=masked, positions=positions, rows=embedding.rows)
-            statistics.token_counts, record = counts, replace(record, counted=round(float(counts.sum())))
+            counts = count_tokens(texts, tokenizer, masked=masked, positions=options["positions"], rows=embedding.rows)
+            statistics.token_counts, statistics.place_counts = counts.tokens, counts.places
+            statistics.positions = token_limit(model.config.to_dict())
+            record = replace(record, counted=round(float(counts.tokens.sum())))
     release_memory()
     if plan.recipe.sensitive:
         asked = [m for group in plan.groups if group.rule.objective.sensitive for m in group.matrices]
@@ -107,3 +112,45 @@ def measure(
             progress=bar("importance"),
         )
     return statistics, record
+
+
+def divergence_from(
+    model: PreTrainedModel,
+    plan: Plan,
+    texts: CalibrationText | None,
+    tokenizer: Any,
+    *,
+    seed: int,
+    batch_size: int | None,
+) -> Divergence | None:
+    """Return the dense model on text that `measure`, called with the same, does not see.
+
+    None where there is hardly any such text, or nothing is to be allocated by what is measured.
+
+    Args: see `measure`.
+    """
+    if texts is None or plan.recipe.allocation != "by_gain" or not EFFORTS[plan.recipe.effort].rounds:
+        return None
+    masked = objective_of(plan.architecture) == "masked"
+    batch_size = min(batch_size or JUDGED_AT_ONCE, JUDGED_AT_ONCE)
+    batches = batches_apart(texts, tokenizer, masked=masked, **_text_options(model, plan, tokenizer, seed, batch_size))
+    if sum(int(batch.attention_mask.sum()) for batch in batches) < LEAST_JUDGED:
+        return None
+    matrices = [matrix for group in plan.groups for matrix in group.matrices]
+    mask_token = tokenizer.mask_token_id if masked else None
+    return Divergence(model, matrices, batches, prefix=plan.layout.prefix, mask_token=mask_token)
+
+
+def _text_options(
+    model: PreTrainedModel, plan: Plan, tokenizer: Any, seed: int, batch_size: int | None
+) -> dict[str, Any]:
+    """Return which text is run, and how."""
+    effort = EFFORTS[plan.recipe.effort]
+    return {
+        "positions": clamp_length(tokenizer, model.config.to_dict()).model_max_length,
+        "seed": seed,
+        "batch_size": batch_size,
+        "vocabulary": model.config.vocab_size,
+        "wanted": effort.tokens,
+        "apart": effort.judged if plan.recipe.allocation == "by_gain" else 0,
+    }

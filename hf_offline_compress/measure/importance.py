@@ -24,7 +24,7 @@ from ..architectures.layout import Matrix
 from ..errors import CompressionError, listing
 from ..plan.make import no_head
 from ..request.objective import IMPORTANCES
-from .sensitivity import _frozen, _portions, _speaks
+from .sensitivity import _frozen, _portions, has_logits
 from .texts import Batch
 
 POSITIONS = ("start_logits", "end_logits")
@@ -102,7 +102,7 @@ def measure_importance(
 def _head(model: nn.Module, kind: str, mask_token: int | None) -> Literal["masked", "causal", "task"]:
     """Return what the model predicts."""
     name = type(model).__name__
-    if not _speaks(model):
+    if not has_logits(model):
         raise no_head(kind, name)
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "task"

@@ -2,8 +2,9 @@
 
 For a model f and an error δ at some layer's output, the model's output changes by J δ. For hidden states that is measured
 in squared length; for logits, as divergence between the predicted distributions, whose second-order form is the Fisher
-matrix F. Either way the expected change is δᵀ G δ with G = E[g gᵀ], where g is the gradient of ⟨v, f⟩ with v ~ N(0, 1), or
-of −log p(y) with y drawn from the model's own prediction: no labels are needed (Martens & Grosse, ICML 2015).
+matrix F = diag(p) − p pᵀ. Either way the expected change is δᵀ G δ with G = E[g gᵀ], where g is the gradient of ⟨v, f⟩ with
+v of covariance 1, or F: no labels are needed (Martens & Grosse, ICML 2015). F has the root (1 − √p √pᵀ) diag(√p). Normal
+numbers times it spread far less than gradients at drawn labels, which are huge where an unlikely label is drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..architectures.families import objective_of
 from ..architectures.layout import Matrix
@@ -24,7 +24,7 @@ from .texts import Batch
 
 # A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
 TOKENS_AT_ONCE = 256
-TOKENS = 8_192
+PART = 2
 
 
 def measure_sensitivity(
@@ -48,7 +48,7 @@ def measure_sensitivity(
         matrices: those whose outputs are asked for; of embeddings, only the word embeddings.
         batches: token ids with attention masks.
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
-        seed: of the drawn directions and labels.
+        seed: of the drawn directions.
         squares: names of the matrices whose outputs are asked for one by one, which takes much less room.
         progress: wraps the parts of the batches, e.g. in a progress bar.
     """
@@ -93,7 +93,7 @@ def measure_sensitivity(
     ]
     generator = torch.Generator().manual_seed(seed)
     pooled = any(matrix.kind == "pooler" for matrix in wanted)
-    headed = _speaks(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
+    headed = has_logits(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
     tokens, curvature = 0, 0.0
     try:
         with torch.enable_grad(), _frozen(model):
@@ -129,20 +129,20 @@ def _probe(
                 continue
             if discriminative:  # one number a token: whether it was replaced
                 told = logits[places].float()
-                drawn = torch.bernoulli(told.detach().sigmoid().cpu(), generator=generator).to(told)
-                loss = loss + F.binary_cross_entropy_with_logits(told, drawn, reduction="sum")
+                spread = (told.detach().sigmoid() * (-told.detach()).sigmoid()).sqrt()
+                loss = loss + (told * spread * torch.randn(told.shape, generator=generator).to(told)).sum()
                 continue
             per_token = logits.dim() == 3
             chosen = (logits[places] if per_token else logits).float()
             if chosen.shape[-1] == 1:  # a regression: the squared error's curvature is constant
                 loss = loss + (chosen * torch.randn(chosen.shape, generator=generator).to(chosen)).sum()
                 continue
-            probabilities = chosen.detach().softmax(dim=-1)
-            drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(chosen.device)
-            loss = loss + F.cross_entropy(chosen, drawn, reduction="sum")
+            roots = chosen.detach().softmax(dim=-1).sqrt()
+            drawn = torch.randn(roots.shape, generator=generator).to(roots)
+            direction = roots * (drawn - roots * (roots * drawn).sum(dim=-1, keepdim=True))
+            loss = loss + (chosen * direction).sum()
             if per_token:
-                residual = probabilities - F.one_hot(drawn, chosen.shape[-1])
-                curvature += float(residual.square().sum())
+                curvature += float((1 - roots.pow(4).sum(dim=-1)).sum())  # the trace of F
         return loss, curvature
     base: Any = model.base_model
     output = base(input_ids=ids, attention_mask=mask.long())
@@ -154,7 +154,7 @@ def _probe(
     return loss, 0.0
 
 
-def _speaks(model: nn.Module) -> bool:
+def has_logits(model: nn.Module) -> bool:
     """Whether the model has logits on plain batches: a head, but not one that chooses between several inputs."""
     return model.base_model is not model and not type(model).__name__.endswith(SEVERAL_INPUTS)
 
@@ -165,16 +165,14 @@ def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _portions(batches: Sequence[Batch]) -> list[Batch]:
-    """Return about `TOKENS` tokens in portions of about `TOKENS_AT_ONCE`, spread evenly over lengths."""
-    total = sum(int(batch.attention_mask.sum()) for batch in batches)
-    every = max(1, round(total / TOKENS))
+    """Return one in `PART` tokens in portions of about `TOKENS_AT_ONCE`, spread evenly over lengths."""
     portions = [
         Batch(ids, mask)
         for batch in batches
         for at_once in [max(1, TOKENS_AT_ONCE // batch.input_ids.shape[1])]
         for ids, mask in zip(batch.input_ids.split(at_once), batch.attention_mask.split(at_once), strict=True)
     ]
-    return portions[::every]
+    return portions[::PART]
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Statistics:
     Attributes:
         input_moments: name of the inputs (`Matrix.inputs`) → E[x xᵀ] [columns, columns], float32.
         token_counts: how often each token was looked up, [tokens], float64.
+        place_counts: how many texts have each place, [tokens of the longest], float64.
+        positions: how many places the model has; None where its config does not say.
         sensitivity: what errors at outputs do to the model; measured only if asked for.
         word_embeddings: name of the matrix whose sensitivity is that of every embedding.
         importance: what is asked for (`Objective.importance`, `.parameter_wise`) → name of a matrix → importance of its
@@ -47,6 +49,8 @@ class Statistics:
 
     input_moments: dict[str, Tensor] = field(default_factory=dict)
     token_counts: Tensor | None = None
+    place_counts: Tensor | None = None
+    positions: int | None = None
     sensitivity: Sensitivity | None = None
     word_embeddings: str | None = None
     importance: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)

@@ -25,6 +25,12 @@ COUNTED_AT_ONCE = 256
 LENGTH = 128
 # More than a token has, but for runs of one character.
 CHARACTERS = 64
+# Texts are tokenized in pieces of at most so many characters: one line may be a whole book.
+PIECE = LENGTH * CHARACTERS
+# Windows are drawn from so many times the tokens that are asked for, lest one long text be all that is seen.
+DRAWN_FROM = 4
+# Of all that is drawn, at most this share is kept apart from what is measured on, to judge by.
+KEPT_APART = 8
 MOST_BYTES = 2**30
 BATCH_SIZE = 16
 MASKED = 0.15
@@ -154,8 +160,10 @@ def make_batches(
     seed: int,
     batch_size: int | None = None,
     vocabulary: int | None = None,
+    wanted: int = TOKENS,
+    apart: int = 0,
 ) -> tuple[list[Batch], CalibrationRecord]:
-    """Return about `TOKENS` tokens of the texts, in batches of texts of like length.
+    """Return some tokens of the texts, in batches of texts of like length; long texts are cut into windows.
 
     Args:
         text: what to tokenize.
@@ -165,31 +173,21 @@ def make_batches(
         seed: of the choice of texts and of masked places.
         batch_size: sequences a batch.
         vocabulary: tokens that the model has; the tokenizer may have more, for padding.
+        wanted: so many tokens, about.
+        apart: tokens that are left to `batches_apart`.
 
     Raises:
         CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
             it is needed, or the model lacks some of them.
     """
-    order = list(text.read or text.texts)
-    random.Random(seed).shuffle(order)  # noqa: S311
-    sequences, special, tokens, words, unknown, empty = [], [], 0, 0, 0, 0
+    drawn = _drawn(text, tokenizer, positions, seed, wanted)
+    chosen = _first(drawn[len(_apart(drawn, apart)) :], wanted)
+    tokens = sum(len(window.ids) for window in chosen)
     # GPT-2 has one token for everything special, and none for the unknown.
     unknown_token = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
     never_words = {*tokenizer.all_special_ids} - {unknown_token}
-    for start in range(0, len(order), 64):
-        encoded = _encoded(order[start : start + 64], tokenizer, positions)
-        for ids, specials in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-            if tokens >= TOKENS or not ids:
-                break
-            sequences.append(ids)
-            special.append(specials)
-            tokens += len(ids)
-            plain = [i for i, is_special in zip(ids, specials, strict=True) if not is_special]
-            words += len(plain)
-            empty += sum(token in never_words for token in plain)
-            unknown += plain.count(unknown_token)
-        if tokens >= TOKENS:
-            break
+    plain = [i for window in chosen for i, special in zip(window.ids, window.special, strict=True) if not special]
+    words, unknown = len(plain), sum(token == unknown_token for token in plain)
     if unknown > MOSTLY * words or not words:
         raise CompressionError(
             f"The tokenizer knows almost none of the calibration text '{text.source}' ({unknown} of {words} "
@@ -197,44 +195,144 @@ def make_batches(
         )
     if masked and tokenizer.mask_token_id is None:
         raise CompressionError("The tokenizer has no mask token, which a masked language model's calibration needs.")
-    _check_amount(text, words, empty, min(LENGTH, positions))
+    _check_amount(text, words, sum(token in never_words for token in plain))
     if vocabulary is not None:
-        _check_known(torch.tensor([token for ids in sequences for token in ids]), tokenizer, vocabulary)
+        _check_known(torch.tensor([token for window in chosen for token in window.ids]), tokenizer, vocabulary)
     padding = padding_of(tokenizer, vocabulary)
-    batches = _batches(sequences, special, tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
+    batches = _batches(chosen, tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
     share = MASKED if masked else 0.0
-    record = CalibrationRecord(
-        text.source, text.sha256, len(sequences), tokens, 0, share, seed, text.prompts, text.chat
-    )
+    record = CalibrationRecord(text.source, text.sha256, len(chosen), tokens, 0, share, seed, text.prompts, text.chat)
     return batches, record
 
 
-def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positions: int, rows: int) -> Tensor:
-    """Return how often each token is looked up, [rows], float64, in all texts or the first `COUNTED` tokens of them.
+def batches_apart(
+    text: CalibrationText,
+    tokenizer: Any,
+    *,
+    masked: bool,
+    positions: int,
+    seed: int,
+    batch_size: int | None = None,
+    vocabulary: int | None = None,
+    wanted: int = TOKENS,
+    apart: int = 0,
+) -> list[Batch]:
+    """Return the tokens that `make_batches`, called with the same, does not: at most `apart`, and fewer of little text."""
+    drawn = _drawn(text, tokenizer, positions, seed, wanted)
+    padding = padding_of(tokenizer, vocabulary)
+    return _batches(_apart(drawn, apart), tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often is looked up what a text needs, float64.
+
+    Attributes:
+        tokens: each token, [rows].
+        places: each place from the beginning of a text on, [tokens of the longest text].
+    """
+
+    tokens: Tensor
+    places: Tensor
+
+
+def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positions: int, rows: int) -> Counts:
+    """Return what is looked up by all texts, or by the first `COUNTED` tokens of them.
 
     Args:
         text: what to tokenize.
         tokenizer: the base's.
         masked: count 15 % of the tokens as the mask token, as a masked language model has seen them.
-        positions: longest sequence that the model takes.
+        positions: longest sequence that the model takes. Places are counted beyond it too.
         rows: of the embedding.
     """
-    counts = torch.zeros(rows, dtype=torch.float64)
+    counts, lengths = torch.zeros(rows, dtype=torch.float64), list[int]()
     texts = text.read or text.texts
     for start in range(0, len(texts), COUNTED_AT_ONCE):
-        encoded = _encoded(texts[start : start + COUNTED_AT_ONCE], tokenizer, positions)
-        ids, special = (
-            torch.tensor([number for sequence in encoded[key] for number in sequence], dtype=torch.long)
-            for key in ("input_ids", "special_tokens_mask")
-        )
-        _check_known(ids, tokenizer, rows)
-        hidden = MASKED * (1 - special.double()) * masked
-        counts += torch.bincount(ids, 1 - hidden, minlength=rows)
+        some = texts[start : start + COUNTED_AT_ONCE]
+        pieces = [(i, piece) for i, whole in enumerate(some) for piece in _pieces(whole)]
+        long, ids, special = [0] * len(some), [], []
+        for window in _windows([piece for _, piece in pieces], tokenizer, positions):
+            ids += window.ids
+            special += window.special
+            i = pieces[window.text][0]
+            long[i] += len(window.ids) if not long[i] else len(window.ids) - sum(window.special)
+        numbers = torch.tensor(ids, dtype=torch.long)
+        _check_known(numbers, tokenizer, rows)
+        hidden = MASKED * (1 - torch.tensor(special, dtype=torch.float64)) * masked
+        counts += torch.bincount(numbers, 1 - hidden, minlength=rows)
         if masked:
             counts[tokenizer.mask_token_id] += hidden.sum()
+        lengths += long
         if counts.sum() >= COUNTED:
             break
-    return counts
+    # A text has each place below its length.
+    places = torch.bincount(torch.tensor(lengths)).double().flip(0).cumsum(0).flip(0)[1:]
+    return Counts(counts, places)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens that are run at once: their ids, which of them the tokenizer added, and the number of the text."""
+
+    ids: list[int]
+    special: list[int]
+    text: int
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, positions: int) -> list[_Window]:
+    """Return texts cut into windows of the length that calibration has; by slow tokenizers, the first one of each."""
+    fast = getattr(tokenizer, "is_fast", False)
+    more = {"return_overflowing_tokens": True} if fast else {}
+    length = min(LENGTH, positions)
+    found = tokenizer(list(texts), truncation=True, max_length=length, return_special_tokens_mask=True, **more)
+    owners = found["overflow_to_sample_mapping"] if fast else range(len(texts))
+    items = zip(found["input_ids"], found["special_tokens_mask"], owners, strict=True)
+    return [_Window(ids, special, owner) for ids, special, owner in items if ids]
+
+
+def _drawn(text: CalibrationText, tokenizer: Any, positions: int, seed: int, wanted: int) -> list[_Window]:
+    """Return windows of texts in an order drawn at random, of `DRAWN_FROM` times the tokens wanted or of all texts."""
+    order = [piece for whole in text.read or text.texts for piece in _pieces(whole)]
+    draw = random.Random(seed)  # noqa: S311
+    draw.shuffle(order)
+    windows: list[_Window] = []
+    tokens = 0
+    for start in range(0, len(order), 64):
+        some = _windows(order[start : start + 64], tokenizer, positions)
+        windows += some
+        tokens += sum(len(window.ids) for window in some)
+        if tokens >= DRAWN_FROM * wanted:
+            break
+    draw.shuffle(windows)
+    return windows
+
+
+def _first(windows: Sequence[_Window], wanted: int) -> list[_Window]:
+    """Return windows from the first one on, until they have so many tokens."""
+    chosen, tokens = [], 0
+    for window in windows:
+        if tokens >= wanted:
+            break
+        chosen.append(window)
+        tokens += len(window.ids)
+    return chosen
+
+
+def _apart(drawn: Sequence[_Window], apart: int) -> list[_Window]:
+    """Return the windows that are kept apart: so many tokens, but no more than a share of all that there are."""
+    return _first(drawn, min(apart, sum(len(window.ids) for window in drawn) // KEPT_APART))
+
+
+def _pieces(text: str) -> list[str]:
+    """Return a text in pieces of at most `PIECE` characters, cut at white space where there is any."""
+    pieces = []
+    while len(text) > PIECE:
+        end = text.rfind(" ", PIECE // 2, PIECE)
+        end = end if end > 0 else PIECE
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text]
 
 
 def cut(text: str, tokens: int) -> str:
@@ -245,32 +343,25 @@ def cut(text: str, tokens: int) -> str:
     return text[: tokens * CHARACTERS]
 
 
-def _encoded(texts: Sequence[str], tokenizer: Any, positions: int) -> Any:
-    """Return ids and special tokens of texts, each cut to the length that calibration has."""
-    texts = [cut(text, LENGTH) for text in texts]
-    return tokenizer(texts, truncation=True, max_length=min(LENGTH, positions), return_special_tokens_mask=True)
-
-
 def padding_of(tokenizer: Any, vocabulary: int | None) -> int:
     """Return the token to pad with, one that a model with so many has: the attention mask hides it, but it is looked up."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(i) for i in known if i is not None and (vocabulary is None or i < vocabulary)), 0)
 
 
-def _check_amount(text: CalibrationText, words: int, empty: int, length: int) -> None:
+def _check_amount(text: CalibrationText, words: int, empty: int) -> None:
     """Raise CompressionError where there is too little text, and warn of what is nearly nothing.
 
     Args:
         text: as it was given.
         words: tokens of it that are used, but for those that the tokenizer puts around each text.
         empty: of these, special tokens, which stand for no text.
-        length: tokens of a text, at most.
     """
     if words < LEAST_TOKENS:
         raise CompressionError(
             f"The calibration text '{text.source}' has {words} tokens, and needs {LEAST_TOKENS} at least, better "
-            f"{FEW_TOKENS:,} (of each line, or text, the first {length} count); pass more text, calibration='bundled', or "
-            "calibration=None (--calibration none) for a compression without."
+            f"{FEW_TOKENS:,}; pass more text, calibration='bundled', or calibration=None (--calibration none) for a "
+            "compression without."
         )
     if words < FEW_TOKENS and text.source != "bundled":
         logger.warning(
@@ -294,8 +385,7 @@ def _check_known(tokens: Tensor, tokenizer: Any, vocabulary: int) -> None:
 
 
 def _batches(
-    sequences: list[list[int]],
-    special: list[list[int]],
+    windows: list[_Window],
     tokenizer: Any,
     masked: bool,
     seed: int,
@@ -303,19 +393,19 @@ def _batches(
     padding: int,
 ) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    by_length = sorted(windows, key=lambda window: len(window.ids))
     batches = []
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
-        longest = max(len(sequences[i]) for i in chosen)
+        longest = max(len(window.ids) for window in chosen)
         ids = torch.full((len(chosen), longest), padding)
         mask = torch.zeros_like(ids)
         free = torch.zeros_like(ids, dtype=torch.bool)
-        for row, i in enumerate(chosen):
-            length = len(sequences[i])
-            ids[row, :length] = torch.tensor(sequences[i])
+        for row, window in enumerate(chosen):
+            length = len(window.ids)
+            ids[row, :length] = torch.tensor(window.ids)
             mask[row, :length] = 1
-            free[row, :length] = torch.tensor(special[i]) == 0
+            free[row, :length] = torch.tensor(window.special) == 0
         if masked:
             hidden = (torch.rand(ids.shape, generator=generator) < MASKED) & free
             if not hidden.any() and free.any():  # the loss of a masked language model lies at masked tokens alone

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 VOCABULARY = ("vocabulary", "vocabulary_size", "vocabulary_coverage")
-OVERRIDES = ("ratio", "modules", "grouping", "storage", "allocation", "total_ratio", "max_bytes", *VOCABULARY)
+OVERRIDES = ("ratio", "modules", "grouping", "storage", "allocation", "total_ratio", "max_bytes", "effort", *VOCABULARY)
 _SAID = {
     item.name: str(item.metadata["help"]) for cls in (Rule, Recipe) for item in fields(cls) if "help" in item.metadata
 }
@@ -24,7 +24,7 @@ _SAID = {
 
 @dataclass(frozen=True)
 class CompressionOptions:
-    """What `compress` takes beside base and recipe. The first ten override the recipe."""
+    """What `compress` takes beside base and recipe. The first eleven override the recipe."""
 
     ratio: float | None = option(None, _SAID["ratio"], cli=float)
     modules: str | Sequence[str] | None = option(
@@ -53,6 +53,7 @@ class CompressionOptions:
     vocabulary_coverage: float | None = option(
         None, "keep the most frequent tokens that make up this share of the text; all by default", cli=float
     )
+    effort: str | None = option(None, _SAID["effort"], cli=str)
     max_loss: float | None = option(
         None,
         "instead of a size, the loss that is allowed: the largest relative rise of perplexity, or for models without a "

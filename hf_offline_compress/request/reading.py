@@ -62,6 +62,7 @@ def recipe_from_dict(content: object, label: str = "recipe") -> Recipe:
         budget=budget_of(**_mapping(content["budget"], f"The recipe '{label}'s budget", Budget))
         if content.get("budget")
         else None,
+        effort=str(content.get("effort", "default")),
         rest=content.get("rest"),
         vocabulary=_vocabulary(content["vocabulary"], f"The recipe '{label}'") if content.get("vocabulary") else None,
         description=str(content.get("description", "")),

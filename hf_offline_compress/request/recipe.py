@@ -14,6 +14,7 @@ from ..errors import CompressionError, listing
 from ..foundation.arguments import real
 from ..structures import FLOATS, INTEGERS, STRUCTURES, Structure
 from .budget import Budget, budget_of
+from .effort import EFFORTS
 from .objective import OBJECTIVES, Objective
 from .selectors import check_selectors, names_of
 from .vocabulary import Vocabulary, vocabulary_of
@@ -136,6 +137,13 @@ class Recipe:
     budget: Budget | None = field(
         default=None, metadata={"help": "how large all weight files together may be; instead of the rules' ratios"}
     )
+    effort: str = field(
+        default="default",
+        metadata={
+            "help": "how much is measured: fast, forecasts alone; default, bytes are given anew by what was measured; best, "
+            "more text and several times"
+        },
+    )
     rest: str | None = field(
         default=None,
         metadata={"help": f"dtype of everything that is not compressed: {listing(STORAGES)}; the model's if not given"},
@@ -155,6 +163,8 @@ class Recipe:
         check_selectors(self.modules)
         if self.allocation not in ALLOCATIONS:
             raise CompressionError(f"The allocation '{self.allocation}' is unknown; known are {listing(ALLOCATIONS)}.")
+        if self.effort not in EFFORTS:
+            raise CompressionError(f"The effort '{self.effort}' is unknown; known are {listing(EFFORTS)}.")
         if self.rest is not None and self.rest not in STORAGES:
             raise CompressionError(f"The storage '{self.rest}' is unknown; known are {listing(STORAGES)}.")
         if self.allocation != "by_gain" and any(rule.alternatives or rule.storages for rule in self.rules):
@@ -196,6 +206,7 @@ class Recipe:
         vocabulary: object = None,
         vocabulary_size: int | None = None,
         vocabulary_coverage: float | None = None,
+        effort: str | None = None,
     ) -> Recipe:
         """Return the recipe with what is not None replaced, in every rule that compresses.
 
@@ -226,6 +237,7 @@ class Recipe:
             allocation=self.allocation if allocation is None else allocation,
             budget=budget,
             vocabulary=self._vocabulary(vocabulary, vocabulary_size, vocabulary_coverage),
+            effort=self.effort if effort is None else effort,
         )
 
     def _vocabulary(self, text: object, size: object, coverage: object) -> Vocabulary | None:
@@ -257,6 +269,7 @@ class Recipe:
             "modules": list(self.modules),
             "allocation": self.allocation,
             "budget": {key: value for key, value in asdict(self.budget).items() if value} if self.budget else None,
+            "effort": self.effort,
             "rest": self.rest,
             **({"vocabulary": self.vocabulary.to_dict()} if self.vocabulary else {}),
             "rules": [

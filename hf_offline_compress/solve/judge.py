@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..architectures.families import is_language_model
 from ..errors import CompressionError
+from ..measure.divergence import exchanged
 from ..measure.texts import CalibrationText
 from ..metrics.perplexity import perplexity
 from ..plan.groups import Group, Plan
@@ -43,22 +43,12 @@ def perplexity_judge(
     lines = [line for text in texts.texts for line in text.splitlines() if len(line.split()) >= 20][:TEXTS]
     if not lines:
         raise CompressionError(f"The validation text '{texts.source}' has no line of 20 words or more.")
-    state = model.state_dict()
 
     def judge(group: Group) -> Callable[[Tensor], float]:
-        weights = [matrix.dense(state, plan.layout.prefix) for matrix in group.matrices]
-
         def judged(rows: Tensor) -> float:
-            kept = [weight.clone() for weight in weights]
-            try:
-                with torch.no_grad():
-                    for weight, part in zip(weights, rows.split(group.shape.rows), strict=True):
-                        weight.copy_(part)  # views: this is the model's own memory
+            replaced = list(zip(group.matrices, rows.split(group.shape.rows), strict=True))
+            with exchanged(model, plan.layout.prefix, replaced):
                 return perplexity(model, tokenizer, lines, block=LENGTH).perplexity
-            finally:
-                with torch.no_grad():
-                    for weight, before in zip(weights, kept, strict=True):
-                        weight.copy_(before)
 
         return judged
 

@@ -17,6 +17,8 @@ from ..solvers import Problem
 TIMES_MORE = 3.0
 # Rows that the text says nothing of are not given up: they weigh this share of the mean.
 LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
+# Positions that no text of calibration reaches weigh this share of those that all do: longer texts must stay readable.
+LEAST_OFTEN = 0.03
 
 
 def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: Statistics) -> Problem:
@@ -55,7 +57,7 @@ def _important(group: Group, problem: Problem, statistics: Statistics) -> Proble
 
 
 def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -> Problem:
-    """Return the problem of an embedding, whose rows count by how often they are looked up; positions all alike."""
+    """Return the problem of an embedding, whose rows count by how often they are looked up."""
     (matrix,) = group.matrices
     counts, sensitivity = statistics.token_counts, statistics.sensitivity
     moments = None
@@ -64,9 +66,22 @@ def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -
     if matrix.kind != "word_embeddings" or counts is None:
         if moments is None:  # nothing to weigh positions by
             return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
-        return replace(problem, row_weights=torch.full((matrix.rows,), 1 / matrix.rows), input_moments=moments)
+        return replace(problem, row_weights=_position_shares(matrix.rows, statistics), input_moments=moments)
     shares = (counts + TIMES_MORE) / (counts + TIMES_MORE).sum()
     if sensitivity and moments is not None and matrix.inputs in statistics.input_moments:
         # A tied head multiplies hidden states with the same rows: both uses count, in the same unit.
         moments = moments + sensitivity.head_share * statistics.input_moments[matrix.inputs]
     return replace(problem, row_weights=shares, input_moments=moments)
+
+
+def _position_shares(rows: int, statistics: Statistics) -> torch.Tensor:
+    """Return how much each row of position embeddings counts, [rows], 1 in all; all alike where nothing was counted."""
+    counts = torch.ones(rows, dtype=torch.float64)
+    if statistics.place_counts is not None:
+        # The first rows are unused where positions are counted from behind a padding token, as in RoBERTa and OPT.
+        first = max(0, rows - (statistics.positions or rows))
+        places = statistics.place_counts[: rows - first]
+        counts = torch.zeros_like(counts)
+        counts[first : first + len(places)] = places
+        counts += LEAST_OFTEN * counts.max()
+    return (counts / counts.sum()).float()

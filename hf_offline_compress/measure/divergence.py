@@ -1,0 +1,251 @@
+"""How far a model's output really moves when weights are exchanged: what forecasts to second order are checked against.
+
+The unit is that of the sensitivity: for logits the divergence KL(dense ‖ changed), for all else squared error, a token.
+The dense model's hidden states behind every layer are kept, so that only what lies behind a change is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..architectures.families import is_language_model, objective_of
+from ..architectures.layout import Matrix
+from .sensitivity import has_logits
+from .statistics import CHOICES
+from .texts import Batch
+
+# Distributions that are kept of the dense model take no more room than this.
+KEPT_BYTES = 2**28
+# What skipping layers may change by itself.
+SAME = 1e-6
+
+Replaced = Sequence[tuple[Matrix, Tensor]]
+
+
+@contextmanager
+def exchanged(model: nn.Module, prefix: str, replaced: Replaced) -> Iterator[None]:
+    """Put other weights [rows, columns] in the places of matrices for the while."""
+    state = model.state_dict()
+    places = [matrix.dense(state, prefix) for matrix, _ in replaced]  # views: this is the model's own memory
+    kept = [place.clone() for place in places]
+    with torch.no_grad():
+        try:
+            for place, (_, weight) in zip(places, replaced, strict=True):
+                place.copy_(weight)
+            yield
+        finally:
+            for place, before in zip(places, kept, strict=True):
+                place.copy_(before)
+
+
+@dataclass
+class _Dense:
+    """One batch, and what the dense model makes of it.
+
+    Attributes:
+        ids: [sequences, length].
+        mask: which of them are no padding, of the same shape.
+        places: where predictions count, of the same shape.
+        behind: outputs of the layers.
+        told: what the model says, each [places, …].
+    """
+
+    ids: Tensor
+    mask: Tensor
+    places: Tensor
+    behind: list[Any] = field(default_factory=list)
+    told: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+class Divergence:
+    """The dense model on some batches, to be compared with itself when weights of it are exchanged.
+
+    Attributes:
+        of_curvature: what δᵀGδ, as the sensitivity has it, is to be multiplied with to be in the unit of `of`.
+    """
+
+    def __init__(
+        self, model: Any, matrices: Sequence[Matrix], batches: Sequence[Batch], *, prefix: str, mask_token: int | None
+    ) -> None:
+        """Run the dense model.
+
+        Args:
+            model: a stock model in evaluation mode.
+            matrices: all that may be exchanged.
+            batches: token ids with attention masks.
+            prefix: of parameters of the base model.
+            mask_token: of a masked language model; None otherwise.
+        """
+        name = type(model).__name__
+        self._model, self._base, self._prefix = model, model.base_model, prefix
+        self._choices = name.endswith(CHOICES)
+        self._headed = has_logits(model) or (self._choices and any(not m.in_base for m in matrices))
+        self._pooled = any(m.kind == "pooler" for m in matrices)
+        self._binary = objective_of(name) == "discriminative"
+        self._narrow = is_language_model(name) and model.base_model is not model
+        self.of_curvature = 0.5 if self._headed else 1.0
+        self._layers = _layers(self._base, matrices)
+        device = next(model.parameters()).device
+        masks = [batch.attention_mask.bool().to(device) for batch in batches]
+        ids = [batch.input_ids.to(device) for batch in batches]
+        places = masks if mask_token is None else [m & (i == mask_token) for m, i in zip(masks, ids, strict=True)]
+        thin = self._thinned(places)
+        self._known = [_Dense(i, m, p) for i, m, p in zip(ids, masks, thin, strict=True)]
+        # A place that is kept stands for several.
+        self._stands_for = _count(places) / max(1, _count(thin))
+        self._record()
+
+    @torch.no_grad()
+    def of(self, replaced: Replaced, every: int = 1) -> float:
+        """Return how far the output moves, a token, with these weights in the places of the model's.
+
+        Args:
+            replaced: matrices and their weights [rows, columns].
+            every: so many batches stand for one that is run.
+        """
+        if not replaced:
+            return 0.0
+        first = min(self._layer_of(matrix) for matrix, _ in replaced)
+        some = self._known[::every]
+        with exchanged(self._model, self._prefix, replaced):
+            moved = sum(self._moved(known, first) for known in some)
+        return moved * self._stands_for / sum(int(known.mask.sum()) for known in some)
+
+    def _layer_of(self, matrix: Matrix) -> int:
+        """Return the first layer that has to be computed again."""
+        if matrix.layer is not None:
+            return min(matrix.layer, len(self._layers))
+        behind = not matrix.in_base or matrix.kind == "pooler"
+        return len(self._layers) if behind else 0
+
+    def _thinned(self, places: Sequence[Tensor]) -> list[Tensor]:
+        """Return the places, or one in several where the vocabulary is so large that not all can be kept."""
+        if not self._narrow:
+            return list(places)
+        every = -(-_count(places) * 4 * self._model.config.vocab_size // KEPT_BYTES)
+        found = []
+        for own in places:
+            thin = torch.zeros_like(own).flatten()
+            thin[own.flatten().nonzero()[:: max(1, every), 0]] = True
+            found.append(thin.view_as(own))
+        return found
+
+    @torch.no_grad()
+    def _record(self) -> None:
+        """Fill in what the dense model makes of the batches, and give up short cuts that do not lead to the same."""
+        calls: list[int] = [0] * len(self._layers)
+        here: list[Any] = [None] * len(self._layers)
+
+        def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                calls[index] += 1
+                here[index] = output
+
+            return hook
+
+        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self._layers)]
+        try:
+            for known in self._known:
+                known.told = self._told(known)
+                known.behind = list(here)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if any(count != len(self._known) for count in calls):  # layers that share weights, or are left out
+            self._layers = []
+        if self._layers and self._moved(self._known[0], len(self._layers)) > SAME * int(self._known[0].mask.sum()):
+            self._layers = []
+
+    def _moved(self, known: _Dense, first: int) -> float:
+        """Return by how much the model's output on a batch is away from the dense model's, summed over places."""
+        with _skipped(self._layers[:first], known.behind):
+            told = self._told(known)
+        total = 0.0
+        for (kind, dense), (_, now) in zip(known.told, told, strict=True):
+            if kind == "distribution":
+                total += float(F.kl_div(now, dense, reduction="sum", log_target=True))
+            elif kind == "binary":
+                apart = dense.sigmoid() * (dense - now) - (F.softplus(dense) - F.softplus(now))
+                total += float(apart.sum())
+            else:
+                total += float((dense - now).square().sum()) * (0.5 if self._headed else 1.0)
+        return total
+
+    def _told(self, known: _Dense) -> list[tuple[str, Tensor]]:
+        """Return what the model says of a batch: kind and values, log-probabilities for distributions."""
+        ids, mask = (known.ids[None], known.mask[None]) if self._choices else (known.ids, known.mask)
+        if not self._headed:
+            output = self._base(input_ids=known.ids, attention_mask=known.mask.long())
+            pooled = [("number", output.pooler_output.float())] if self._pooled else []
+            return [("number", output[0][known.mask].float()), *pooled]
+        with self._narrowed(known.places):
+            output = self._model(input_ids=ids, attention_mask=mask.long())
+        told = []
+        for name, logits in output.items():
+            if not name.endswith("logits"):
+                continue
+            if logits.dim() == 3 or self._binary:
+                logits = logits[0] if self._narrow else logits[known.places]
+            if self._binary:
+                told.append(("binary", logits.float()))
+            elif logits.shape[-1] == 1:
+                told.append(("number", logits.float()))
+            else:
+                told.append(("distribution", logits.float().log_softmax(dim=-1)))
+        return told
+
+    @contextmanager
+    def _narrowed(self, places: Tensor) -> Iterator[None]:
+        """Hand a language model's head only the hidden states of places, as one sequence."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            output["last_hidden_state"] = output["last_hidden_state"][places][None]
+            return output
+
+        handle = self._base.register_forward_hook(hook) if self._narrow else None
+        try:
+            yield
+        finally:
+            if handle:
+                handle.remove()
+
+
+def _layers(base: nn.Module, matrices: Sequence[Matrix]) -> list[nn.Module]:
+    """Return the layers of a model, in order; none where their names do not tell them."""
+    found: dict[int, str] = {}
+    for matrix in matrices:
+        if matrix.layer is None or not matrix.in_base:
+            continue
+        parts = matrix.module.split(".")
+        ends = [i for i, part in enumerate(parts) if part == str(matrix.layer)]
+        if not ends:
+            return []
+        name = ".".join(parts[: ends[0] + 1])
+        if found.setdefault(matrix.layer, name) != name:
+            return []
+    if sorted(found) != list(range(len(found))):
+        return []
+    return [base.get_submodule(found[i]) for i in range(len(found))]
+
+
+def _count(places: Sequence[Tensor]) -> int:
+    return sum(int(own.sum()) for own in places)
+
+
+@contextmanager
+def _skipped(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Let layers give what they gave before, without computing it."""
+    for layer, output in zip(layers, outputs, strict=False):
+        layer.forward = lambda *args, given=output, **options: given
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

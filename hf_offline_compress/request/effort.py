@@ -1,0 +1,27 @@
+"""How much is measured before bytes are given away, and how often that is checked and done again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """One level of effort.
+
+    Attributes:
+        tokens: of calibration text that inputs are measured on; gradients on half as many.
+        judged: tokens of other calibration text on which loss is measured, at most.
+        rounds: allocations by what was measured, at most, after the first one by what is expected.
+    """
+
+    tokens: int
+    judged: int
+    rounds: int
+
+
+EFFORTS = {
+    "fast": Effort(tokens=8_192, judged=0, rounds=0),
+    "default": Effort(tokens=16_384, judged=2_048, rounds=1),
+    "best": Effort(tokens=65_536, judged=8_192, rounds=4),
+}

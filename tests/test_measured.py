@@ -1,0 +1,141 @@
+"""Measured allocation: what exchanging weights really does, and what follows from it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from common import TEXTS, make_model, make_tokenizer
+
+from hf_offline_compress import CompressionError, compress
+from hf_offline_compress.architectures.families import objective_of
+from hf_offline_compress.architectures.stock import layout_of_model
+from hf_offline_compress.measure.divergence import Divergence, exchanged
+from hf_offline_compress.measure.texts import Batch, batches_apart, load_texts, make_batches
+
+MASK = 4
+
+
+def batch_of(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 60, (3, 12), generator=generator)
+    ids[:, ::3] = MASK
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return Batch(ids, mask)
+
+
+@torch.no_grad()
+def plainly(model, replaced, prefix, batch, mask_token):
+    """The divergence as a plain loop has it: everything computed again, everywhere."""
+    mask = batch.attention_mask.bool()
+    places = mask & (batch.input_ids == mask_token) if mask_token is not None else mask
+    headed = model.base_model is not model
+
+    def told():
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return output.logits[places].log_softmax(-1) if headed else output[0][mask]
+
+    before = told()
+    with exchanged(model, prefix, replaced):
+        after = told()
+    if not headed:
+        return float((before - after).square().sum() / mask.sum())
+    return float((before.exp() * (before - after)).sum() / mask.sum())
+
+
+# Layers of their own, fused and transposed, shared, called by another path; with a head and without.
+CASES = [
+    ("bert", "BertForMaskedLM"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("albert", "AlbertForMaskedLM"),
+    ("modernbert", "ModernBertForMaskedLM"),
+    ("llama", "LlamaForCausalLM"),
+    ("roberta", "RobertaModel"),
+]
+
+
+@pytest.mark.parametrize("model_type,head", CASES)
+def test_divergence_is_that_of_the_whole_model(model_type, head):
+    model = make_model(model_type, head)
+    layout = layout_of_model(model)
+    mask_token = MASK if objective_of(head) == "masked" else None
+    batches = [batch_of(0), batch_of(1)]
+    matrices = [m for m in layout.matrices if m.kind != "pooler"]
+    divergence = Divergence(model, matrices, batches, prefix=layout.prefix, mask_token=mask_token)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for matrix in matrices[::3]:
+        weight = matrix.dense(state, layout.prefix)
+        other = weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+        found = divergence.of([(matrix, other)])
+        counts = [int(b.attention_mask.sum()) for b in batches]
+        parts = [plainly(model, [(matrix, other)], layout.prefix, b, mask_token) for b in batches]
+        expected = sum(n * part for n, part in zip(counts, parts, strict=True)) / sum(counts)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-7), matrix.name
+    assert divergence.of([]) == 0
+    assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+def test_layers_before_a_change_are_not_computed_again():
+    model = make_model("bert", "BertForMaskedLM")
+    layout = layout_of_model(model)
+    divergence = Divergence(model, layout.matrices, [batch_of()], prefix=layout.prefix, mask_token=MASK)
+    last = max(m.layer for m in layout.matrices if m.layer is not None)
+    calls = []
+    for index, layer in enumerate(model.bert.encoder.layer):
+        layer.attention.register_forward_hook(lambda *args, index=index: calls.append(index))
+    for matrix in layout.matrices:
+        if matrix.layer is not None or matrix.embedding:
+            calls.clear()
+            divergence.of([(matrix, torch.zeros(matrix.rows, matrix.columns))])
+            assert calls == list(range(matrix.layer or 0, last + 1))
+
+
+def test_what_is_judged_on_is_not_measured_on():
+    text, tokenizer = load_texts("bundled"), make_tokenizer("bert")
+    options = {"masked": False, "positions": 40, "seed": 3, "wanted": 2000, "apart": 500}
+    seen, _ = make_batches(text, tokenizer, **options)
+    apart = batches_apart(text, tokenizer, **options)
+
+    def lines(batches):
+        return [
+            tuple(ids[mask.bool()].tolist())
+            for b in batches
+            for ids, mask in zip(b.input_ids, b.attention_mask, strict=True)
+        ]
+
+    windows = lines(make_batches(text, tokenizer, **options | {"wanted": 10**6, "apart": 0})[0])
+    assert 500 <= sum(map(len, lines(apart))) < 540 and 2000 <= sum(map(len, lines(seen))) < 2040
+    assert len(lines(seen)) + len(lines(apart)) < len(windows)
+    everything, rest = (
+        make_batches(text, tokenizer, **options | {"wanted": 10**6})[0],
+        batches_apart(text, tokenizer, **options | {"wanted": 10**6}),
+    )
+    assert sorted(lines(everything) + lines(rest)) == sorted(windows)  # no window is in both
+
+
+@pytest.mark.parametrize(
+    "model_type,head", [("bert", "BertForMaskedLM"), ("bert", "BertModel"), ("gpt2", "GPT2LMHeadModel")]
+)
+def test_rounds_are_reported_and_never_end_worse(model_type, head):
+    model, tokenizer = make_model(model_type, head), make_tokenizer(model_type)
+    texts = [f"{text} {other}" for text in TEXTS for other in TEXTS] * 4
+    texts = texts[::2]
+    options = {"total_ratio": 5, "calibration": texts, "tokenizer": tokenizer, "progress": False}
+    plain = compress(model, "tiny", effort="fast", **options)
+    assert plain.report.rounds is None and all(group.measured is None for group in plain.report.groups)
+    found = compress(model, "tiny", effort="best", **options)
+    measured = [step["measured"] for step in found.report.rounds]
+    assert 1 < len(measured) <= 5
+    assert all(later < earlier for earlier, later in pairwise(measured[:-1]))  # the last may have been one too many
+    assert all(group.forecast > 0 and group.measured >= 0 for group in found.report.groups)
+    again = compress(model, "tiny", effort="best", **options)
+    assert again.report.rounds == found.report.rounds
+    state = again.model.state_dict()
+    assert all(tensor.equal(state[name]) for name, tensor in found.model.state_dict().items())
+
+
+def test_an_effort_that_is_none():
+    with pytest.raises(CompressionError, match="The effort 'much' is unknown; known are fast, default"):
+        compress("nowhere", "tiny", effort="much")
