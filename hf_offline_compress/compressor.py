@@ -340,8 +340,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 return kept_statistics(run, lambda: measure(compute, plan, texts, tokenizer, **how, progress=progress))
 
         statistics, record = measured()
-        with clock("measure"):
-            divergence = divergence_from(compute, plan, texts, tokenizer, **how)
+        divergence = divergence_from(compute, plan, texts, tokenizer, **how)
         # Moments are dropped as they are used, to save memory, unless they are needed again.
         again = max_loss is not None or divergence is not None
         rounds: list[Round] = []

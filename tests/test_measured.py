@@ -115,13 +115,10 @@ def test_what_is_judged_on_is_not_measured_on():
     assert sorted(lines(everything) + lines(rest)) == sorted(windows)  # no window is in both
 
 
-@pytest.mark.parametrize(
-    "model_type,head", [("bert", "BertForMaskedLM"), ("bert", "BertModel"), ("gpt2", "GPT2LMHeadModel")]
-)
+@pytest.mark.parametrize("model_type,head", [("bert", "BertForMaskedLM"), ("gpt2", "GPT2Model")])
 def test_rounds_are_reported_and_never_end_worse(model_type, head):
     model, tokenizer = make_model(model_type, head), make_tokenizer(model_type)
-    texts = [f"{text} {other}" for text in TEXTS for other in TEXTS] * 4
-    texts = texts[::2]
+    texts = [f"{text} {other}" for text in TEXTS[:20] for other in TEXTS[:20]]
     options = {"total_ratio": 5, "calibration": texts, "tokenizer": tokenizer, "progress": False}
     plain = compress(model, "tiny", effort="fast", **options)
     assert plain.report.rounds is None and all(group.measured is None for group in plain.report.groups)
