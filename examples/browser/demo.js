@@ -371,7 +371,8 @@ function page() {
     models = Object.groupBy(entries, ({ task }) => task);
     models.search ??= [];
     models.chat ??= [];
-    $("threads").textContent = crossOriginIsolated ? `${threads} threads` : "one thread: the server sends no isolation headers";
+    const count = threads === 1 ? "1 thread" : `${threads} threads`;
+    $("threads").textContent = crossOriginIsolated ? count : `${count}: the server sends no isolation headers`;
     for (const name of ["search", "chat"]) {
       choices($(`${name}-model`), models[name]);
       $(`${name}-empty`).hidden = models[name].length > 0;
