@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -41,6 +41,7 @@ from .foundation.files import read_json
 from .foundation.memory import release_memory
 from .foundation.options import chosen, documented
 from .foundation.preflight import check_decoding, check_room, found_device
+from .foundation.processes import ALONE, Processes, launched_processes
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
 from .measure.collect import divergence_from, measure
@@ -74,6 +75,7 @@ class CompressionResult:
         report: what was done.
         source: the base's folder, from which companion files are carried along; None for a model in memory.
         run: what was kept to go on after a cut; forgotten once the model is saved.
+        processes: that have made it, each of which has it; the first of them writes.
     """
 
     model: PreTrainedModel
@@ -81,6 +83,7 @@ class CompressionResult:
     report: Report
     source: Path | None = None
     run: UnfinishedRun | None = None
+    processes: Processes = ALONE
 
     def __repr__(self) -> str:
         """Return one line; the report has the rest."""
@@ -114,7 +117,10 @@ class CompressionResult:
             self.model.config.compression["decoding"] = decoding
 
         base = pipeline_root(self.source) if self.source else None
-        return save_folder(
+        if not self.processes.is_main:
+            self.processes.wait()
+            return Path(folder)
+        saved = save_folder(
             Path(folder),
             self.model,
             self.tokenizer,
@@ -125,6 +131,8 @@ class CompressionResult:
             write_card=lambda old, new: renew_card(old, new, base),
             run=self.run,
         )
+        self.processes.wait()
+        return saved
 
     def push_to_hub(
         self,
@@ -319,6 +327,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     """Return the compressed form of a model in memory; needs no network."""
     model, tokenizer, source, options = subject.model, subject.tokenizer, subject.source, request.options
     texts, validation, max_loss, progress = request.texts, request.validation, options.max_loss, options.progress
+    processes = launched_processes(options.device)
+    progress = progress and processes.is_main
     config = model.config.to_dict()
     layout, wider = layout_of_model(model), dict[str, str]()
 
@@ -326,8 +336,9 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     plan = planned(request.recipe, subject.plan)
     texts = _texts_as_read(subject, request)
     _check_finite(model, family_of(config).title)
-    with _measurable(model, options.device, ours=source is not None) as compute:
-        run = unfinished_run(options, compute, plan, texts, validation, tokenizer)
+    device = processes.device if processes.count > 1 else options.device
+    with _measurable(model, device, ours=source is not None) as compute:
+        run = unfinished_run(options, compute, plan, texts, validation, tokenizer, processes)
         wider |= wider_tensors(plan, compute.state_dict())
         plan = planned(request.recipe, plan)
 
@@ -337,7 +348,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             if texts is None:
                 return Statistics(), None
             with clock("calibrate"):
-                return kept_statistics(run, lambda: measure(compute, plan, texts, tokenizer, **how, progress=progress))
+                shared = {**how, "progress": progress, "processes": processes}
+                return kept_statistics(run, partial(measure, compute, plan, texts, tokenizer, **shared), processes)
 
         statistics, record = measured()
         divergence = divergence_from(compute, plan, texts, tokenizer, **how)
@@ -351,15 +363,14 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             with clock("solve"):
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
-                return solve_groups(
-                    sized, compute.state_dict(), known, seed=options.seed, progress=progress, judge=judge, run=run
-                )
+                kept: dict[str, Any] = {"seed": options.seed, "judge": judge, "run": run, "processes": processes}
+                return solve_groups(sized, compute.state_dict(), known, progress=progress, **kept)
 
         def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
             sized, offers = planned(recipe, plan), None
             if recipe.allocation == "by_gain":
                 with clock("allocate"):
-                    offers = offers_of(compute, sized, statistics, progress)
+                    offers = offers_of(compute, sized, statistics, progress, processes)
             sized, (factors, reports, lost), rounds[:] = allocated_and_solved(sized, offers, divergence, solve)
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
@@ -375,7 +386,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
         else:
             assert validation is not None and tokenizer is not None
             with clock("search"):
-                judge = loss_judge(compute, tokenizer, validation)
+                loss = loss_judge(compute, tokenizer, validation)
+                judge = partial(_judged_by_main, processes, loss)
                 (plan, built, reports), recipe, trials = search_ratio(
                     solved, request.recipe, plan, judge, max_loss, progress
                 )
@@ -394,7 +406,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     }
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
-    return CompressionResult(built, tokenizer, Report(**about), source.folder if source else None, run)
+    return CompressionResult(built, tokenizer, Report(**about), source.folder if source else None, run, processes)
 
 
 def _planned(
@@ -446,6 +458,11 @@ def _about(subject: _Subject, request: _Request) -> dict[str, Any]:
         "versions": versions(),
         "vocabulary": subject.vocabulary,
     }
+
+
+def _judged_by_main(processes: Processes, judge: Callable[[Any], float], model: Any) -> float:
+    """Return the loss of a model as the first process finds it, so that all go on with the same."""
+    return processes.gather(judge(model))[0]
 
 
 def _narrow_enough(model: PreTrainedModel) -> PreTrainedModel:

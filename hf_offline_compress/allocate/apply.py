@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..foundation.progress import bar
+from ..foundation.processes import ALONE, Processes
 from ..measure.statistics import Statistics
 from ..plan.groups import FLOAT32, Group, Plan
 from ..solve.problems import problem_of
@@ -87,7 +87,9 @@ class Offers:
         return best
 
 
-def offers_of(model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool) -> Offers:
+def offers_of(
+    model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool, processes: Processes = ALONE
+) -> Offers:
     """Return what the groups of a plan may become, with the errors that statistics let expect.
 
     Args:
@@ -95,13 +97,20 @@ def offers_of(model: PreTrainedModel, plan: Plan, statistics: Statistics, progre
         plan: see `Offers`.
         statistics: of calibration.
         progress: show a progress bar.
+        processes: that share the groups.
     """
     groups = [group for group in plan.groups if group.structure.known_gains]
     allowed = _allowed(plan)
     # Where everything would fit as it is, there is nothing to weigh: what is asked for is a compressed model.
     may_stay = allowed is not None and plan.reformed(dict.fromkeys([g.name for g in groups])).file_bytes > allowed
     state = model.state_dict()
-    gains = [_gains(group, plan, state, statistics, may_stay) for group in bar(groups, "allocating", "group", progress)]
+    gains = processes.map(
+        lambda group: _gains(group, plan, state, statistics, may_stay),
+        groups,
+        "group",
+        desc="allocating",
+        progress=progress,
+    )
     return Offers(plan, groups, gains)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..foundation.preflight import check_decoding, shard_bytes
+from ..foundation.processes import is_main_process
 from ..foundation.progress import stage
 from ..foundation.unfinished import leftover_of
 from ..request.options import CompressionOptions
@@ -53,13 +54,17 @@ def compress(
         shard_bytes(max_shard_size)
         check_decoding(decoding)
         load_recipe(recipe)  # before torch is imported: a typing error is answered at once
-        calm(quiet)
+        calm(quiet or not is_main_process())
         with stage("importing torch and transformers"):  # which takes seconds
             from ..compressor import compress as do
 
-        asked = replace(options, modules=split_selectors(options.modules), progress=not quiet, target=out)
+        asked = replace(
+            options, modules=split_selectors(options.modules), progress=not quiet and is_main_process(), target=out
+        )
         result = do(base, recipe, asked)
         result.save(out, overwrite=overwrite, max_shard_size=max_shard_size, decoding=decoding)
+        if not is_main_process():
+            return
         saved = inspect_folder(out)
         if as_json:
             print_json(saved.report or result.report.to_dict())
@@ -67,7 +72,7 @@ def compress(
             seconds = time.monotonic() - started
             print_summary(out, base, result.report, saved.weight_bytes, saved.folder_bytes, seconds)
 
-    run(_saying_what_is_kept(work, out) if options.resume else work, debug, quiet)
+    run(_saying_what_is_kept(work, out) if options.resume else work, debug, quiet or not is_main_process())
 
 
 def _saying_what_is_kept(work: Callable[[], None], out: Path) -> Callable[[], None]:

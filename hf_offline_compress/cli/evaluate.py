@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..foundation.processes import is_main_process
 from ..foundation.progress import stage
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, print_json, print_table, run
@@ -134,11 +134,7 @@ def evaluate(
             )
         except UnsavedError as error:
             found, unsaved = error.result, error
-        except CompressionError as error:
-            if _is_main() or debug:
-                raise
-            raise typer.Exit(1) from error  # the main process says it
-        if not _is_main():
+        if not is_main_process():
             return
         if as_json:
             print_json({"folder": folder.resolve().name, "evaluations": [item.to_dict() for item in found]})
@@ -154,16 +150,11 @@ def evaluate(
         if unsaved:
             raise unsaved
 
-    run(work, debug, quiet or not _is_main())
+    run(work, debug, quiet or not is_main_process())
 
 
 def _split(names: str | None) -> list[str] | None:
     return [name.strip() for name in names.split(",")] if names is not None else None
-
-
-def _is_main() -> bool:
-    """Whether this process is the first of those that accelerate or torchrun has launched."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _number(value: Any) -> str:

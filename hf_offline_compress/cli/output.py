@@ -17,6 +17,7 @@ import typer
 
 from ..errors import CompressionError, is_out_of_memory
 from ..foundation.files import is_out_of_space
+from ..foundation.processes import is_main_process
 from ..foundation.progress import alive, showing, stage
 
 WIDTH = 80
@@ -41,12 +42,14 @@ def run(work: Callable[[], None], debug: bool, quiet: bool = False) -> None:
         raise
     except KeyboardInterrupt as error:
         word = "ended" if received else "interrupted"
-        print(f"{word}; {str(error) or 'nothing was written'}", file=sys.stderr)
+        if is_main_process():
+            print(f"{word}; {str(error) or 'nothing was written'}", file=sys.stderr)
         raise typer.Exit(128 + received[0] if received else 130) from error
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        if is_main_process() or debug:  # of several, one says it
+            print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
 
 

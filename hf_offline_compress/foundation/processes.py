@@ -1,4 +1,4 @@
-"""Batches shared by several processes, as `accelerate launch` starts them; without it, one process does all.
+"""Work shared by several processes, as `accelerate launch` starts them; without it, one process does all.
 
 Which batch there is does not depend on the number of processes, and results come back in the order of the batches: what
 is computed from them is the same, however many processes there are.
@@ -7,14 +7,18 @@ is computed from them is the same, however many processes there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import CompressionError, needs_extra
 from .preflight import found_device
 from .progress import bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Where launchers say how many processes there are: torchrun and accelerate, and the kinds of MPI.
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -24,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share an evaluation.
+    """The processes that share a piece of work.
 
     Attributes:
         index: of this one.
@@ -42,34 +46,72 @@ class Processes:
         return self.index == 0
 
     def map(
-        self, work: Callable[[Item], Result], items: Sequence[Item], *, desc: str = "", progress: bool = False
+        self,
+        work: Callable[[Item], Result],
+        items: Sequence[Item],
+        unit: str = "batch",
+        *,
+        desc: str = "",
+        progress: bool = False,
     ) -> list[Result]:
         """Return the results of all items in their order; every process works on its share and gets all results.
 
         Args:
             work: item → what shall be known of it; tensors on the CPU.
             items: the same in every process, batches in most cases.
+            unit: what an item is.
             desc: what a progress bar says.
             progress: show one, in the main process.
         """
         mine = range(self.index, len(items), self.count)
-        shown = bar(mine, desc, "batch", progress and self.is_main)
+        shown = bar(mine, desc, unit, progress and self.is_main)
         results = [(i, work(items[i])) for i in shown]
-        if self.count > 1:
-            from accelerate.utils import gather_object
+        results = [pair for each in self.gather(results) for pair in each]
+        return [result for _, result in sorted(results, key=lambda pair: pair[0])]
 
-            results = sorted(gather_object(results), key=lambda pair: pair[0])
-        return [result for _, result in results]
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all processes, in their order; each comes with its own."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        with _together():
+            return list(gather_object([value]))
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Fill a tensor with that of one process; all have one of its shape, dtype and kind of device."""
+        import torch
+
+        with _together():
+            torch.distributed.broadcast(tensor, source)
 
     def wait(self) -> None:
         """Return when all processes have come here."""
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            with _together():
+                PartialState().wait_for_everyone()
 
 
 ALONE = Processes()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say in one sentence that another process is gone; torch says so in pages."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CompressionError(
+            "Another of the processes that share this work has ended, so it cannot go on; nothing was written. What that "
+            "process has said comes before this; it may also have run out of memory."
+        ) from error
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that accelerate or torchrun has launched, as far as the environment says."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def launched_processes(device: str | None = None) -> Processes:

@@ -11,6 +11,7 @@ from ..architectures.layout import Matrix
 from ..base.checkpoint import clamp_length
 from ..errors import CompressionError, listing
 from ..foundation.memory import release_memory
+from ..foundation.processes import ALONE, Processes
 from ..foundation.progress import bar as progress_bar
 from ..plan.groups import Plan
 from ..request.effort import EFFORTS
@@ -41,6 +42,7 @@ def measure(
     seed: int,
     batch_size: int | None,
     progress: bool,
+    processes: Processes = ALONE,
 ) -> tuple[Statistics, CalibrationRecord]:
     """Return the statistics that the plan's objectives ask for, and what of the text is written down.
 
@@ -52,6 +54,7 @@ def measure(
         seed: of the choice of texts, of masked places and of drawn directions.
         batch_size: texts in one forward pass.
         progress: show progress bars.
+        processes: that share the work; all get all of its results.
 
     Raises:
         CompressionError: the text is mostly unknown tokens, or the output does not depend on what is asked about.
@@ -68,7 +71,12 @@ def measure(
     wanted = [m for group in plan.groups if group.rule.objective.calibrated for m in group.matrices]
     if wanted:
         statistics = collect(
-            model, wanted, batches, tied=plan.layout.tied and plan.recipe.sensitive, progress=bar("calibrating")
+            model,
+            wanted,
+            batches,
+            tied=plan.layout.tied and plan.recipe.sensitive,
+            processes=processes,
+            progress=bar("calibrating"),
         )
         for embedding in (m for m in wanted if m.kind == "word_embeddings"):
             counts = count_tokens(texts, tokenizer, masked=masked, positions=options["positions"], rows=embedding.rows)
@@ -85,7 +93,14 @@ def measure(
         mixed = {m.name for g in plan.groups if any(s.mixes_outputs for s in g.rule.structures) for m in g.matrices}
         squares = {m.name for m in measured if not m.embedding and m.name not in mixed}
         statistics.sensitivity = found = measure_sensitivity(
-            model, measured, batches, mask_token=mask_token, seed=seed, squares=squares, progress=bar("sensitivity")
+            model,
+            measured,
+            batches,
+            mask_token=mask_token,
+            seed=seed,
+            squares=squares,
+            processes=processes,
+            progress=bar("sensitivity"),
         )
         if silent := [m.name for m in measured if m.name not in found.output_moments | found.output_squares]:
             raise CompressionError(
@@ -109,6 +124,7 @@ def measure(
             parameter_wise=parameter_wise,
             mask_token=mask_token,
             labels=truth,
+            processes=processes,
             progress=bar("importance"),
         )
     return statistics, record

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from ..architectures.families import objective_of
 from ..architectures.layout import Matrix
 from ..errors import CompressionError, listing
+from ..foundation.processes import ALONE, Processes
 from ..plan.make import no_head
 from ..request.objective import IMPORTANCES
 from .sensitivity import _frozen, _portions, has_logits
+from .sharing import Sums
 from .texts import Batch
 
 POSITIONS = ("start_logits", "end_logits")
@@ -39,6 +41,7 @@ def measure_importance(
     parameter_wise: bool = False,
     mask_token: int | None,
     labels: Sequence[Tensor] | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Tensor]:
     """Return how much the weights of the given matrices matter, float32, by `Matrix.name`.
@@ -56,6 +59,7 @@ def measure_importance(
         mask_token: of a masked language model; None otherwise.
         labels: of a masked language model the true tokens, a tensor [sequences, length] for each batch. These are the
             `input_ids` of the same batches made with `masked=False`.
+        processes: that share the portions.
         progress: wraps the portions of the batches, e.g. in a progress bar.
 
     Raises:
@@ -70,13 +74,12 @@ def measure_importance(
     prefix = f"{model.base_model_prefix}."
     names = {m.name: f"{prefix if m.in_base else ''}{m.module}.weight" for m in wanted}
     parameters = {name: model.get_parameter(name) for name in sorted(set(names.values()))}
-    sums: dict[str, Tensor] = {}
-    sequences = 0
+    sums = Sums(processes)
     with torch.enable_grad(), _frozen(model):
         try:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            for portion, truth in progress(portions):
+            for _, (portion, truth) in sums.over(portions, progress):
                 outcomes = _probabilities(model, head, portion, truth, mask_token)
                 if not outcomes:
                     continue
@@ -84,17 +87,20 @@ def measure_importance(
                 for matrix in wanted:
                     if names[matrix.name] in gradients:
                         share = _share(matrix.dense(gradients, prefix).float(), kind, parameter_wise)
-                        sums[matrix.name] = sums[matrix.name].add_(share) if matrix.name in sums else share
-                sequences += len(portion.input_ids)
+                        sums.add(matrix.name, share)
+                sums.count("sequences", len(portion.input_ids))
                 del outcomes, gradients  # they are large: gone before the next portion makes its own
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)  # _frozen gives the flags back to those that had them
+    sequences = sums.numbers.get("sequences", 0)
     if not sequences:
         raise CompressionError(
             f"No token of the calibration text can be predicted, so there is no importance '{kind}'; pass longer texts."
         )
-    weights = {name: (total.sqrt_() if kind == "fisher" else total).div_(sequences) for name, total in sums.items()}
+    weights = {
+        name: (total.sqrt_() if kind == "fisher" else total).div_(sequences) for name, total in sums.tensors.items()
+    }
     _check(weights, wanted, type(model).__name__, kind)
     return weights
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.layout import Matrix
-from .statistics import CHOICES, Statistics, add_gram_
+from ..foundation.processes import ALONE, Processes
+from .sharing import Sums
+from .statistics import CHOICES, Statistics
 from .texts import Batch
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ def collect(
     batches: Sequence[Batch],
     *,
     tied: bool = False,
+    processes: Processes = ALONE,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Statistics:
     """Run the batches through the model and return the statistics of the given matrices.
@@ -35,13 +38,13 @@ def collect(
         matrices: those whose statistics are wanted.
         batches: token ids with attention masks; padding is left out of everything.
         tied: also measure the inputs of the output embeddings, as moments of the word embeddings.
+        processes: that share the batches.
         progress: wraps the batches, e.g. in a progress bar.
     """
     wanted = list(matrices)
     statistics = Statistics()
     base: Any = model.base_model
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
+    sums = Sums(processes)
     mask: Tensor | None = None
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -50,11 +53,8 @@ def collect(
             # [sequences, length, columns] → [tokens, columns]; poolers and classifiers see [sequences, columns]
             # and relative positions are no places of the text
             x = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
-            x = x.float()
-            if name not in sums:
-                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-            add_gram_(sums[name], x)
-            seen[name] = seen.get(name, 0) + len(x)
+            sums.add_gram(name, x.float())
+            sums.count(name, len(x))
 
         return hook
 
@@ -70,7 +70,7 @@ def collect(
     # A head costs a vocabulary of logits for each token: it is run only if its own inputs are wanted.
     runner = model if head or any(not matrix.in_base for matrix in wanted) else base
     try:
-        for batch in progress(batches) if handles else ():
+        for _, batch in sums.over(batches if handles else (), progress):
             mask = batch.attention_mask.bool().to(device)
             ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
             if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
@@ -79,5 +79,5 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    statistics.input_moments = {name: total.div_(max(1, seen[name])) for name, total in sums.items()}
+    statistics.input_moments = {name: total.div_(max(1, sums.numbers[name])) for name, total in sums.tensors.items()}
     return statistics

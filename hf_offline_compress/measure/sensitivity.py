@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..architectures.families import objective_of
 from ..architectures.layout import Matrix
+from ..foundation.processes import ALONE, Processes
 from ..plan.make import SEVERAL_INPUTS
-from .statistics import CHOICES, Sensitivity, add_gram_
+from .sharing import Sums
+from .statistics import CHOICES, Sensitivity
 from .texts import Batch
 
 # A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
@@ -35,6 +37,7 @@ def measure_sensitivity(
     mask_token: int | None,
     seed: int,
     squares: Collection[str] = (),
+    processes: Processes = ALONE,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Sensitivity:
     """Return the sensitivity of the model's output to errors at the outputs of the given matrices.
@@ -50,10 +53,11 @@ def measure_sensitivity(
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
         seed: of the drawn directions.
         squares: names of the matrices whose outputs are asked for one by one, which takes much less room.
+        processes: that share the parts of the batches.
         progress: wraps the parts of the batches, e.g. in a progress bar.
     """
     wanted = list(matrices)
-    sums: dict[str, Tensor] = {}
+    sums = Sums(processes)
     base: Any = model.base_model
     mask: Tensor | None = None
 
@@ -61,13 +65,10 @@ def measure_sensitivity(
         # Relative positions are no places of the text, and poolers have none.
         placed = mask is not None and gradient.shape[:-1] == mask.shape
         flat = gradient[mask] if placed else gradient.reshape(-1, gradient.shape[-1])
-        single = name in squares
-        if name not in sums:
-            sums[name] = flat.new_zeros(flat.shape[1:] if single else (flat.shape[1],) * 2, dtype=torch.float32)
-        if single:
-            sums[name] += flat.float().square().sum(dim=0)
+        if name in squares:
+            sums.add(name, flat.float().square().sum(dim=0))
         else:
-            add_gram_(sums[name], flat.float())
+            sums.add_gram(name, flat.float())
 
     def watch(parts: list[Matrix]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -91,25 +92,28 @@ def measure_sensitivity(
         (base if in_base else model).get_submodule(module).register_forward_hook(watch(parts))
         for (module, in_base), parts in by_module.items()
     ]
-    generator = torch.Generator().manual_seed(seed)
     pooled = any(matrix.kind == "pooler" for matrix in wanted)
     headed = has_logits(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
-    tokens, curvature = 0, 0.0
+    portions = _portions(batches)
+    # A seed for each portion, so that no portion waits for what is drawn in those before it.
+    seeds = torch.randint(2**31, (len(portions),), generator=torch.Generator().manual_seed(seed)).tolist()
     try:
         with torch.enable_grad(), _frozen(model):
-            for batch in progress(_portions(batches)):
+            for place, batch in sums.over(portions, progress):
                 device = next(model.parameters()).device
                 mask = batch.attention_mask.bool().to(device)
                 ids = batch.input_ids.to(device)
                 places = mask & (ids == mask_token) if mask_token is not None else mask
+                generator = torch.Generator().manual_seed(seeds[place])
                 loss, at_logits = _probe(model, ids, mask, places, generator, headed, pooled)
                 loss.backward()
-                tokens += int(mask.sum())
-                curvature += at_logits
+                sums.count("tokens", int(mask.sum()))
+                sums.count("curvature", at_logits)
     finally:
         for handle in handles:
             handle.remove()
-    moments = {name: total.div_(max(1, tokens)) for name, total in sums.items()}
+    tokens, curvature = sums.numbers.get("tokens", 0), sums.numbers.get("curvature", 0.0)
+    moments = {name: total.div_(max(1, tokens)) for name, total in sums.tensors.items()}
     single = {name: moments.pop(name) for name in squares if name in moments}
     return Sensitivity(moments, single, curvature / max(1, tokens))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..artifact.building import named_tensors, reconstructed, rounded_factors
 from ..artifact.report import GroupReport, group_report
 from ..foundation.memory import release_memory
+from ..foundation.processes import ALONE, Processes
 from ..foundation.progress import bar as progress_bar
 from ..foundation.unfinished import UnfinishedRun
 from ..measure.statistics import Statistics
@@ -20,6 +21,7 @@ from ..solvers import ANY_SIZES, BATCHED_SOLVERS, Factors, Problem, rounded_to_i
 from .precision import wider_storage
 from .problems import problem_of
 from .resuming import Solved, kept_solution
+from .sharing import expected_work, owners
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
 # take several times as much.
@@ -35,6 +37,7 @@ def solve_groups(
     progress: bool,
     judge: Callable[[Group], Callable[[Tensor], float]] | None = None,
     run: UnfinishedRun | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]:
     """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each.
 
@@ -49,6 +52,7 @@ def solve_groups(
         progress: show a progress bar.
         judge: group → (rows → how bad the model is with them); chooses among the steps of training.
         run: keeps what is solved, and knows what was solved before a cut; None keeps nothing.
+        processes: that share the groups; all get all of them.
 
     Raises:
         CompressionError: what a solver gave is not finite, or not held by the model's own dtype.
@@ -57,7 +61,8 @@ def solve_groups(
     # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
-    last_use = {m.inputs: group.name for batch in batches for _, group in batch for m in group.matrices}
+    solvers = owners([sum(expected_work(group) for _, group in batch) for batch in batches], processes.count)
+    last_use = {m.inputs: number for number, batch in enumerate(batches) for _, group in batch for m in group.matrices}
 
     def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> Solved:
         problems = []
@@ -66,23 +71,23 @@ def solve_groups(
             own = judge(group) if judge else None
             problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
         groups = [group for _, group in batch]
-        solved = kept_solution(run, groups, problems, lambda: _solved(plan, groups, problems))
-        for group in groups:
-            for matrix in group.matrices:  # moments of wide layers are large: each is dropped after its last use
-                if last_use[matrix.inputs] == group.name:
-                    statistics.input_moments.pop(matrix.inputs, None)
-        return solved
+        return kept_solution(run, groups, problems, lambda: _solved(plan, groups, problems))
 
     found: list[Solved] = []
     with progress_bar(None, "compressing", "group", progress, total=len(plan.groups)) as bar:
-        for batch in batches:
+        for number, (batch, solver) in enumerate(zip(batches, solvers, strict=True)):
 
             def step(share: float, before: float = bar.n, count: int = len(batch)) -> None:
                 bar.update(int(before + share * count + 1e-6) - bar.n)  # whole groups
 
-            found.append(solve_batch(batch, step))
+            if solver == processes.index:
+                found.append(solve_batch(batch, step))
+            for name in {m.inputs for _, group in batch for m in group.matrices}:
+                if last_use[name] == number:  # moments of wide layers are large
+                    statistics.input_moments.pop(name, None)
             release_memory()  # what this batch took is gone; the next one is of another shape
             step(1.0)
+    found = [solved for each in processes.gather(found) for solved in each]
     tensors = {name: tensor for solved in found for name, tensor in solved.tensors.items()}
     reports = {report.name: report for solved in found for report in solved.reports}
     wider = {name: dtype for solved in found for name, dtype in solved.wider.items()}

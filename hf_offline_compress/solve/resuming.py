@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.report import GroupReport, versions
+from ..foundation.processes import ALONE, Processes
 from ..foundation.unfinished import UnfinishedRun, digest, remembered
 from ..measure import statistics as measured
 from ..measure.statistics import Statistics
@@ -52,6 +53,7 @@ def unfinished_run(
     texts: CalibrationText | None,
     validation: CalibrationText | None,
     tokenizer: Any,
+    processes: Processes = ALONE,
 ) -> UnfinishedRun | None:
     """Return a run that begins, or goes on where one with the same base, request and circumstances was cut.
 
@@ -64,6 +66,7 @@ def unfinished_run(
         texts: to calibrate on, as the model reads them.
         validation: to judge by.
         tokenizer: of the base, or None.
+        processes: that share the run; they keep what they find in one folder.
 
     Raises:
         CompressionError: see `UnfinishedRun.open`.
@@ -71,6 +74,9 @@ def unfinished_run(
     if not options.resume or options.target is None:
         return None
     run = UnfinishedRun(Path(options.target))
+    if not processes.is_main:
+        processes.wait()
+        return run
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     run.open(
         {
@@ -89,13 +95,23 @@ def unfinished_run(
             "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         }
     )
+    processes.wait()
     return run
 
 
-def kept_statistics(run: UnfinishedRun | None, measure: Callable[[], Measured]) -> Measured:
+def kept_statistics(
+    run: UnfinishedRun | None, measure: Callable[[], Measured], processes: Processes = ALONE
+) -> Measured:
     """Return the statistics that a run has kept, or measure them and keep them."""
-    classes = [cls for cls in vars(measured).values() if is_dataclass(cls)]
-    return remembered(run, STATISTICS, measure, [*classes, CalibrationRecord])  # type: ignore[list-item]
+    if run is None:
+        return measure()
+    classes: list[Any] = [cls for cls in vars(measured).values() if is_dataclass(cls)]
+    found = run.get(STATISTICS, [*classes, CalibrationRecord])
+    if not all(processes.gather(found is not None)):  # they are measured together, or not at all
+        found = measure()
+        if processes.is_main:
+            run.put(STATISTICS, found)
+    return found  # type: ignore[no-any-return]
 
 
 def kept_solution(
