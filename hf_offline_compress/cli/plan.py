@@ -91,6 +91,7 @@ def _pruned(base: str, asked: Vocabulary, options: CompressionOptions) -> tuple[
     }
     source = resolve_tokenizer(base, revision=options.revision)
     tokenizer = load_tokenizer(source)
+    assert text is not None  # a recipe's vocabulary names one
     if tokenizer is not None:
         text = presented(text, tokenizer, prompts=prompts_of(pipeline_root(source.folder)), chat=True)
     generation = read_json(source.folder / "generation_config.json")
