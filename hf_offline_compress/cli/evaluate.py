@@ -40,10 +40,16 @@ def evaluate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli or squad", show_default=False),
+        typer.Option(
+            help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, nanobeir or nanobeir:SET",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="a CSV or JSON file instead of the task's dataset", show_default=False)
+        Path | None,
+        typer.Option(
+            help="a CSV or JSON file, for nanobeir a folder, instead of the task's dataset", show_default=False
+        ),
     ] = None,
     columns: Annotated[
         str | None,

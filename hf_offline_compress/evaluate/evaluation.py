@@ -12,6 +12,7 @@ from ..measure.texts import load_texts
 from ..metrics.scores import require
 from .pair import find_pair
 from .records import Evaluation, check_writable, saving, write_evaluations
+from .retrieval import evaluate_retrieval, is_retrieval
 from .task_evaluation import evaluate_task
 from .tasks import TaskSettings, find_task
 from .text_evaluation import TextSettings, choose_measures, evaluate_text
@@ -49,8 +50,8 @@ def evaluate_folder(
         folder: that this package has written. Its weights are read; code in it is never run.
         base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
         text: to measure perplexity and agreement on: a file with one text per line, a data set's name, or texts.
-        task: one of `tasks.TASKS`, e.g. "sst2" or "squad".
-        data: local CSV or JSON file in the place of the task's data set on the Hub.
+        task: one of `tasks.TASKS`, e.g. "sst2" or "squad"; "nanobeir", or one of its sets, e.g. "nanobeir:NFCorpus".
+        data: local CSV or JSON file in the place of the task's data set on the Hub; of retrieval a folder as BEIR has them.
         train_data: the same, for fine-tuning.
         columns: of these files: those of the texts, then that of the label, by name or by number from 1; found by their
             names if not given.
@@ -72,15 +73,9 @@ def evaluate_folder(
         CompressionError: something of this cannot be done. Nothing is written then.
         UnsavedError: it was evaluated, but cannot be written; it has the result.
     """
-    if text is None and task is None:
-        raise CompressionError("There is nothing to evaluate on; pass --text (text=) or --task (task=), or both.")
-    if task is None and (data is not None or train_data is not None or fine_tune):
-        raise CompressionError("A data file and fine-tuning belong to a task; name it with --task (task=).")
-    if dtype not in DTYPES:
-        raise CompressionError(f"The dtype '{dtype}' is not one of {listing(DTYPES)}.")
-    if limit is not None and limit < 1:
-        raise CompressionError(f"The limit must be at least 1, not {limit}.")
-    found_task = find_task(task) if task is not None else None
+    _check_request(text, task, data, train_data, columns, fine_tune, dtype, limit)
+    retrieval = is_retrieval(task)
+    found_task = find_task(task) if task is not None and not retrieval else None
     if found_task is not None:
         require("sklearn", "scipy")
     loaded = load_texts(text, "evaluation text") if text is not None else None
@@ -101,6 +96,17 @@ def evaluate_folder(
             loaded,
             chosen,
             settings,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            processes=processes,
+            progress=progress,
+        )
+    if retrieval:
+        found += evaluate_retrieval(
+            pair,
+            str(task),
+            data=data,
             limit=limit,
             batch_size=batch_size,
             dtype=dtype,
@@ -131,3 +137,28 @@ def evaluate_folder(
     finally:
         processes.wait()
     return found
+
+
+def _check_request(
+    text: str | Path | Sequence[str] | None,
+    task: str | None,
+    data: str | Path | None,
+    train_data: str | Path | None,
+    columns: Sequence[str] | None,
+    fine_tune: bool,
+    dtype: str,
+    limit: int | None,
+) -> None:
+    """Raise CompressionError for what cannot be evaluated; see `evaluate_folder` for the arguments."""
+    if text is None and task is None:
+        raise CompressionError("There is nothing to evaluate on; pass --text (text=) or --task (task=), or both.")
+    if task is None and (data is not None or train_data is not None or fine_tune):
+        raise CompressionError("A data file and fine-tuning belong to a task; name it with --task (task=).")
+    if dtype not in DTYPES:
+        raise CompressionError(f"The dtype '{dtype}' is not one of {listing(DTYPES)}.")
+    if limit is not None and limit < 1:
+        raise CompressionError(f"The limit must be at least 1, not {limit}.")
+    if is_retrieval(task) and (fine_tune or train_data is not None or columns is not None):
+        raise CompressionError(
+            f"Retrieval is not trained, and its files have fixed columns; {task} takes --data alone."
+        )

@@ -1,0 +1,77 @@
+"""Retrieval: nDCG is scikit-learn's, a set is read as BEIR writes it, and base and compressed model answer alike."""
+
+import json
+
+import pytest
+import torch
+from common import save_base
+from sklearn.metrics import ndcg_score
+
+from hf_offline_compress import CompressionError, compress, evaluate_folder
+from hf_offline_compress.artifact.reading import read_evaluation
+from hf_offline_compress.evaluate.records import Data
+from hf_offline_compress.evaluate.retrieval import RetrievalSet, ndcg
+
+TEXTS = ["the cat sat on the mat", "prices of grain fell again", "a train to the coast", "she opened the window"]
+
+
+def test_ndcg_is_that_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(6, 30, generator=generator)
+    grades = (torch.rand(6, 30, generator=generator) > 0.6) * torch.randint(1, 4, (6, 30), generator=generator)
+    names = [str(i) for i in range(30)]
+    relevant = {str(q): {d: float(g) for d, g in zip(names, row, strict=True) if g} for q, row in enumerate(grades)}
+    judged = RetrievalSet(dict.fromkeys(names, ""), dict.fromkeys(relevant, ""), relevant, Data("x", 6))
+    assert ndcg(scores, judged) == pytest.approx(ndcg_score(grades.numpy(), scores.numpy(), k=10))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    base = save_base(tmp_path_factory.mktemp("retrieval") / "base", "bert", "BertModel")
+    prompts = {"query": "query: ", "passage": "passage: "}
+    (base / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    folder = base.parent / "small"
+    compress(base, "svd", calibration=None, ratio=2, progress=False).save(folder)
+    return base, folder
+
+
+@pytest.fixture
+def beir(tmp_path):
+    rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate(TEXTS[:3])]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)) + "\n")
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\nq2\td2\t0\n")
+    return tmp_path
+
+
+def test_base_and_compressed_model_search_the_same_documents(pair, beir):
+    base, folder = pair
+    (found,) = evaluate_folder(folder, base=base, task="nanobeir", data=beir, progress=False)
+    own, mixed = found.metrics
+    assert found.data.examples == 2  # the third query has no relevant document
+    assert own.name == "ndcg_at_10" and 0 < own.compressed <= 1 and own.base == mixed.base
+    assert found.settings["prompts"] == ["query: ", "passage: "]
+    assert read_evaluation(folder)["evaluations"][0]["id"] == f"nanobeir:{beir.name}"
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"task": "nanobeir:Nothing"}, "NanoBEIR has no set 'Nothing'; known: ArguAna"),
+        ({"task": "nanobeir", "data": "nowhere"}, "has no corpus.jsonl"),
+        ({"task": "nanobeir", "fine_tune": True}, "Retrieval is not trained"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_sentence(pair, options, message):
+    base, folder = pair
+    with pytest.raises(CompressionError, match=message):
+        evaluate_folder(folder, base=base, progress=False, **options)
+
+
+@pytest.mark.parametrize("damage", ["corpus.jsonl", "queries.jsonl", "qrels.tsv"])
+def test_damaged_sets_are_one_sentence(pair, beir, damage):
+    base, folder = pair
+    (beir / damage).write_text("{")
+    with pytest.raises(CompressionError, match="cannot be read as a BEIR set|has no query"):
+        evaluate_folder(folder, base=base, task="nanobeir", data=beir, progress=False)
