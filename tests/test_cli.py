@@ -207,7 +207,7 @@ def test_a_run_cut_short_leaves_nothing_that_looks_finished(base, tmp_path, kill
     code = (
         "import signal, sys, time, hf_offline_compress.artifact.writing as f\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which is ignored in a shell's background
-        "def wait(*args): print('saving', flush=True); time.sleep(60)\n"
+        "def wait(*args, **options): print('saving', flush=True); time.sleep(60)\n"
         "f.copy_companions = wait\n"
         "sys.argv = ['x', 'compress', *sys.argv[1:], '--recipe', 'svd', '--quiet']\n"
         "from hf_offline_compress.cli import main; main()"

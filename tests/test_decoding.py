@@ -214,9 +214,9 @@ def test_trellises_compile_in_one_graph_and_run_under_autocast(decoding, kind):
             torch.testing.assert_close(run(x).float(), expected, **close)
 
 
-def model_of(*rules, **options):
+def model_of(*rules, layers=3, **options):
     """Return a small masked language model of random codes, made from its config alone."""
-    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     config = BertConfig(**sizes, intermediate_size=48, max_position_embeddings=40, **options)
     plan = make_plan(config.to_dict(), Recipe("mixed", rules, modules=("all",)), architecture=HEAD, dtype="float32")
     model_class = compressed_class(BertForMaskedLM)
@@ -340,7 +340,7 @@ def test_decoded_weights_are_no_state(max_bytes, tmp_path):
 @pytest.mark.parametrize("decoding", ["on_the_fly", "cached"])
 def test_a_model_compiles_in_one_graph_however_it_is_decoded(decoding):
     torch.compiler.reset()
-    model = model_of(TRELLIS_RULE)
+    model = model_of(TRELLIS_RULE, layers=1)
     model.set_decoding(decoding, max_bytes=20_000 if decoding == "cached" else None)
     ids = torch.tensor([[5, 9, 30, 41]])
     with torch.no_grad():
