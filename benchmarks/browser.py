@@ -21,6 +21,14 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parents[1] / "examples/browser"
 QUERIES, TOKENS = 20, 64
+QUESTIONS = [
+    "animals in the sea",
+    "a delayed journey",
+    "news about money",
+    "staying healthy",
+    "when does it rain",
+    "football",
+]
 
 
 def drive(address: str, *steps: tuple[Any, ...]) -> list[Any]:
@@ -48,9 +56,7 @@ def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def search(address: str, place: int, lines: list[str], rounds: int) -> list[dict[str, Any]]:
     """Return a row for each file of the encoder at a place in the page's list."""
     text = [("fill", "#text", "\n".join(lines))] if lines else []
-    queries = (lines or ["animals in the sea", "a delayed journey", "news about money", "staying healthy"])[::12][
-        :QUERIES
-    ]
+    queries = lines[::12][:QUERIES] or QUESTIONS
     choose = ("select", "#search-model", str(place))
     steps = [("open",), *text, choose, ("idle",), ("compare", queries)]
     return medians([drive(address, *steps)[-1] for _ in range(rounds)])
@@ -81,7 +87,7 @@ def main() -> None:
                 rows = search(address, place, lines, options.rounds)
                 for row in rows:
                     numbers = f"{row['bytes'] / 1e6:.1f} | {row['load'] / 1e3:.2f} | {row['memory'] / 1e6:.0f}"
-                    speed = f"{row['query']:.1f} | {row['query'] / rows[-1]['query']:.2f} | {row['agreement']:.4f}"
+                    speed = f"{row['query']:.1f} | {row['relative']:.2f} | {row['agreement']:.4f}"
                     print(f"| {model['name']} | {row['file']} | {numbers} | {speed} |", flush=True)
             if models["chat"]:
                 print(

@@ -141,6 +141,7 @@ def test_the_page_shows_what_each_file_costs(visit):
     assert all(re.fullmatch(r"[\d.]+ (MB|s|ms)", figure) for figure in figures), figures
     assert [each["file"] for each in visit["compared"]] == ["model_quantized.onnx", "model.onnx"]
     assert all(each["query"] > 0 and each["load"] > 0 and each["memory"] > 0 for each in visit["compared"])
+    assert visit["compared"][1]["relative"] == 1
     quantized, dense = (each["agreement"] for each in visit["compared"])
     assert quantized >= 0.99 and dense == pytest.approx(1, abs=1e-5)
 

@@ -302,6 +302,8 @@ function page() {
         ...file,
         ...files[i].engine.loaded,
         query: median(files[i].times),
+        // Of times that were taken one right after the other: steadier than a ratio of medians.
+        relative: median(files[i].times.map((time, at) => time / files.at(-1).times[at])),
         agreement: files[i].agreement,
       }));
     });
