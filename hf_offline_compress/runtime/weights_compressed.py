@@ -237,7 +237,7 @@ class DecodedWeight(CompressedWeight):
         """Make an empty weight; see the base class."""
         super().__init__(*args, **kwargs)
         self.budget: DecodedBudget | None = None
-        self._cache: tuple[SeenSources, Any, Execution] | None = None
+        self._cache: tuple[SeenSources, Any, Execution, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
@@ -313,9 +313,11 @@ class DecodedWeight(CompressedWeight):
         if self.decoding == "on_the_fly":
             self._cache = None
             return None
-        own = self.sources()
         compiling = torch.compiler.is_compiling()
         cache = self._cache
+        if cache and not compiling and self._is_fresh(cache, x):
+            return cache[1], cache[2]
+        own = self.sources()
         if compiling and cache is None:
             return None
         execution = cache[2] if compiling and cache else execution_of(self.decoding, own[0].device.type, self.asked)
@@ -336,5 +338,14 @@ class DecodedWeight(CompressedWeight):
             held = make_kept(lambda: execution.prepare(self, x), own[0].device.type)
             if self.budget is not None and not self.budget.admit(held):
                 return held, execution
-            self._cache = cache = (SeenSources(sources), held, execution)
+            decoder = self.__dict__.get("_shared_decoder") or self.decoder
+            modules = [self, *(() if decoder is None else decoder.modules())]
+            self._cache = cache = (SeenSources(sources, modules), held, execution, self.decoding)
         return cache[1], execution
+
+    def _is_fresh(self, cache: Any, x: Tensor | None) -> bool:
+        """Whether what is kept may be used as it is, by a quick look; if not, all is looked at."""
+        seen, _, execution, decoding = cache
+        if "_hf_hook" in self.__dict__ or "_is_replica" in self.__dict__ or decoding != self.decoding:
+            return False
+        return (x is not None or execution.keeps_for(None)) and seen.untouched()
