@@ -1,4 +1,4 @@
-"""Latency and memory of a compressed model beside the dense one: decoded once, kept within a bound, decoded on every use.
+"""Latency and memory of a compressed model beside the dense one, however its weights are held, and torch's dynamic int8.
 
 usage: python benchmarks/run_speed.py [--folder FOLDER | --preset tiny --architecture BertModel] [--rounds 5] [--threads 2]
 
@@ -33,6 +33,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
 
+from hf_offline_compress.evaluate.alternatives import int8
 from hf_offline_compress.plan.make import Group, make_plan
 from hf_offline_compress.registration import register
 from hf_offline_compress.request.reading import load_recipe
@@ -40,7 +41,7 @@ from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.weights_compressed import DecodedWeight
 from hf_offline_compress.structures import Mixture, Trellis
 
-VARIANTS = ("dense", "cached", "bounded", "on_the_fly")
+VARIANTS = ("dense", "cached", "bounded", "on_the_fly", "int8", "torch-int8")
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128))
 DECODERS = ("dense_weight", "row_block", "some_rows")
 CONFIGS = {"Bert": BertConfig, "Roberta": RobertaConfig, "GPT2": GPT2Config}
@@ -79,11 +80,12 @@ def loaded(variant: str, folder: Path, bound: int) -> PreTrainedModel:
     config = json.loads((folder / "config.json").read_text())
     (architecture,) = config["architectures"]
     stock = getattr(transformers, architecture.removeprefix("Compressed"))
-    if variant == "dense":
+    if variant in ("dense", "torch-int8"):
         config = stock.config_class(**{k: v for k, v in config.items() if k not in ("model_type", "compression")})
-        return stock(config).eval()
+        model = stock(config).eval()
+        return int8(model) if variant == "torch-int8" else model
     model = compressed_class(stock).from_pretrained(folder, dtype=torch.float32).eval()
-    model.set_decoding("on_the_fly" if variant == "on_the_fly" else "cached", bound if variant == "bounded" else None)
+    model.set_decoding("cached" if variant == "bounded" else variant, bound if variant == "bounded" else None)
     return model
 
 
@@ -197,7 +199,7 @@ def memory_table(models: dict[str, PreTrainedModel], folder: Path, bound: int, t
     imports = []
     for name, model in models.items():
         decoded = Decoded()
-        if name != "dense":
+        if hasattr(model, "compressed_modules"):
             for module in model.compressed_modules().values():
                 module._cache = None
             with decoded.watching():

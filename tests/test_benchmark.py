@@ -63,10 +63,10 @@ def test_bytes_of_tensors_are_those_of_a_file(tmp_path):
     assert tensor_bytes(model) == sum(tensor.nbytes for tensor in stored.values())
 
 
-@pytest.mark.parametrize("kind", ["base", "bfloat16", "int8", "compressed", "on_the_fly"])
+@pytest.mark.parametrize("kind", ["base", "bfloat16", "int8", "compressed", "on_the_fly", "ours-int8"])
 def test_what_a_process_holds(tmp_path, kind):
     folder, base = compressed(tmp_path, recipe=DECODED)
-    ours = kind in ("compressed", "on_the_fly")
+    ours = kind in benchmarking.OURS
     held = Held(kind, str(folder if ours else base), "BertForMaskedLM", "cpu", None, 0)
     assert held.prepare()["threads"] == torch.get_num_threads()
     loaded = held.load()
@@ -78,7 +78,7 @@ def test_what_a_process_holds(tmp_path, kind):
     memory = held.memory()
     assert memory["peak"] >= memory["now"] >= 0
     cached = [getattr(module, "_cache", None) is not None for module in held.model.modules()]
-    assert any(cached) is (kind == "compressed")
+    assert any(cached) is (kind in ("compressed", "ours-int8"))
 
 
 def test_latencies_are_medians_with_quartiles():

@@ -20,7 +20,7 @@ def benchmark(
     length: Annotated[str, typer.Option(help="tokens per sequence, comma-separated")] = "128",
     models: Annotated[
         str, typer.Option(help="what to measure, comma-separated")
-    ] = "base,bfloat16,int8,compressed,on_the_fly",
+    ] = "base,bfloat16,int8,compressed,on_the_fly,ours-int8",
     repeats: Annotated[int, typer.Option(min=1, help="rounds over all models")] = 9,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's default if not given", show_default=False)

@@ -28,7 +28,7 @@ class Held:
     """What a process holds.
 
     Attributes:
-        kind: "base", "bfloat16", "int8", "compressed" or "on_the_fly".
+        kind: one of `MODELS`.
         folder: of the checkpoint.
         architecture: stock class.
         device: where it computes.
@@ -73,6 +73,7 @@ class Held:
         import transformers
 
         from .alternatives import int8, tensor_bytes
+        from .benchmarking import OURS
         from .pair import load
 
         self.model = None
@@ -87,11 +88,14 @@ class Held:
         seconds = time.perf_counter() - started
         _touch(self.model)
         decodes = False
-        if self.kind in ("compressed", "on_the_fly"):
+        if self.kind in OURS:
             from ..runtime.weights_compressed import DecodedWeight
 
             decodes = any(isinstance(module, DecodedWeight) for module in model.modules())
-            model.set_decoding("cached" if self.kind == "compressed" else "on_the_fly")
+            try:
+                model.set_decoding(OURS[self.kind])
+            except ValueError as error:
+                raise CompressionError(str(error)) from error
         return {"seconds": seconds, "tensor_bytes": tensor_bytes(self.model), "decodes": decodes}
 
     @torch.inference_mode()
@@ -114,8 +118,10 @@ class Held:
         return {"peak": max(0, peak - self.before), "now": max(0, now - self.before)}
 
     def _class(self, transformers: Any) -> Any:
+        from .benchmarking import OURS
+
         stock = getattr(transformers, self.architecture)
-        if self.kind not in ("compressed", "on_the_fly"):
+        if self.kind not in OURS:
             return stock
         from ..runtime.modeling_compressed import compressed_class
 

@@ -33,7 +33,10 @@ MODELS = {
     "int8": "int8 (torch dynamic)",
     "compressed": "compressed",
     "on_the_fly": "compressed, on the fly",
+    "ours-int8": "compressed, int8",
 }
+# Those that run the folder, and how each holds its weights.
+OURS = {"compressed": "cached", "on_the_fly": "on_the_fly", "ours-int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def benchmark_folder(
         base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
         batches: sequences in one pass.
         lengths: tokens of each; every batch is measured at every length.
-        models: what is measured, of `MODELS`: base, bfloat16, int8, compressed, on_the_fly.
+        models: what is measured, of `MODELS`: base, bfloat16, int8, compressed, on_the_fly, ours-int8.
         repeats: rounds over all models, after two that do not count.
         threads: of the CPU; torch's own choice by default.
         device: where to compute; by default the CPU.
@@ -211,7 +214,7 @@ def _start(
         for kind, name in MODELS.items():
             if kind not in models:
                 continue
-            ours = kind in ("compressed", "on_the_fly")
+            ours = kind in OURS
             settings = {
                 "kind": kind,
                 "folder": str((pair.folder if ours else pair.base.folder).resolve()),
@@ -220,8 +223,8 @@ def _start(
                 "threads": threads,
                 "seed": seed,
             }
-            if kind == "int8" and device != "cpu":
-                unavailable.append({"name": name, "reason": "torch's dynamic quantization runs on the CPU only"})
+            if kind in ("int8", "ours-int8") and device != "cpu":
+                unavailable.append({"name": name, "reason": "integer kernels run on the CPU only"})
             else:
                 workers[kind] = Worker(name, settings)  # they import side by side
         for kind in bar(list(workers), "starting", "model", progress):
@@ -244,10 +247,10 @@ def _missing(worker: Worker, kind: str) -> str | None:
     try:
         loaded = worker.ask("load")
     except CompressionError as error:
-        if kind != "int8":
+        if kind not in ("int8", "ours-int8"):
             raise
         return str(error)
-    if kind == "on_the_fly" and not loaded["decodes"]:
+    if kind in ("on_the_fly", "ours-int8") and not loaded["decodes"]:
         return "nothing is decoded, all weights are applied as they are stored"
     return None
 
@@ -307,8 +310,7 @@ def _disk_bytes(pair: Pair) -> dict[str, int]:
     ours = sum(file.stat().st_size for file in pair.folder.glob("*.safetensors"))
     return {
         "base": sum(file.stat().st_size for file in _weight_files(pair.base.folder)),
-        "compressed": ours,
-        "on_the_fly": ours,
+        **dict.fromkeys(OURS, ours),
     }
 
 
