@@ -106,7 +106,7 @@ class Bytes:
     Attributes:
         columns: inputs that are multiplied as they are [outlying], or None.
         added: what is added to products, for each of the factors [factors, rows]: with scales for each token the products
-            of the middle of the range and the bias, then those of the outlying inputs.
+            of the low end of the range and the bias, then those of the outlying inputs.
         by_token: whether every token has a scale and a zero of its own.
     """
 
@@ -128,10 +128,10 @@ class Bytes:
             out = self.engine.multiply(x, self.packed)
             return out.addmm_(factors[0], self.added) if factors else out
         low, high = torch.aminmax(x, dim=1, keepdim=True)
-        half, middle = (high - low).mul_(0.5).clamp_min_(torch.finfo(x.dtype).tiny), (high + low).mul_(0.5)
-        # Now every token lies between −1 and 1, so that one scale is each one's own, whatever the others are.
-        out = self.engine.multiply((x - middle).div_(half), self.packed)
-        return out.mul_(half).addmm_(torch.cat([middle, torch.ones_like(middle), *factors], dim=1), self.added)
+        spread = (high - low).clamp_min_(torch.finfo(x.dtype).tiny)
+        # Now every token lies between 0 and 1, so that one scale is each one's own, whatever the others are.
+        out = self.engine.multiply((x - low).div_(spread), self.packed)
+        return out.mul_(spread).addmm_(torch.cat([low, torch.ones_like(low), *factors], dim=1), self.added)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias, [..., columns] → [..., rows], in the dtype of x or what autocast makes of it."""
