@@ -269,3 +269,21 @@ def test_a_padding_token_that_only_the_tokenizer_has(head, tmp_path):
     result.save(tmp_path / "out")
     with pytest.raises(CompressionError, match=r"tokens .* that the model does not have.*'\[PAD\]' is number"):
         compress(model, calibration=[text + " [PAD]" for text in TEXTS], tokenizer=tokenizer, progress=False)
+
+
+@pytest.mark.parametrize("model_type,head", [("bert", "BertForPreTraining"), ("gpt2", "GPT2LMHeadModel")])
+def test_logits_are_not_computed_for_the_inputs_of_a_tied_head(model_type, head):
+    model = make_model(model_type, head).eval()
+    outputs, seen, widths = model.get_output_embeddings(), [], []
+    batch = Batch(torch.randint(5, 40, (3, 7)), torch.ones(3, 7, dtype=torch.long))
+    with torch.no_grad():
+        handle = outputs.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+        expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    handle.remove()
+    outputs.register_forward_hook(lambda module, args, output: widths.append(output.shape[-1]))
+    words = matrices_of(model, "word_embeddings")
+    moments = collect(model, words, [batch], tied=True).input_moments[words[0].inputs]
+    assert widths == [1]
+    torch.testing.assert_close(moments, seen[0].T @ seen[0] / 21, rtol=1e-4, atol=1e-6)
+    again = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert torch.equal(again[0], expected[0]) and widths[1] == model.config.vocab_size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,6 @@ from ..foundation.processes import ALONE, Processes
 from .sharing import Sums
 from .statistics import CHOICES, Statistics
 from .texts import Batch
-
-if TYPE_CHECKING:
-    pass
 
 
 @torch.no_grad()
@@ -67,17 +65,32 @@ def collect(
     if head and words is not None:
         handles.append(model.get_output_embeddings().register_forward_pre_hook(observe(words.inputs)))  # type: ignore[operator]
     device = next(model.parameters()).device
-    # A head costs a vocabulary of logits for each token: it is run only if its own inputs are wanted.
+    # A head is run only if its own inputs are wanted, and its logits are not wanted even then.
     runner = model if head or any(not matrix.in_base for matrix in wanted) else base
     try:
-        for _, batch in sums.over(batches if handles else (), progress):
-            mask = batch.attention_mask.bool().to(device)
-            ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
-            if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
-                ids, attended = ids[None], attended[None]
-            runner(input_ids=ids, attention_mask=attended)
+        with _without_logits(model):
+            for _, batch in sums.over(batches if handles else (), progress):
+                mask = batch.attention_mask.bool().to(device)
+                ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
+                if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
+                    ids, attended = ids[None], attended[None]
+                runner(input_ids=ids, attention_mask=attended)
     finally:
         for handle in handles:
             handle.remove()
     statistics.input_moments = {name: total.div_(max(1, sums.numbers[name])) for name, total in sums.tensors.items()}
     return statistics
+
+
+@contextmanager
+def _without_logits(model: Any) -> Iterator[None]:
+    """Let output embeddings give one zero a token for the while: a vocabulary of numbers for each takes memory and time."""
+    outputs = model.get_output_embeddings()
+    if outputs is None:
+        yield
+        return
+    outputs.forward = lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 1)
+    try:
+        yield
+    finally:
+        del outputs.forward  # that of its class is there again
