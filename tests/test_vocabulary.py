@@ -1,6 +1,7 @@
 """Vocabularies are pruned exactly: what is made of kept tokens stays as it was, in tokenizer, config and weights."""
 
 import json
+import math
 import random
 from collections import Counter
 
@@ -12,7 +13,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, load_recipe
+from hf_offline_compress.evaluate.text_evaluation import TextSettings
+from hf_offline_compress.foundation.processes import ALONE
 from hf_offline_compress.measure.texts import CalibrationText
+from hf_offline_compress.metrics.perplexity import causal_perplexity
+from hf_offline_compress.metrics.shared_units import byte_perplexity, shared_word_lines
 from hf_offline_compress.request.vocabulary import vocabulary_of
 from hf_offline_compress.vocabulary import prune_vocabulary
 from hf_offline_compress.vocabulary.byte_bpe import ByteBPE
@@ -272,10 +277,51 @@ def test_a_folder_has_the_pruned_vocabulary_alone(folders):
     assert record["coverage_of"]["vocabulary"]["growth"] == 1.0
     assert record["text"]["source"] == "caller"
     assert record["removed_parameters"] == (record["rows_before"] - record["rows"]) * 33  # a bias in the head
+    card = (out / "README.md").read_text("utf-8")
+    assert f"was pruned from {record['tokens_before']:,} tokens to {record['tokens']:,}" in card
+    assert "--vocabulary TEXTS.txt" in card
     assert b"\n" not in (out / "tokenizer.json").read_bytes()
     stock = AutoModel.from_pretrained(base)
     assert stock.config.vocab_size == record["rows_before"]
     assert repr(result)
+
+
+def test_evaluations_compare_on_the_same_text(folders):
+    base, out, _ = folders
+    options = {"text_settings": TextSettings(min_tokens=5), "write": False, "progress": False}
+    found = hf_offline_compress.evaluate_folder(out, base=base, text=lines("de", 30, seed=5), **options)
+    by_name = {m.name: m for evaluation in found for m in evaluation.metrics}
+    assert set(by_name) == {"perplexity per word", "cosine"}
+    assert all(evaluation.settings["vocabularies"] == "different" for evaluation in found)
+    assert by_name["perplexity per word"].base > 1
+    with pytest.raises(CompressionError, match="was pruned"):
+        hf_offline_compress.evaluate_folder(
+            out, base=base, text=lines("de", 30, seed=5), measures=["pseudo_perplexity"], **options
+        )
+
+
+def test_perplexities_by_bytes_and_words_are_those_by_tokens():
+    whole = wrapped(trained("BPE"))
+    model = make_model("gpt2", "GPT2LMHeadModel", vocab_size=len(whole), bos_token_id=0, eos_token_id=2, pad_token_id=1)
+    texts = lines("de", 20)
+    options = {"block": 32, "stride": 16}
+    plain = causal_perplexity(model, whole, texts, **options)
+    found = byte_perplexity(model, whole, texts, **options, batch_size=4, progress=False, processes=ALONE)
+    first = len(whole.decode(whole(texts[0], add_special_tokens=False)["input_ids"][:1]).encode())
+    size = sum(len(text.encode()) + 1 for text in texts) - 1 - first
+    assert found.tokens == size
+    assert size * math.log(found.perplexity) == pytest.approx(plain.tokens * math.log(plain.perplexity), rel=1e-5)
+
+
+def test_the_same_words_are_masked_whatever_their_tokens(tokenizer):
+    whole = wrapped(tokenizer)
+    small = prune(whole, {"model_type": "bert", "vocab_size": len(whole)}, lines("en")).tokenizer
+    texts = lines("de", 40, seed=4)
+    found, words = shared_word_lines(texts, [whole, small], seed=0, share=0.15, block=64, min_tokens=3)
+    assert words > 30
+    assert any(len(a) != len(b) for (a, _), (b, _) in zip(*found, strict=True))
+    for (tokens, masked), (others, also) in zip(*found, strict=True):
+        assert whole.decode(tokens[masked]).replace(" ", "") == small.decode(others[also]).replace(" ", "")
 
 
 def test_a_model_in_memory_is_left_as_it_was():

@@ -17,7 +17,14 @@ BASE, OURS = "base", "compressed"
 
 def limits(inputs: CardInputs) -> list[str]:
     """Return the costs and limits of a model, a sentence or two each; what was measured comes first."""
-    return [*_measured(inputs), *_speed(inputs), *_decoding(inputs), *_resizing(inputs), *_training(inputs)]
+    return [
+        *_measured(inputs),
+        *_vocabulary(inputs),
+        *_speed(inputs),
+        *_decoding(inputs),
+        *_resizing(inputs),
+        *_training(inputs),
+    ]
 
 
 def _measured(inputs: CardInputs) -> list[str]:
@@ -120,6 +127,29 @@ def _decoding(inputs: CardInputs) -> list[str]:
         "Weights are decoded at every use, which takes little memory and more time. "
         '`model.set_decoding("cached")` decodes them once.'
     ]
+
+
+def _vocabulary(inputs: CardInputs) -> list[str]:
+    """Return what was pruned from the vocabulary, by which text, and what that costs."""
+    record = inputs.report.get("vocabulary")
+    if not record:
+        return []
+    source = record["text"]["source"]
+    text = {"bundled": "hf-offline-compress's own English text", "caller": "text supplied by the author"}.get(
+        source, f"`{cell(source)}`"
+    )
+    shown = [
+        f"Its vocabulary was pruned from {record['tokens_before']:,} tokens to {record['tokens']:,}, those of {text}. Words "
+        "of other languages are read in pieces or characters, or not at all, and are lost in part or whole; writing systems "
+        f"that are kept: {', '.join(cell(name.capitalize()) for name in record['writing_systems']) or 'none'}."
+    ]
+    for purpose in ("calibration", "validation"):
+        if found := record["coverage_of"].get(purpose):
+            shown.append(
+                f"Of the tokens of the {purpose} text {found['kept']:.2%} were kept; it is {found['growth']:.3f} times as long "
+                f"in the new ones, of which {found['unknown']:.2%} are unknown."
+            )
+    return [" ".join(shown)]
 
 
 def _resizing(inputs: CardInputs) -> list[str]:

@@ -84,12 +84,17 @@ def headline(inputs: CardInputs) -> str:
     return table(header, rows)
 
 
+def base_parameters(report: dict[str, Any]) -> int:
+    """Return how many parameters the base has, before its vocabulary was pruned."""
+    return int(report["totals"]["parameters"] + (report.get("vocabulary") or {}).get("removed_parameters", 0))
+
+
 def _base_sizes(report: dict[str, Any]) -> list[tuple[str, float]]:
     """Return what the base takes, in words and bytes; nothing where there is no report."""
     if not report:
         return []
     totals, dtype, stored = report["totals"], report["dtype"], report["base"].get("weight_bytes")
-    lines = [("base, in float32", totals["parameters"] * FLOAT32)]
+    lines = [("base, in float32", base_parameters(report) * FLOAT32)]
     if stored:
         lines.append(("base, as stored", stored))
     elif dtype != "float32":
@@ -101,8 +106,8 @@ def sizes(inputs: CardInputs) -> str:
     """Return the table of all sizes."""
     totals = inputs.report["totals"]
     rows = [
-        ("parameters of the base", count(totals["parameters"])),
-        ("bytes of all tensors, base in float32", count(totals["parameters"] * FLOAT32)),
+        ("parameters of the base", count(base_parameters(inputs.report))),
+        ("bytes of all tensors, base in float32", count(base_parameters(inputs.report) * FLOAT32)),
         (f"bytes of all tensors, base in {inputs.report['dtype']}", count(totals["dense_bytes"])),
         ("bytes of all tensors, this model", count(totals["stored_bytes"])),
         ("bytes of its weight files, headers included", count(inputs.weight_bytes)),
@@ -112,8 +117,12 @@ def sizes(inputs: CardInputs) -> str:
         ("ratio of the compressed matrices", f"{totals['ratio']:.2f}"),
         ("total ratio", f"{totals['total_ratio']:.2f}"),
     ]
-    if inputs.report["dtype"] == "float32":
-        del rows[2]
+    pruned = inputs.report.get("vocabulary")
+    if pruned:
+        rows[-1] = ("total ratio, of the base with the pruned vocabulary", rows[-1][1])
+        rows.insert(1, ("parameters after its vocabulary was pruned", count(totals["parameters"])))
+    if inputs.report["dtype"] == "float32" or pruned:
+        del rows[3 if pruned else 2]
     return table(("", ""), rows)
 
 

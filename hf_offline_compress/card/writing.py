@@ -315,15 +315,16 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
             f"{size}.",
             whole,
         ]
-    report, totals = inputs.report, inputs.report["totals"]
+    report = inputs.report
     base, hub = tables.cell(inputs.base_name), _first(facts.get("base_model"))
     shown = f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{base}`"
     revision = f" at revision `{report['base']['revision']}`" if report["base"].get("revision") else ""
     matrices = sum(len(group["members"]) for group in inputs.groups)
     recipe = report["recipe"]
-    dense = totals["parameters"] * tables.FLOAT32
+    parameters = tables.base_parameters(report)
+    dense = parameters * tables.FLOAT32
     return [
-        f"This is {shown}{revision} ({tables.cell(report['architecture'])}, {tables.count(totals['parameters'])} parameters), "
+        f"This is {shown}{revision} ({tables.cell(report['architecture'])}, {tables.count(parameters)} parameters), "
         f"made smaller without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and "
         f"{_rest(inputs)}.",
         f"The recipe is `{tables.cell(recipe['name'])}`"

@@ -49,7 +49,8 @@ class Pair:
         contents: what is in it.
         base: the base checkpoint.
         architecture: stock class that both were saved from.
-        tokenizer: that both are asked with; it pads, with the end token if need be.
+        tokenizer: of the compressed model; it pads, with the end token if need be.
+        base_tokenizer: of the base; the same one, unless the compressed model's vocabulary was pruned.
     """
 
     folder: Path
@@ -57,6 +58,17 @@ class Pair:
     base: BaseCheckpoint
     architecture: str
     tokenizer: Any
+    base_tokenizer: Any
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of each model, "base" and "compressed"."""
+        return {"base": self.base_tokenizer, "compressed": self.tokenizer}
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether both models have the same tokens."""
+        return self.base_tokenizer is self.tokenizer
 
     def load_base(self, architecture: str | None = None, dtype: str = "float32", **options: Any) -> Any:
         """Return the base in evaluation mode, on the CPU; see `load`."""
@@ -151,13 +163,27 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
         raise CompressionError(
             f"Neither '{contents.name}' nor '{resolved.name}' has a tokenizer; save one in either folder with save_pretrained."
         )
-    vocabulary = resolved.config.get("vocab_size")
+    sizes = [values.get("vocab_size") or 0 for values in (contents.config, resolved.config)]
+    if sizes[0] >= sizes[1]:
+        tokenizer = base_tokenizer = _asking(tokenizer, resolved.config)
+    else:
+        if (whole := load_tokenizer(resolved)) is None:
+            raise CompressionError(
+                f"The vocabulary of '{contents.name}' was pruned, and '{resolved.name}' has no tokenizer to be asked with; save "
+                "its own in its folder with save_pretrained."
+            )
+        tokenizer, base_tokenizer = _asking(tokenizer, contents.config), _asking(whole, resolved.config)
+    return Pair(Path(folder), contents, resolved, contents.architecture, tokenizer, base_tokenizer)
+
+
+def _asking(tokenizer: Any, config: dict[str, Any]) -> Any:
+    """Return the tokenizer, so that it pads with a token that the model has, behind the text."""
+    vocabulary = config.get("vocab_size")
     if tokenizer.pad_token_id is None or (vocabulary and tokenizer.pad_token_id >= vocabulary):
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer = clamp_length(tokenizer, resolved.config)
     # What is judged is placed by position: behind the last token there may be padding, before the first never.
     tokenizer.padding_side = "right"
-    return Pair(Path(folder), contents, resolved, contents.architecture, tokenizer)
+    return clamp_length(tokenizer, config)
 
 
 def language_model_kind(architecture: str) -> str | None:

@@ -65,15 +65,13 @@ def evaluate_task(
     found: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     for name, loader in (("base", pair.load_base), ("compressed", pair.load_compressed)):
-        started = time.perf_counter()
+        started, tokenizer = time.perf_counter(), pair.tokenizers[name]
         model = _model(pair, task, loader, fine_tune, dtype, seed).to(processes.device)
         if training:
-            features = _features(task, training.examples, pair.tokenizer, settings)
-            train(model, pair.tokenizer, features, settings, seed=seed, processes=processes, progress=progress)
+            features = _features(task, training.examples, tokenizer, settings)
+            train(model, tokenizer, features, settings, seed=seed, processes=processes, progress=progress)
         shown = pair.base.name if name == "base" else pair.contents.name
-        found[name] = _scores(
-            model, pair.tokenizer, task, splits, method, shown, settings, batch_size, processes, progress
-        )
+        found[name] = _scores(model, tokenizer, task, splits, method, shown, settings, batch_size, processes, progress)
         seconds[name] = round(time.perf_counter() - started, 3)
     record: dict[str, Any] = {"method": method, "length": settings.length, "dtype": dtype, "limit": limit}
     if task.kind == "question answering":

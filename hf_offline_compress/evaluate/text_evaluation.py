@@ -16,6 +16,7 @@ from ..metrics.agreement import agreement, sentence_embeddings
 from ..metrics.perplexity import Perplexity, causal_perplexity, masked_perplexity
 from ..metrics.predictions import PredictionAgreement, class_agreement, language_agreement
 from ..metrics.pseudo_perplexity import pseudo_perplexity
+from ..metrics.shared_units import byte_perplexity, word_perplexities
 from .classification import classifier_logits
 from .pair import Pair, language_model_kind
 from .records import Data, Evaluation, Metric, metric
@@ -143,11 +144,48 @@ def _perplexity(
 ) -> Outcome:
     assert kind is not None
     used = settings.of(kind, pair.tokenizer.model_max_length)
+    if not pair.same_tokens:
+        return _perplexity_by_units(models, pair, texts, used, kind, shared)
     base, compressed = (MEASURED[kind](model, pair.tokenizer, texts, **used, **shared) for model in models.values())
     name = "pseudo_perplexity" if kind == "pseudo" else "perplexity"
     metrics = (metric(name, "lower", base.perplexity, compressed.perplexity),)
     seconds = {"base": base.seconds, "compressed": compressed.seconds}
     return TASKS[kind], metrics, seconds, {**used, "tokens": base.tokens}, base.lines
+
+
+def _perplexity_by_units(
+    models: dict[str, Any],
+    pair: Pair,
+    texts: Sequence[str],
+    used: dict[str, Any],
+    kind: str,
+    shared: dict[str, Any],
+) -> Outcome:
+    """Return perplexities of models with different tokens, by what both have: bytes, or words masked as a whole.
+
+    Raises:
+        CompressionError: tokens are to be masked one at a time.
+    """
+    if kind == "pseudo":
+        raise CompressionError(
+            f"The vocabulary of '{pair.contents.name}' was pruned, so that its tokens are others than the base's, and "
+            "pseudo_perplexity, which masks one token at a time, would not compare; choose perplexity, by whole words."
+        )
+    tokenizers = pair.tokenizers
+    if kind == "causal":
+        base, compressed = (
+            byte_perplexity(model, tokenizers[name], texts, **used, **shared) for name, model in models.items()
+        )
+        unit, count = "byte", base.tokens
+    else:
+        options = {key: used[key] for key in ("seed", "share", "min_tokens")}
+        (base, compressed), count = word_perplexities(
+            [*models.values()], [*tokenizers.values()], texts, block=used["block"], settings=options, **shared
+        )
+        unit = "word"
+    metrics = (metric(f"perplexity per {unit}", "lower", base.perplexity, compressed.perplexity),)
+    seconds = {"base": base.seconds, "compressed": compressed.seconds}
+    return TASKS[kind], metrics, seconds, {**used, f"{unit}s": count, "vocabularies": "different"}, base.lines
 
 
 def _agreement(
@@ -162,11 +200,13 @@ def _agreement(
     used: dict[str, Any] = {"max_length": min(settings.max_length, pair.tokenizer.model_max_length)}
     options = {**shared, "max_length": used["max_length"]}
     (base, compressed), seconds = _timed_each(
-        models, lambda model: sentence_embeddings(model, pair.tokenizer, texts, **options)
+        models, pair, lambda model, tokenizer: sentence_embeddings(model, tokenizer, texts, **options)
     )
     metrics = [metric("cosine", "higher", 1.0, agreement(compressed, base))]
     compared: PredictionAgreement | None = None
-    if kind:
+    if not pair.same_tokens:
+        used["vocabularies"] = "different"  # of different tokens no probabilities compare
+    if kind and pair.same_tokens:
         of_kind = settings.of(kind, pair.tokenizer.model_max_length)
         used |= of_kind
         compared = language_agreement(
@@ -181,7 +221,7 @@ def _agreement(
     elif pair.architecture.endswith("ForSequenceClassification") and models["base"].config.num_labels > 1:
         alone = [(text,) for text in texts]
         (base, compressed), _ = _timed_each(
-            models, lambda model: classifier_logits(model, pair.tokenizer, alone, **options)
+            models, pair, lambda model, tokenizer: classifier_logits(model, tokenizer, alone, **options)
         )
         compared = class_agreement(base, compressed)
     if compared:
@@ -193,11 +233,11 @@ def _agreement(
 
 
 def _timed_each(
-    models: dict[str, Any], work: Callable[[Any], torch.Tensor]
+    models: dict[str, Any], pair: Pair, work: Callable[[Any, Any], torch.Tensor]
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     found, seconds = [], {}
     for name, model in models.items():
         started = time.perf_counter()
-        found.append(work(model))
+        found.append(work(model, pair.tokenizers[name]))
         seconds[name] = round(time.perf_counter() - started, 3)
     return found, seconds

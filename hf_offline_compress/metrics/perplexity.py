@@ -142,7 +142,7 @@ def masked_lines(
     lines = []
     for tokens, words in tokenized_lines(texts, tokenizer, block=block, min_tokens=min_tokens):
         masked = torch.zeros(len(tokens), dtype=torch.bool)
-        masked[_chosen(words, share, generator)] = True
+        masked[[place for i in chosen_words(words, share, generator) for place in words[i]]] = True
         lines.append((tokens, masked))
     return lines
 
@@ -159,10 +159,7 @@ def tokenized_lines(
     Raises:
         CompressionError: no line is long enough.
     """
-    found = [
-        " ".join(word for word in line.split() if word != "=") for text in _listed(texts) for line in text.splitlines()
-    ]
-    found = [line for line in found if line]
+    found = written_lines(texts)
     # A line that fills the block is long enough, however short that is.
     least = max(1, min(min_tokens, block - tokenizer.num_special_tokens_to_add()))
     special = torch.tensor(tokenizer.all_special_ids)
@@ -185,6 +182,14 @@ def tokenized_lines(
     return lines
 
 
+def written_lines(texts: Sequence[str]) -> list[str]:
+    """Return the lines of texts that have words, without WikiText's marks of headings."""
+    found = [
+        " ".join(word for word in line.split() if word != "=") for text in _listed(texts) for line in text.splitlines()
+    ]
+    return [line for line in found if line]
+
+
 def _words(word_ids: list[int | None], special: list[bool]) -> list[list[int]]:
     """Return the places of each word's tokens, without words that hold a special token."""
     words = [
@@ -193,13 +198,21 @@ def _words(word_ids: list[int | None], special: list[bool]) -> list[list[int]]:
     return [places for places in words if not any(special[i] for i in places)]
 
 
-def _chosen(words: list[list[int]], share: float, generator: torch.Generator) -> list[int]:
-    """Return the places of words drawn at random, up to the share of all tokens, but at least of one word."""
+def chosen_words(words: list[list[int]], share: float, generator: torch.Generator) -> list[int]:
+    """Return words drawn at random, by their places in the list: up to the share of all tokens, but at least one.
+
+    Args:
+        words: the places of each word's tokens.
+        share: of all these tokens.
+        generator: draws.
+    """
     wanted = max(1, round(share * sum(map(len, words))))
     chosen: list[int] = []
+    tokens = 0
     for i in torch.randperm(len(words), generator=generator).tolist():
-        if not chosen or len(chosen) + len(words[i]) <= wanted:
-            chosen += words[i]
+        if not chosen or tokens + len(words[i]) <= wanted:
+            chosen.append(i)
+            tokens += len(words[i])
     return chosen
 
 
