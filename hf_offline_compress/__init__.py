@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .card import write_card
     from .compressor import CompressionResult, compress
     from .evaluate import evaluate_folder
-    from .export.dense import export_folder
+    from .export.exporting import export_folder
     from .hub.push import Pushed, push_folder
     from .plan.groups import Plan
     from .plan.make import make_plan
@@ -57,7 +57,7 @@ _LAZY = {
     "compress": "compressor",
     "CompressionResult": "compressor",
     "evaluate_folder": "evaluate",
-    "export_folder": "export.dense",
+    "export_folder": "export.exporting",
     "inspect_folder": "artifact.reading",
     "make_plan": "plan.make",
     "Plan": "plan.make",

@@ -119,7 +119,7 @@ SLOW = {
     "card": ("hf_offline_compress.card.write_card", ("card", "x")),
     "verify": ("hf_offline_compress.verifying.verify_folder", ("verify", "x")),
     "push": ("hf_offline_compress.hub.push_folder", ("push", "x", "me/x")),
-    "export": ("hf_offline_compress.export.dense.check_export", ("export", "x", "{tmp}/o")),
+    "export": ("hf_offline_compress.export.exporting.check_export", ("export", "x", "{tmp}/o")),
     "presets": ("hf_offline_compress.cli.presets.print_json", ("presets", "--json")),
 }
 

@@ -14,27 +14,43 @@ from .output import calm, megabytes, print_json, run
 def export(
     folder: Folder,
     out: Out,
+    format: Annotated[
+        str, typer.Option(help="checkpoint, stock and dense; or onnx, the codes and what decodes them")
+    ] = (
+        "checkpoint"
+    ),
     dtype: Annotated[
-        str | None, typer.Option(help="dtype of the weights; the compressed model's if not given", show_default=False)
+        str | None,
+        typer.Option(help="checkpoint: dtype of the weights; the compressed model's if not given", show_default=False),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="onnx: int8 (if not given), float32 or both", show_default=False)
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="onnx: opset; 18 if not given", show_default=False)] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write FOLDER as a stock dense checkpoint, for tools that know only those (ONNX export, serving)."""
+    """Write FOLDER for other tools: as a stock dense checkpoint, or as ONNX files that are as small as it is."""
 
     def work() -> None:
-        from ..export.dense import EXPORT_FILE, check_export, export_folder
+        from ..export.dense import EXPORT_FILE
+        from ..export.exporting import check_export, export_folder
 
-        check_export(folder, out, dtype=dtype, overwrite=overwrite)  # before torch is imported
+        options = {"format": format, "dtype": dtype, "weights": weights, "opset": opset, "overwrite": overwrite}
+        check_export(folder, out, **options)  # before torch is imported
         calm(quiet)
-        export_folder(folder, out, dtype=dtype, overwrite=overwrite)
-        size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+        export_folder(folder, out, **options)
+        files = [file for ending in ("safetensors", "onnx") for file in sorted(out.rglob(f"*.{ending}"))]
+        size = sum(file.stat().st_size for file in files)
         if as_json:
             import json
 
             print_json({**json.loads((out / EXPORT_FILE).read_text("utf-8")), "weight_bytes": size})
+        elif format == "onnx" and not quiet:
+            for file in files:
+                print(f"{file}: {megabytes(file.stat().st_size)}, decoded by ONNX Runtime when a session is made.")
         elif not quiet:
             print(
                 f"{out}: {megabytes(size)} of weights, a stock dense checkpoint with the decoded weights of {folder}."

@@ -15,7 +15,8 @@ from ..architectures.stock import layout_of_config
 from ..artifact.reading import ADVICE, REPORT_FILE, compressed_config
 from ..base.checkpoint import COMPANIONS, check_fit, copy_companions, drop_absent, quiet_transformers
 from ..errors import CompressionError, listing, refusing
-from ..foundation.files import check_target, keep_others, whole_folder
+from ..foundation import files
+from ..foundation.files import keep_others, whole_folder
 from ..foundation.progress import stage
 from ..foundation.tensor_files import check_weights
 from ..request.recipe import STORAGES
@@ -29,7 +30,7 @@ EXPORT_FILE = "export.json"
 # What an export writes beside companions, and so is replaced with it.
 WRITTEN = re.compile(
     rf"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{EXPORT_FILE}|{REPORT_FILE}|"
-    r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)"
+    r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)|onnx/model(_quantized)?\.onnx|generation_config\.json"
 )
 # Fields of a compressed model's config that a stock one does not have, or has of its own.
 NOT_CARRIED = (
@@ -64,7 +65,7 @@ def export_folder(folder: str | Path, out: str | Path, *, dtype: str | None = No
     config = check_export(source, target, dtype=dtype, overwrite=overwrite)
     with stage("loading and decoding"):
         dense = dense_model(source, dtype=dtype or str(config.get("dtype") or "float32"))
-    with whole_folder(target, _is_export if overwrite else None, _keep) as partial:
+    with whole_folder(target, is_export if overwrite else None, keep_own) as partial:
         with stage(f"saving {target.name}"):
             dense.save_pretrained(partial)
         copy_companions(source, partial)
@@ -91,7 +92,7 @@ def check_export(
             f"The config.json of '{Path(folder).name}' names the dtype {config['dtype']!r}, which is not supported; pass "
             f"--dtype (dtype=), one of {listing(STORAGES)}."
         )
-    _check_target(Path(folder), Path(out), overwrite)
+    check_target(Path(folder), Path(out), overwrite)
     return config
 
 
@@ -107,8 +108,16 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
     Raises:
         CompressionError: it is no compressed model, or some of its weights are missing.
     """
+    return stock_model(compressed_model(folder), dtype)
+
+
+def compressed_model(folder: str | Path) -> PreTrainedModel:
+    """Return a compressed folder's model in float32, in evaluation mode, on the CPU.
+
+    Raises:
+        CompressionError: it is no compressed model, or some of its weights are missing.
+    """
     import torch
-    import transformers
 
     from .. import registration
 
@@ -125,8 +134,17 @@ def dense_model(folder: str | Path, *, dtype: str = "float32") -> PreTrainedMode
         raise CompressionError(
             f"{what}: {listing(missing[:3])}{' …' if len(missing) > 3 else ''} are missing. {ADVICE}"
         )
-    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX))
-    model_type = str(config["model_type"]).removeprefix(TYPE_PREFIX)
+    model: PreTrainedModel = compressed.eval()
+    return model
+
+
+def stock_model(compressed: PreTrainedModel, dtype: str = "float32") -> PreTrainedModel:
+    """Return the stock model that a compressed one stands for, in evaluation mode, on the CPU."""
+    import torch
+    import transformers
+
+    stock = getattr(transformers, type(compressed).__name__.removeprefix(CLASS_PREFIX))
+    model_type = str(compressed.config.model_type).removeprefix(TYPE_PREFIX)
     values = {key: value for key, value in compressed.config.to_dict().items() if key not in NOT_CARRIED}
     stock_config = stock.config_class(**values)
     stock_config.architectures = [stock.__name__]
@@ -186,18 +204,19 @@ def _weight(module: Any) -> Tensor:
     return weight
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Raise CompressionError unless an export can be written there."""
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CompressionError(f"The output folder '{target}' is, or lies in, the compressed one; pass another.")
-    check_target(target, overwrite, _is_export, "an export", [source])
+    files.check_target(target, overwrite, is_export, "an export", [source])
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Return whether a folder was written by an export."""
     return (folder / EXPORT_FILE).is_file()
 
 
-def _keep(old: Path, new: Path) -> None:
+def keep_own(old: Path, new: Path) -> None:
     """Carry over what users have put into an export that is replaced."""
     keep_others(old, new, lambda name: bool(name in COMPANIONS or WRITTEN.fullmatch(name)))
 

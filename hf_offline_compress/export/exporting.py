@@ -1,0 +1,89 @@
+"""A compressed folder in the form that another tool loads, by the name of the form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompressionError, listing
+
+FORMATS = ("checkpoint", "onnx")
+
+
+def export_folder(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    format: str = "checkpoint",  # noqa: A002  (as the option is called)
+    dtype: str | None = None,
+    weights: str | None = None,
+    opset: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a compressed model for tools that do not know this package, whole or not at all, and return its path.
+
+    Tokenizer, licence and other companions are carried along, code is not.
+
+    Args:
+        folder: a compressed model, written by `compress`, or by `save_pretrained` after fine-tuning.
+        out: where to; it must not exist yet, or be empty.
+        format: "checkpoint", a stock dense checkpoint, as large as the base; or "onnx", files that are about as small as
+            the compressed weights and that ONNX Runtime decodes when a session is made.
+        dtype: of a checkpoint's weights, "float32", "float16" or "bfloat16"; by default the compressed model's.
+        weights: of ONNX files, "int8" (the default), "float32" or "both".
+        opset: of ONNX files; by default 18.
+        overwrite: replace a folder that an export has written.
+
+    Raises:
+        CompressionError: `folder` is no compressed model, `out` cannot be written, a package is missing, or an option is
+            unknown or not of this format. Nothing has been written.
+    """
+    options = _options(format, dtype, weights, opset)
+    if format == "onnx":
+        from .onnx.folder import export_onnx
+
+        return export_onnx(folder, out, overwrite=overwrite, **options)
+    from . import dense
+
+    return dense.export_folder(folder, out, overwrite=overwrite, **options)
+
+
+def check_export(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    format: str = "checkpoint",  # noqa: A002
+    dtype: str | None = None,
+    weights: str | None = None,
+    opset: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Return the compressed folder's config if `export_folder` could write it, without torch; see there.
+
+    Raises:
+        CompressionError: it could not.
+    """
+    options = _options(format, dtype, weights, opset)
+    if format == "onnx":
+        from .onnx.folder import check_onnx_export
+
+        return check_onnx_export(folder, out, overwrite=overwrite, **options)
+    from . import dense
+
+    return dense.check_export(folder, out, overwrite=overwrite, **options)
+
+
+def _options(name: str, dtype: str | None, weights: str | None, opset: int | None) -> dict[str, Any]:
+    """Return the options that were given.
+
+    Raises:
+        CompressionError: the format is unknown, or one of them is not its own.
+    """
+    if name not in FORMATS:
+        raise CompressionError(f"The format '{name}' is not known; known are {listing(FORMATS)}.")
+    own, other = {"dtype": dtype}, {"weights": weights, "opset": opset}
+    if name == "onnx":
+        own, other = other, own
+    if foreign := [option for option, value in other.items() if value is not None]:
+        raise CompressionError(f"The format '{name}' has no {listing(foreign)}; leave it out.")
+    return {option: value for option, value in own.items() if value is not None}

@@ -1,0 +1,134 @@
+"""What a matrix of a stock graph is made from: the weight as a part of a graph, in float32 or as whole numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import FLOAT, INT8, Array, GraphBuilder, float32, integers, to_numpy
+
+# Of a weight's whole numbers. Processors with AVX2 and no newer instructions add two products with a byte in 16 bits:
+# 2 · 255 · 64 just fits, and with 127 sums were cut off there. Codes of a few bits lose nothing by it that shows.
+LARGEST = 64
+
+
+@dataclass(frozen=True)
+class Int8Matrix:
+    """A weight as whole numbers.
+
+    Attributes:
+        numbers: [columns, rows], int8, as a product takes them.
+        scales: of each row, [rows], float32.
+    """
+
+    numbers: ir.Value
+    scales: ir.Value
+
+
+class Source(ABC):
+    """A matrix [rows, columns] as a part of a graph. What a structure must provide.
+
+    A session computes what depends on constants alone once, when it is made: `float32` and `int8` cost it seconds then,
+    and nothing later.
+    """
+
+    def __init__(self, graph: GraphBuilder, weight: Any) -> None:
+        """Remember the compressed module that stands for the matrix."""
+        self.graph, self.weight = graph, weight
+        self.rows, self.columns = weight.rows, weight.columns
+
+    @abstractmethod
+    def float32(self) -> ir.Value:
+        """Return the weight [columns, rows], float32."""
+
+    @abstractmethod
+    def lookup(self, ids: ir.Value) -> ir.Value:
+        """Return the rows of ids [n], int64 → [n, columns], float32; no other row is decoded if that can be."""
+
+    def int8(self) -> Int8Matrix:
+        """Return the weight as whole numbers with scales; by default it is decoded, then rounded."""
+        return rounded(self.graph, self.float32())
+
+    def product(self, x: ir.Value, int8: bool) -> ir.Value:
+        """Return x · Ŵᵀ, [..., columns] → [..., rows]."""
+        return int8_product(self.graph, x, self.int8()) if int8 else self.graph("MatMul", x, self.float32())
+
+
+class Dense(Source):
+    """A matrix that is not compressed."""
+
+    def __init__(self, graph: GraphBuilder, weight: Any) -> None:
+        """Remember it, a tensor [rows, columns]."""
+        self.graph, self.numbers = graph, to_numpy(weight.float())
+        self.rows, self.columns = self.numbers.shape
+
+    def float32(self) -> ir.Value:
+        """Return the weight; see the base class."""
+        return self.graph.constant(self.numbers.T)
+
+    def int8(self) -> Int8Matrix:
+        """Return the weight, rounded now; see the base class."""
+        return rounded(self.graph, self.numbers.T)
+
+    def lookup(self, ids: ir.Value) -> ir.Value:
+        """Return rows; see the base class."""
+        return some_rows(self.graph, self.numbers, ids)
+
+
+class Fused(Source):
+    """Several weights on the same input, one below the other."""
+
+    def __init__(self, graph: GraphBuilder, parts: list[Source]) -> None:
+        """Remember the parts."""
+        self.graph, self.parts = graph, parts
+        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
+
+    def float32(self) -> ir.Value:
+        """Return the weight; see the base class."""
+        return self.graph.concat([part.float32() for part in self.parts], 1)
+
+    def int8(self) -> Int8Matrix:
+        """Return the weight; see the base class."""
+        parts = [part.int8() for part in self.parts]
+        scales = self.graph.concat([part.scales for part in parts], 0)
+        return Int8Matrix(self.graph.concat([part.numbers for part in parts], 1), scales)
+
+    def lookup(self, ids: ir.Value) -> ir.Value:
+        """No embedding has parts."""
+        raise NotImplementedError
+
+    def product(self, x: ir.Value, int8: bool) -> ir.Value:
+        """Return one product, or where some parts are applied without decoding, one of each."""
+        if all(type(part).product is Source.product for part in self.parts):
+            return super().product(x, int8)
+        return self.graph.concat([part.product(x, int8) for part in self.parts], -1)
+
+
+def int8_product(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Value:
+    """Return x · Ŵᵀ where x is rounded to 8 bits as it comes: what ONNX Runtime makes one operator of."""
+    numbers, scale, zero = graph.outputs("DynamicQuantizeLinear", 3, x)
+    product = graph.cast(graph("MatMulInteger", numbers, weight.numbers, zero), FLOAT)
+    return graph("Mul", product, graph("Mul", scale, weight.scales))
+
+
+def rounded(graph: GraphBuilder, weight: ir.Value | Array) -> Int8Matrix:
+    """Return a weight [columns, rows] as whole numbers; of an array, which are stored so."""
+    tiny = np.finfo(np.float32).tiny
+    if isinstance(weight, np.ndarray):
+        scales = np.maximum(np.abs(weight).max(axis=0), tiny) / np.float32(LARGEST)
+        return Int8Matrix(graph.constant(np.rint(weight / scales).astype(np.int8)), graph.constant(scales))
+    largest = graph("ReduceMax", graph("Abs", weight), integers(0), keepdims=0)
+    value = graph("Div", graph("Max", largest, float32(tiny)), float32(LARGEST))
+    return Int8Matrix(graph.cast(graph("Round", graph("Div", weight, value)), INT8), value)
+
+
+def some_rows(graph: GraphBuilder, numbers: Array, ids: ir.Value) -> ir.Value:
+    """Return rows of an array [rows, ...], float32; what is stored narrow is widened after it was looked up."""
+    narrow = numbers.astype(np.float16)
+    if np.array_equal(narrow, numbers):
+        return graph.cast(graph("Gather", narrow, ids), FLOAT)
+    return graph("Gather", numbers, ids)
