@@ -14,11 +14,9 @@ from .output import calm, megabytes, print_json, run
 def export(
     folder: Folder,
     out: Out,
-    format: Annotated[
+    format: Annotated[  # noqa: A002
         str, typer.Option(help="checkpoint, stock and dense; or onnx, the codes and what decodes them")
-    ] = (
-        "checkpoint"
-    ),
+    ] = ("checkpoint"),
     dtype: Annotated[
         str | None,
         typer.Option(help="checkpoint: dtype of the weights; the compressed model's if not given", show_default=False),

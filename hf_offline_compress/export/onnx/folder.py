@@ -14,6 +14,7 @@ from ...errors import CompressionError, listing
 from ...foundation.files import whole_folder
 from ...foundation.progress import stage
 from ...foundation.tensor_files import check_weights
+from ...runtime.architectures_compressed import CLASS_PREFIX, architecture_of
 from ..dense import EXPORT_FILE, check_target, compressed_model, is_export, keep_own, stock_model
 
 # What products are made with → the file that loaders look for.
@@ -76,8 +77,8 @@ def check_onnx_export(
     """Return the compressed folder's config if `export_onnx` could write it, without torch; see there.
 
     Raises:
-        CompressionError: the folder is no compressed model; an option is unknown; a package is missing; `out` cannot be
-            written.
+        CompressionError: the folder is no compressed model, or a causal one; an option is unknown; a package is missing;
+            `out` cannot be written.
     """
     config = compressed_config(Path(folder))
     check_weights(Path(folder), ADVICE)
@@ -85,6 +86,12 @@ def check_onnx_export(
         raise CompressionError(f"The weights '{weights}' are not known; known are {listing(WEIGHTS)}.")
     if opset not in OPSETS:
         raise CompressionError(f"The opset {opset} is not supported; supported are {OPSETS[0]} to {OPSETS[-1]}.")
+    name = str(config["architectures"][0]).removeprefix(CLASS_PREFIX)
+    entry = architecture_of(str(config["model_type"]))
+    if (entry and entry.causal) or config.get("is_decoder"):
+        raise CompressionError(
+            f"{name} generates from what came before, which ONNX files of encoders cannot; export it with --format checkpoint."
+        )
     check_packages()
     check_target(Path(folder), Path(out), overwrite)
     return config

@@ -1,0 +1,141 @@
+"""ONNX files as a user gets them: small, equal to the compressed model, in the layout that loaders look for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from common import TEXTS, error_of, make_model, make_tokenizer, run_cli
+from inputs import inputs_for
+from transformers import AutoConfig
+
+from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder
+from hf_offline_compress.structures import LowRank, Quantized, Trellis
+
+RECIPE = Recipe(
+    "mixed",
+    (
+        Rule(Trellis(run=16), modules=("word_embeddings", "query", "intermediate"), ratio=8.0),
+        Rule(LowRank(), modules=("key", "output"), ratio=2.0),
+        Rule(Quantized(), ratio=4.0),
+    ),
+    modules=("word_embeddings", "linears"),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return a compressed encoder's folder, what it was exported to, and the compressed model."""
+    root = tmp_path_factory.mktemp("onnx")
+    base = make_model("bert", "BertForMaskedLM", layers=1)
+    result = compress(base, RECIPE, tokenizer=make_tokenizer("bert"), calibration=TEXTS, progress=False)
+    result.save(root / "small")
+    export_folder(root / "small", root / "out", format="onnx", weights="both")
+    return root / "small", root / "out", result.model.eval()
+
+
+def run(file, feeds):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(file, options).run(["logits"], feeds)[0]
+
+
+def feeds_of(rows, tokens):
+    ids = inputs_for("BertForMaskedLM")["input_ids"].repeat(2, 2)[:rows, :tokens]
+    mask = torch.ones_like(ids)
+    mask[0, tokens // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+@pytest.mark.parametrize("rows,tokens", [(1, 5), (3, 11)])
+def test_onnx_runtime_says_what_the_compressed_model_says(folders, rows, tokens):
+    _, out, model = folders
+    feeds = feeds_of(rows, tokens)
+    with torch.no_grad():
+        expected = model(**feeds).logits.numpy()
+    arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+    np.testing.assert_allclose(run(out / "onnx/model.onnx", arrays), expected, atol=1e-4)
+    rounded = run(out / "onnx/model_quantized.onnx", arrays)
+    error = np.linalg.norm(rounded - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.1  # really of whole numbers, and no worse than that
+
+
+def test_nothing_is_written_decoded(folders):
+    small, out, _ = folders
+    stored = sum(file.stat().st_size for file in small.glob("*.safetensors"))
+    for file in out.rglob("*.onnx"):
+        assert file.stat().st_size <= 1.04 * stored + 150_000
+        model = onnx.load(file)
+        onnx.checker.check_model(model)
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+        floats = [value for value in model.graph.initializer if value.data_type == onnx.TensorProto.FLOAT]
+        # of at most two columns: the tables of trellis codes
+        assert max(np.prod(value.dims) for value in floats if not value.dims or value.dims[-1] > 2) < 32 * 64
+
+
+def test_layout(folders):
+    small, out, _ = folders
+    assert {str(file.relative_to(out)) for file in out.rglob("*.onnx")} == {
+        "onnx/model.onnx",
+        "onnx/model_quantized.onnx",
+    }
+    assert AutoConfig.from_pretrained(out).model_type == "bert"
+    assert (out / "tokenizer.json").is_file() and not list(out.rglob("*.py")) and not list(out.rglob("*.safetensors"))
+    record = json.loads((out / "export.json").read_text())
+    assert record["architecture"] == "BertForMaskedLM" and record["opset"] == 18
+    for file in out.rglob("*"):
+        assert not file.is_file() or str(small.parent).encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        (("--format", "gguf"), "The format 'gguf' is not known"),
+        (("--format", "onnx", "--weights", "int4"), "The weights 'int4' are not known; known are int8, float32, both."),
+        (("--format", "onnx", "--opset", "11"), "The opset 11 is not supported; supported are 18 to 23."),
+        (("--format", "onnx", "--dtype", "float16"), "The format 'onnx' has no dtype"),
+        (("--weights", "int8"), "The format 'checkpoint' has no weights"),
+    ],
+)
+def test_wrong_options_are_one_sentence(folders, tmp_path, options, sentence):
+    values = dict(zip([name.removeprefix("--") for name in options[::2]], options[1::2], strict=True))
+    values = {name: int(value) if name == "opset" else value for name, value in values.items()}
+    with pytest.raises(CompressionError) as caught:
+        export_folder(folders[0], tmp_path / "out", **values)
+    assert sentence in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_overwritten(folders):
+    done = run_cli("export", folders[0], folders[1], "--format", "onnx")
+    assert done.returncode == 1 and "exists" in error_of(done.stderr)
+
+
+def test_a_missing_package_is_named(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_offline_compress.export.onnx.folder.find_spec", lambda name: None if name == "onnx" else 1)
+    with pytest.raises(CompressionError, match=r"need onnx; install it with pip install 'hf-offline-compress\[onnx\]'"):
+        export_folder(folders[0], tmp_path / "out", format="onnx")
+
+
+def test_causal_models_are_refused(tmp_path):
+    base = make_model("gpt2", "GPT2LMHeadModel", layers=1)
+    recipe = Recipe("q", (Rule(Quantized(), ratio=4.0),), modules=("linears",))
+    compress(base, recipe, tokenizer=make_tokenizer("gpt2"), progress=False).save(tmp_path / "small")
+    with pytest.raises(CompressionError, match="GPT2LMHeadModel generates"):
+        export_folder(tmp_path / "small", tmp_path / "out", format="onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_search_example_needs_no_torch(folders, tmp_path):
+    example = Path(__file__).parent.parent / "examples/onnx_search.py"
+    (tmp_path / "lines.txt").write_text("\n".join(TEXTS[:20]))
+    block = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", block + "runpy.run_path(sys.argv[0], run_name='__main__')", str(example)]
+    arguments = [str(folders[1]), str(tmp_path / "lines.txt"), TEXTS[7], "--output", "logits"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert TEXTS[7] in done.stdout.splitlines()[0]
