@@ -112,7 +112,7 @@ def test_wrong_options_are_one_sentence(folders, tmp_path, options, sentence):
 
 def test_what_is_there_is_not_overwritten(folders):
     done = run_cli("export", folders[0], folders[1], "--format", "onnx")
-    assert done.returncode == 1 and "exists" in error_of(done.stderr)
+    assert done.returncode == 1 and "is not empty" in error_of(done.stderr)
 
 
 def test_a_missing_package_is_named(folders, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,9 @@ def check_packages() -> None:
         raise CompressionError(
             f"ONNX files need {listing(missing)}; install it with pip install 'hf-offline-compress[onnx]'."
         )
-    if find_spec("transformers.exporters") is None:
-        from transformers import __version__
-
-        raise CompressionError(f"ONNX files need transformers 5.23 or newer; {__version__} is installed.")
+    found = version("transformers")  # not imported: with it comes torch
+    if tuple(map(int, found.split(".")[:2])) < (5, 23):
+        raise CompressionError(f"ONNX files need transformers 5.23 or newer; {found} is installed.")
 
 
 def _has_token_types(folder: Path) -> bool:
