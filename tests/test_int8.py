@@ -259,6 +259,8 @@ def test_where_there_are_integers(monkeypatch):
         monkeypatch.setattr(engines_compressed, "saturates", lambda name: False)  # as with VNNI
         assert fast_engine().name == engines_compressed.FAST[family][0]
         assert type(execution_of("auto", "cpu", asked=True)).__name__ == "Int8"
+    monkeypatch.setattr(engines_compressed, "saturates", lambda name: True)  # as without: integers gain little there
+    assert type(execution_of("auto", "cpu", asked=True)).__name__ == "Decoded"
     monkeypatch.setattr(engines_compressed, "saturates", lambda name: None)
     assert type(execution_of("auto", "cpu", asked=True)).__name__ == "Decoded"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .engines_compressed import Engine, fast_engine, rounded, saturates
+from .engines_compressed import Engine, fast_engine, has_vnni, rounded, saturates
 from .numbers_compressed import takes_gradient, with_gradient, with_gradients_of
 
 logger = logging.get_logger(__name__)
@@ -273,7 +273,10 @@ def execution_of(decoding: str, device_type: str, asked: bool) -> Execution:
 
 
 def chosen(decoding: str, device_type: str) -> str:
-    """Return the decoding that "auto" stands for on a device; any other is itself."""
+    """Return the decoding that "auto" stands for on a device; any other is itself.
+
+    Without VNNI or its like integers were measured to gain little on a CPU, and at small batches nothing.
+    """
     if decoding != "auto":
         return decoding
-    return "cached" if why_not_int8(device_type) else "int8"
+    return "int8" if device_type == "cpu" and has_vnni() else "cached"

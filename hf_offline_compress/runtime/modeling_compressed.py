@@ -116,8 +116,8 @@ class CompressedModelMixin:
         Args:
             decoding: "cached", decoded once, at the first forward pass (as fast and as large as the dense model);
                 "on_the_fly", decoded at every use (slower; memory as on disk); "int8", once, to bytes with a scale for each
-                row, which a CPU's integer kernels multiply (faster than the dense model, a quarter of its memory, and
-                rounded); "auto", "int8" on a CPU that has such kernels, else "cached".
+                row, which a CPU's integer kernels multiply (a quarter of the dense layers' memory, rounded; how fast depends on
+                the CPU); "auto", "int8" on a CPU with VNNI or an ARM CPU, else "cached".
             max_bytes: with "cached", keep decoded weights of so many bytes in all, first come, first kept, and decode the
                 others at every use; by default all are kept.
 
