@@ -6,6 +6,7 @@ from common import TEXTS, make_model, make_tokenizer
 from test_calibration import matrices_of
 
 from hf_offline_compress import CompressionError
+from hf_offline_compress.measure import sensitivity
 from hf_offline_compress.measure.importance import measure_importance
 from hf_offline_compress.measure.texts import Batch, load_texts, make_batches
 
@@ -25,6 +26,12 @@ TASKS = [
     ("bert", "BertForQuestionAnswering"),
     ("gpt2", "GPT2ForQuestionAnswering"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def all_of_the_text(monkeypatch):
+    """Measure on every portion, as the loops here do, and not on one in two."""
+    monkeypatch.setattr(sensitivity, "PART", 1)
 
 
 def setting(model_type, head, **overrides):
