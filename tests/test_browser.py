@@ -17,6 +17,9 @@ import pytest
 import torch
 from common import WORDS, make_model, make_tokenizer
 
+from hf_offline_compress import Recipe, Rule, compress, export_folder
+from hf_offline_compress.structures import Trellis
+
 PAGE = Path(__file__).resolve().parents[1] / "examples/browser"
 SERVE = PAGE / "serve.py"
 
@@ -74,24 +77,17 @@ def drive(chromium):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with a small sentence encoder, in int8 and in float32, and with its embeddings by torch."""
-    exporters = pytest.importorskip("transformers.exporters.exporter_onnx")
-    quantization = pytest.importorskip("onnxruntime.quantization")
-    onnx_ir = pytest.importorskip("onnx_ir")
-    folder = tmp_path_factory.mktemp("models")
-    model = make_model("bert", "BertModel", layers=1, hidden_size=64, max_position_embeddings=128)
-    model.pooler = None
+    """A folder with a small sentence encoder, compressed and exported; with the compressed model itself."""
+    pytest.importorskip("onnxruntime")
+    home = tmp_path_factory.mktemp("encoder")
     tokenizer = make_tokenizer("bert")
     tokenizer.model_max_length = 128
-    onnx = folder / "tiny/onnx"
-    onnx.mkdir(parents=True)
-    inputs = dict(tokenizer(["the cat", "a dog sat on a mat"], padding=True, return_tensors="pt"))
-    exported = exporters.OnnxExporter().export(model, inputs, exporters.OnnxConfig(dynamic=True))
-    onnx_ir.save(exported.program, onnx / "model.onnx")
-    quantization.quantize_dynamic(onnx / "model.onnx", onnx / "model_quantized.onnx")
-    model.config.save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
-    return folder, model, tokenizer
+    base = make_model("bert", "BertModel", layers=1, hidden_size=64, max_position_embeddings=128)
+    recipe = Recipe("trellis", (Rule(Trellis(state_bits=8), ratio=5.0),), modules=(".+",))
+    result = compress(base, recipe, tokenizer=tokenizer, calibration=None, progress=False)
+    result.save(home / "small")
+    export_folder(home / "small", home / "models/tiny", format="onnx", weights="both")
+    return home / "models", result.model, tokenizer
 
 
 @torch.no_grad()
