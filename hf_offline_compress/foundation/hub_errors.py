@@ -88,7 +88,7 @@ def explain(error: BaseException, repository: str) -> str:
         return f"'{repository}' was changed by someone else at the same time"
     if status == 429:
         wait = waiting_time(error)
-        return "Too many requests to the Hub" + (f", and asks to wait {wait} seconds" if wait else "")
+        return "Too many requests to the Hub" + (f", which asks to wait {wait} seconds" if wait else "")
     if status is not None and status >= 500:
         return f"The Hub returned a server error (HTTP {status})"
     reason = " ".join(str(error).split())[:300].rstrip(".")
