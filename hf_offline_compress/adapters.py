@@ -23,7 +23,7 @@ def lora_config(**options: Any) -> Any:
         raise CompressionError("Adapters need peft: pip install peft.") from error
     from .runtime.layers_compressed import LINEARS
 
-    class CompressedLora(Linear):  # type: ignore[misc]
+    class CompressedLora(Linear):
         """A compressed linear layer with adapters beside it."""
 
         def merge(self, *args: Any, **kwargs: Any) -> None:

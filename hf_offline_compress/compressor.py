@@ -327,7 +327,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     """Return the compressed form of a model in memory; needs no network."""
     model, tokenizer, source, options = subject.model, subject.tokenizer, subject.source, request.options
     texts, validation, max_loss, progress = request.texts, request.validation, options.max_loss, options.progress
-    processes = launched_processes(options.device)
+    processes = launched_processes(str(options.device) if options.device is not None else None)
     progress = progress and processes.is_main
     config = model.config.to_dict()
     layout, wider = layout_of_model(model), dict[str, str]()

@@ -16,6 +16,7 @@ ROOMS = (
     ("structures",),
     ("architectures",),
     ("registration",),
+    ("adapters",),
     ("base",),
     ("request",),
     ("plan",),

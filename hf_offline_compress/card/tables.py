@@ -94,7 +94,7 @@ def _base_sizes(report: dict[str, Any]) -> list[tuple[str, float]]:
     if not report:
         return []
     totals, dtype, stored = report["totals"], report["dtype"], report["base"].get("weight_bytes")
-    lines = [("base, in float32", base_parameters(report) * FLOAT32)]
+    lines: list[tuple[str, float]] = [("base, in float32", base_parameters(report) * FLOAT32)]
     if stored:
         lines.append(("base, as stored", stored))
     elif dtype != "float32":

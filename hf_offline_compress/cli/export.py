@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,13 @@ def export(
         from ..export.dense import EXPORT_FILE
         from ..export.exporting import check_export, export_folder
 
-        options = {"format": format, "dtype": dtype, "weights": weights, "opset": opset, "overwrite": overwrite}
+        options: dict[str, Any] = {
+            "format": format,
+            "dtype": dtype,
+            "weights": weights,
+            "opset": opset,
+            "overwrite": overwrite,
+        }
         check_export(folder, out, **options)  # before torch is imported
         calm(quiet)
         export_folder(folder, out, **options)

@@ -81,7 +81,8 @@ def _options(name: str, dtype: str | None, weights: str | None, opset: int | Non
     """
     if name not in FORMATS:
         raise CompressionError(f"The format '{name}' is not known; known are {listing(FORMATS)}.")
-    own, other = {"dtype": dtype}, {"weights": weights, "opset": opset}
+    own: dict[str, Any] = {"dtype": dtype}
+    other: dict[str, Any] = {"weights": weights, "opset": opset}
     if name == "onnx":
         own, other = other, own
     if foreign := [option for option, value in other.items() if value is not None]:

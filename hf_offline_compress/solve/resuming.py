@@ -111,7 +111,7 @@ def kept_statistics(
         found = measure()
         if processes.is_main:
             run.put(STATISTICS, found)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def kept_solution(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ FLOAT, UINT8, INT8, INT32, INT64, BOOL = (
         ir.DataType.BOOL,
     )
 )
-Operand = ir.Value | Array | np.generic
+Operand: TypeAlias = "ir.Value | Array | np.generic"
 
 
 class GraphBuilder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -69,6 +71,6 @@ class LowRank(Source):
         return graph("Gather", latents, integers(*np.argsort(to_numpy(decoder.order))), axis=1)
 
 
-def decoder_of(weight: object) -> object:
+def decoder_of(weight: Any) -> Any:
     """Return the decoder that a compressed module calls, its own or a shared one."""
-    return weight.__dict__.get("_shared_decoder") or weight.decoder  # type: ignore[attr-defined]
+    return weight.__dict__.get("_shared_decoder") or weight.decoder

@@ -30,7 +30,7 @@ def stock_graph(model: Any, opset: int, token_types: bool) -> ir.Model:
 
     choices = (3,) if "MultipleChoice" in type(model).__name__ or "DoubleHeads" in type(model).__name__ else ()
     ids = torch.ones(2, *choices, 7, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if token_types and "token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     axes = {0: Dim.DYNAMIC, ids.dim() - 1: Dim.DYNAMIC}

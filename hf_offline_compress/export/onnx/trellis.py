@@ -10,7 +10,7 @@ whole and below 2²⁴.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -85,7 +85,7 @@ def pack_streams(weight: Any) -> tuple[Array, list[Streams]]:
         bits = (codes[:, :, None] >> np.arange(kind.bits)[::-1]) & 1
         stored = np.packbits(bits.reshape(kind.streams, -1).astype(np.uint8), axis=1)
         stored = np.pad(stored, ((0, 0), (BEFORE, 0)))
-        found.append(Streams(*list(vars(streams).values())[:7], stored.shape[1], first))
+        found.append(replace(streams, stream_bytes=stored.shape[1]))
         parts.append(stored.ravel())
         first += stored.size
     return np.concatenate(parts), found
