@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import CompressionError
+from .errors import CompressionError, needs_extra
 
 
 def lora_config(**options: Any) -> Any:
@@ -20,7 +20,7 @@ def lora_config(**options: Any) -> Any:
         from peft import LoraConfig
         from peft.tuners.lora import Linear
     except ImportError as error:
-        raise CompressionError("Adapters need peft: pip install peft.") from error
+        raise CompressionError(needs_extra("An adapter", "peft", "adapters")) from error
     from .runtime.layers_compressed import LINEARS
 
     class CompressedLora(Linear):

@@ -63,7 +63,7 @@ def test_every_command_takes_it(command, trained, base, text, in_process, tmp_pa
     said = capsys.readouterr().out
     assert not code, said
     if command == "inspect":
-        assert "saved anew after it was compressed" in said and "query_0" in said
+        assert "saved again after it was compressed" in said and "query_0" in said
     if command == "verify":
         assert "Trainer's files, including pickles, are left out of a push: checkpoint-1/" in said
 

@@ -178,8 +178,8 @@ def test_models_that_cannot_be_measured(monkeypatch):
     workers, unavailable = benchmarking._start(pair, list(benchmarking.MODELS), "cpu", None, 0, False)
     assert list(workers) == ["base", "bfloat16", "compressed"]
     assert unavailable[0]["name"] == "int8 (torch dynamic)"
-    assert [item["reason"][:17] for item in unavailable] == ["no kernels", "nothing is decode"]
-    assert closed == ["int8 (torch dynamic)", "compressed, on the fly"]
+    assert [item["reason"][:17] for item in unavailable] == ["no kernels", "nothing is decode", "nothing is decode"]
+    assert closed == ["int8 (torch dynamic)", "compressed, on the fly", "compressed, int8"]
     workers, unavailable = benchmarking._start(pair, ["int8", "base"], "cuda", None, 0, False)
     assert "CPU only" in unavailable[0]["reason"]
 

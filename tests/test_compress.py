@@ -355,7 +355,7 @@ def test_a_failure_while_saving_leaves_what_was_there(base, tmp_path, monkeypatc
         result.save(target)
         (target / "mark").write_text("old")
 
-    def fail(*args):
+    def fail(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_offline_compress.artifact.writing.copy_companions", fail)
@@ -435,7 +435,7 @@ def test_validation_text_chooses_and_is_recorded(base):
 
 def test_validation_needs_a_language_model(tmp_path):
     body = save_base(tmp_path / "body", "bert", "BertModel")
-    with pytest.raises(CompressionError, match="perplexity, which BertModel has none of"):
+    with pytest.raises(CompressionError, match="perplexity, and BertModel is not a language model"):
         quick(body, "ae", validation=TEXTS)
     with pytest.raises(CompressionError, match="There is no validation file 'nowhere.txt'"):
         quick(body, "ae", validation="nowhere.txt")

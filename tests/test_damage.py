@@ -400,7 +400,7 @@ READERS = {
     "tokenizer_config.json": ("evaluate", "export"),
 }
 NAMED = {WEIGHTS: "model.safetensors|weights", "tokenizer_config.json": "tokenizer"}
-ADVICE = "[Gg]et |Delete it|[Dd]elete|compress |[Ss]ave it|move it away|Fix it|pass |make it again|export needs"
+ADVICE = "[Gg]et |[Dd]ownload it|Delete it|[Dd]elete|compress |[Ss]ave it|move it away|Fix it|pass |make it again|export needs"
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -26,7 +26,7 @@ from hf_offline_compress.evaluate.task_data import Example, load_splits, load_tr
 from hf_offline_compress.evaluate.tasks import TASKS, TaskSettings, find_task
 from hf_offline_compress.evaluate.text_evaluation import TextSettings
 from hf_offline_compress.foundation.processes import Processes
-from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.agreement import agreement
 from hf_offline_compress.metrics.perplexity import masked_lines, masked_perplexity
 from hf_offline_compress.metrics.predictions import class_agreement, language_agreement
 from hf_offline_compress.metrics.pseudo_perplexity import pseudo_perplexity
@@ -646,7 +646,7 @@ def test_code_in_the_folder_is_not_run(clean):
         ("causal", {"text": LINES, "measures": ["pseudo_perplexity"]}, "needs a masked language model, and GPT2LM"),
         ("masked", {"text": ["short"]}, "None of the 1 lines"),
         ("body", {"text": "nowhere.txt"}, "There is no evaluation text file 'nowhere.txt'"),
-        ("body", {"text": "none"}, "is no text"),
+        ("body", {"text": "none"}, "cannot be 'none'"),
         ("body", {"task": "sst3"}, "There is no task 'sst3'"),
         ("body", {"task": "sst2", "data": "x.csv"}, "is a RobertaModel, and sst2 needs a model ForSequenceClass"),
         ("classifier", {"task": "sst2", "data": "x.csv"}, "There is no data file 'x.csv'"),
@@ -715,7 +715,7 @@ def test_processes_share_batches(monkeypatch):
 
     everyone = []
     monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: everyone[0] + mine)
-    everyone.append([(1, "b"), (3, "d")])
+    everyone.append([[(1, "b"), (3, "d")]])
     done = []
     found = Processes(0, 2).map(lambda item: done.append(item) or item, ["a", "b", "c", "d", "e"])
     assert done == ["a", "c", "e"] and found == ["a", "b", "c", "d", "e"]

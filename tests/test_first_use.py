@@ -118,7 +118,7 @@ SLOW = {
     "benchmark": ("hf_offline_compress.evaluate.benchmarking.benchmark_folder", ("benchmark", "x")),
     "card": ("hf_offline_compress.card.write_card", ("card", "x")),
     "verify": ("hf_offline_compress.verifying.verify_folder", ("verify", "x")),
-    "push": ("hf_offline_compress.hub.push_folder", ("push", "x", "me/x")),
+    "push": ("hf_offline_compress.hub.push.push_folder", ("push", "x", "me/x")),
     "export": ("hf_offline_compress.export.exporting.check_export", ("export", "x", "{tmp}/o")),
     "presets": ("hf_offline_compress.cli.presets.print_json", ("presets", "--json")),
 }

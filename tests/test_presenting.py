@@ -190,8 +190,8 @@ def test_a_bert_takes_the_tokens_of_another_familys_tokenizer(tmp_path):
         hidden = batch.attention_mask == 0
         assert (batch.input_ids[hidden] == pad).all() and not (batch.input_ids[~hidden] == pad).any()
         assert (batch.input_ids[:, 0] == begin).all() and (batch.input_ids == mask).any()
-    counts = count_tokens(text, tokenizer, masked=True, positions=40, rows=len(tokenizer))
-    assert counts[pad] == 0 and counts[mask] > 0 and counts[begin] == len(TEXTS)
+    counts = count_tokens(text, tokenizer, masked=True, positions=40, rows=len(tokenizer)).tokens
+    assert counts[pad] == 0 and counts[mask] > 0 and counts[begin] >= len(TEXTS)
 
     seen = []
     handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)

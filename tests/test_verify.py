@@ -197,7 +197,11 @@ TAMPERED = {
         "weights",
         "extra.safetensors is not among",
     ),
-    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "formats", "no safetensors file"),
+    "no safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
+        "formats",
+        "is not a safetensors file",
+    ),
     "a pickle": (lambda f: torch.save({}, f / "optimizer.pt"), "formats", "optimizer.pt is a pickle"),
     "a pickle by content": (lambda f: torch.save({}, f / "scheduler"), "formats", "scheduler is a pickle"),
     "an old pickle": (lambda f: (f / "x").write_bytes(b"\x80\x04\x95."), "formats", "x is a pickle"),

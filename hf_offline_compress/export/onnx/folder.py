@@ -11,7 +11,7 @@ from typing import Any
 
 from ...artifact.reading import ADVICE, REPORT_FILE, compressed_config
 from ...base.checkpoint import copy_companions
-from ...errors import CompressionError, listing
+from ...errors import CompressionError, listing, needs_extra
 from ...foundation.files import whole_folder
 from ...foundation.progress import stage
 from ...foundation.tensor_files import check_weights
@@ -101,9 +101,7 @@ def check_onnx_export(
 def check_packages() -> None:
     """Raise CompressionError unless all is there that makes ONNX files."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise CompressionError(
-            f"ONNX files need {listing(missing)}; install it with pip install 'hf-offline-compress[onnx]'."
-        )
+        raise CompressionError(needs_extra("An ONNX file", listing(missing), "onnx"))
     found = version("transformers")  # not imported: with it comes torch
     if tuple(map(int, found.split(".")[:2])) < (5, 23):
         raise CompressionError(f"ONNX files need transformers 5.23 or newer; {found} is installed.")
