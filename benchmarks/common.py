@@ -25,7 +25,7 @@ from hf_offline_compress.artifact.building import reconstructed
 from hf_offline_compress.compressor import CompressionResult
 from hf_offline_compress.evaluate import sentence_embeddings
 from hf_offline_compress.measure.statistics import Statistics
-from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.agreement import agreement
 from hf_offline_compress.metrics.perplexity import perplexity
 from hf_offline_compress.plan.make import Group, make_plan
 from hf_offline_compress.request.recipe import Recipe

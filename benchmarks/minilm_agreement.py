@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_offline_compress import compress
 from hf_offline_compress.evaluate import sentence_embeddings
-from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.agreement import agreement
 
 
 def sentences(path: Path) -> list[str]:

@@ -42,7 +42,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from hf_offline_compress import Recipe, compress
 from hf_offline_compress.errors import CompressionError
 from hf_offline_compress.evaluate import sentence_embeddings
-from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.agreement import agreement
 from hf_offline_compress.metrics.perplexity import perplexity
 from hf_offline_compress.plan.make import Plan, make_plan
 from hf_offline_compress.request.budget import Budget

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_offline_compress
 from hf_offline_compress.evaluate import sentence_embeddings
-from hf_offline_compress.metrics import agreement
+from hf_offline_compress.metrics.agreement import agreement
 from hf_offline_compress.metrics.perplexity import causal_perplexity
 
 LANGUAGES = ("en", "de", "fr", "es", "zh")

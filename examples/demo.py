@@ -101,7 +101,7 @@ def comparison(base: str, recipe: str, max_bytes: str | None, out: Path) -> None
     """Compress, load all in fresh processes, and print how they compare."""
     from hf_offline_compress.artifact.reading import inspect_folder
     from hf_offline_compress.base.checkpoint import resolve_base
-    from hf_offline_compress.metrics import agreement
+    from hf_offline_compress.metrics.agreement import agreement
 
     source = resolve_base(base)
     with tempfile.TemporaryDirectory() as scratch:
