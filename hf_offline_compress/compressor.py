@@ -57,7 +57,7 @@ from .solve.groups import solve_groups
 from .solve.judge import check_judged, perplexity_judge
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
-from .vocabulary import PrunedVocabulary, prune_vocabulary
+from .vocabulary import PrunedVocabulary, prune_vocabulary, vocabulary_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -298,10 +298,7 @@ def _pruned(
     """Return the vocabulary that was asked for; what the model reads with its texts, as prompts, stays too."""
     asked = request.recipe.vocabulary
     assert asked is not None
-    text = load_texts(asked.text, "vocabulary text")
-    assert text is not None
-    if tokenizer is not None:
-        text = presented(text, tokenizer, prompts=prompts_of(pipeline_root(source.folder)) if source else (), chat=True)
+    text = vocabulary_text(asked, tokenizer, source.folder if source else None)
     judged = {"calibration": request.texts, "validation": request.validation}
     with clock("vocabulary"), stage("pruning the vocabulary"):
         return prune_vocabulary(asked, text, tokenizer, config, name=name, generation=generation, judged=judged)

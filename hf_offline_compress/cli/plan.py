@@ -77,23 +77,18 @@ def _code_bytes() -> int:
 
 def _pruned(base: str, asked: Vocabulary, options: CompressionOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the config with a pruned vocabulary, and the record of what was pruned."""
-    from ..base.checkpoint import load_tokenizer, pipeline_root, resolve_tokenizer
-    from ..base.texts import prompts_of
+    from ..base.checkpoint import load_tokenizer, resolve_tokenizer
     from ..foundation.files import read_json
-    from ..measure.presenting import presented
     from ..measure.texts import load_texts
-    from ..vocabulary import prune_vocabulary
+    from ..vocabulary import prune_vocabulary, vocabulary_text
 
-    text = load_texts(asked.text, "vocabulary text")
     judged = {
         "calibration": load_texts(options.calibration),
         "validation": load_texts(options.validation, "validation"),
     }
     source = resolve_tokenizer(base, revision=options.revision)
     tokenizer = load_tokenizer(source)
-    assert text is not None  # a recipe's vocabulary names one
-    if tokenizer is not None:
-        text = presented(text, tokenizer, prompts=prompts_of(pipeline_root(source.folder)), chat=True)
+    text = vocabulary_text(asked, tokenizer, source.folder)
     generation = read_json(source.folder / "generation_config.json")
     found = prune_vocabulary(
         asked, text, tokenizer, source.config, name=source.name, generation=generation, judged=judged

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ..architectures.families import family_of
+from ..base.checkpoint import pipeline_root
+from ..base.texts import prompts_of
 from ..errors import CompressionError, refusing
-from ..measure.texts import CalibrationText
+from ..measure.presenting import presented
+from ..measure.texts import CalibrationText, load_texts
 from ..request.vocabulary import Vocabulary
 from .coverage import counted, coverage_of
 from .numbers import named_ids, renumbered
@@ -67,6 +70,24 @@ class PrunedVocabulary:
     @property
     def _numbers(self) -> dict[int, int]:
         return {old: new for new, old in enumerate(self.rows)}
+
+
+def vocabulary_text(asked: Vocabulary, tokenizer: Any, folder: Path | None) -> CalibrationText:
+    """Return the text whose tokens stay, with what the model reads around it: a base's prompts, or its chat template.
+
+    Args:
+        asked: names the text.
+        tokenizer: of the base, if it has one.
+        folder: of the base; None for a model in memory.
+
+    Raises:
+        CompressionError: the text cannot be read.
+    """
+    text = load_texts(asked.text, "vocabulary text")
+    assert text is not None  # a recipe's vocabulary names one
+    if tokenizer is None:
+        return text
+    return presented(text, tokenizer, prompts=prompts_of(pipeline_root(folder)) if folder else (), chat=True)
 
 
 def prune_vocabulary(
