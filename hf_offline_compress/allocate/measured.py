@@ -96,12 +96,12 @@ def _by_measure(
     prefix = offers.plan.layout.prefix
     factors: dict[str, float] = {}
     least: dict[str, int] = {}
-    known: list[_Tried] = []
+    known: dict[Group, _Tried] = {}
     best: tuple[Plan, list[_Tried]] | None = None
     history: list[Round] = []
     for _ in range(rounds + 1):
         plan = offers.sized(factors, least)
-        new = [group for group in plan.groups if not any(tried.group == group for tried in known)]
+        new = [group for group in plan.groups if group not in known]
         tensors, reports, wider = solve(replace(plan, groups=tuple(new)))
         if wider:
             return plan, ({}, [], wider), history
@@ -113,8 +113,8 @@ def _by_measure(
             tried = _Tried(group, {name: tensors[name] for name in names}, report)
             forecast = divergence.of_curvature * offers.forecast(group)
             measured = divergence.of(tried.weights(prefix), EVERY)
-            known.append(replace(tried, report=replace(report, forecast=forecast, measured=measured)))
-        found = [next(tried for tried in known if tried.group == group) for group in plan.groups]
+            known[group] = replace(tried, report=replace(report, forecast=forecast, measured=measured))
+        found = [known[group] for group in plan.groups]
         measured = divergence.of([pair for tried in found for pair in tried.weights(prefix)])
         history.append(Round(sum(tried.report.forecast or 0.0 for tried in found), measured))
         logger.info("allocated by measure: forecast %.4g, measured %.4g", history[-1].forecast, measured)
@@ -130,7 +130,7 @@ def _by_measure(
 
 
 def _learn(tried: _Tried, factors: dict[str, float], least: dict[str, int]) -> None:
-    """Let a group's forecast hear of what was measured, and of that zeros would have been nearer."""
+    """Correct a group's forecast by what was measured; where zeros would have been nearer, ask for more bytes."""
     group, report = tried.group, tried.report
     believed = factors.get(group.name, 1.0)
     expected, measured = believed * (report.forecast or 0.0), report.measured or 0.0
