@@ -146,6 +146,19 @@ def save_base(folder: Path, model_type: str, head: str, **overrides: Any) -> Pat
     return folder
 
 
+def save_inputs(folder, recipe):
+    """Save a masked BERT, a recipe and a text into a folder, and return them as the command line takes them."""
+    save_base(folder / "base", "bert", "BertForMaskedLM")
+    (folder / "mine.yaml").write_text(recipe)
+    (folder / "text.txt").write_text("\n".join(TEXTS))
+    return folder / "base", folder / "mine.yaml", folder / "text.txt"
+
+
+def content(folder):
+    """Return the bytes of a folder's weights and config."""
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+
+
 @torch.no_grad()
 def outputs_of(model: Any, head: str) -> torch.Tensor:
     """Return all float outputs of a model on `inputs_for(head)`, flat."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import TEXTS, error_of, run_cli, save_base
+from common import TEXTS, content, error_of, run_cli, save_inputs
 
 from hf_offline_compress import CompressionError, compress, compressor
 from hf_offline_compress.cli import app
@@ -70,15 +70,7 @@ for cut in cuts:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     """Return base, recipe and text, as files."""
-    folder = tmp_path_factory.mktemp("given")
-    save_base(folder / "base", "bert", "BertForMaskedLM")
-    (folder / "mine.yaml").write_text(RECIPE)
-    (folder / "text.txt").write_text("\n".join(TEXTS))
-    return folder / "base", folder / "mine.yaml", folder / "text.txt"
-
-
-def content(folder):
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    return save_inputs(tmp_path_factory.mktemp("given"), RECIPE)
 
 
 def launch(given, out, *cuts):

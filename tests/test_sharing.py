@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from common import TEXTS, save_base
+from common import content, save_inputs
 
 from hf_offline_compress import compress
 from hf_offline_compress.foundation.processes import Processes
@@ -72,11 +72,7 @@ for end in ends:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     """Return base, recipe and text, as files."""
-    folder = tmp_path_factory.mktemp("given")
-    save_base(folder / "base", "bert", "BertForMaskedLM")
-    (folder / "mine.yaml").write_text(RECIPE)
-    (folder / "text.txt").write_text("\n".join(TEXTS))
-    return folder / "base", folder / "mine.yaml", folder / "text.txt"
+    return save_inputs(tmp_path_factory.mktemp("given"), RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +86,6 @@ def alone(given, tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
     return content(result.save(tmp_path_factory.mktemp("alone") / "out"))
-
-
-def content(folder):
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
 
 
 def launched(command):
