@@ -1,17 +1,21 @@
 """Measured allocation: what exchanging weights really does, and what follows from it."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from common import TEXTS, make_model, make_tokenizer
 
-from hf_offline_compress import CompressionError, compress
+from hf_offline_compress import CompressionError, Recipe, Rule, compress, make_plan
+from hf_offline_compress.allocate.measured import _by_measure
 from hf_offline_compress.architectures.families import objective_of
 from hf_offline_compress.architectures.stock import layout_of_model
+from hf_offline_compress.artifact.report import GroupReport
 from hf_offline_compress.measure.divergence import Divergence, exchanged
 from hf_offline_compress.measure.texts import Batch, batches_apart, load_texts, make_batches
 from hf_offline_compress.request.effort import EFFORTS
+from hf_offline_compress.structures import LowRank
 
 MASK = 4
 
@@ -138,3 +142,75 @@ def test_rounds_are_reported_and_never_end_worse(model_type, head, effort):
 def test_an_effort_that_is_none():
     with pytest.raises(CompressionError, match="The effort 'much' is unknown; known are fast, default"):
         compress("nowhere", "tiny", effort="much")
+
+
+class Script:
+    """Offers, a divergence and a solver in one, which say what they are told to: one plan and one loss a round."""
+
+    of_curvature = 0.5
+
+    def __init__(self, plan, sizes, alone, together, error=0.5):
+        self.plan, self.error = plan, error
+        self.plans = [replace(plan, groups=tuple(replace(g, size=size) for g in plan.groups)) for size in sizes]
+        self.alone, self.together = list(alone), list(together)
+        self.asked, self.solved = [], []
+
+    def sized(self, factors, least):
+        self.asked.append((dict(factors), dict(least)))
+        return self.plans[len(self.asked) - 1]
+
+    def forecast(self, group):
+        return 0.4
+
+    def of(self, replaced, every=1):
+        return self.together.pop(0) if every == 1 else self.alone.pop(0)
+
+    def solve(self, plan):
+        self.solved.append([(group.name, group.size) for group in plan.groups])
+        tensors = {name: torch.zeros(shape) for name, (shape, _) in plan.tensors().items()}
+        reports = [
+            GroupReport(
+                g.name, "query", "low_rank", g.size, (), 1, 1, 1, 1, 1.0, "float32", {}, self.error, 0.0, None, 0.0
+            )
+            for g in plan.groups
+        ]
+        return tensors, reports, {}
+
+    def run(self, rounds):
+        return _by_measure(self, self, self.solve, rounds)
+
+
+@pytest.fixture
+def planned():
+    model = make_model("bert", "BertModel", layers=1)
+    recipe = Recipe("x", (Rule(LowRank()),), modules=("query", "key"))
+    return make_plan(model.config.to_dict(), recipe, architecture="BertModel")
+
+
+def test_forecasts_are_corrected_by_the_root_of_what_they_are_off_by(planned):
+    script = Script(planned, [2, 3], alone=[0.8, 0.05, 0.2, 0.2], together=[1.0, 0.9])
+    _, (_, reports, _), rounds = script.run(1)
+    first, second = (group.name for group in planned.groups)
+    # forecast 0.5 × 0.4 = 0.2: measured four times as much, and a quarter
+    assert script.asked == [({}, {}), ({first: pytest.approx(2.0), second: pytest.approx(0.5)}, {})]
+    assert [(r.forecast, r.measured) for r in reports] == [(0.2, 0.2)] * 2
+    assert [(step.forecast, step.measured) for step in rounds] == [(pytest.approx(0.4), 1.0), (pytest.approx(0.4), 0.9)]
+
+
+def test_the_best_round_is_kept_and_a_worse_one_is_the_last(planned):
+    script = Script(planned, [2, 3, 4, 5], alone=[0.2] * 8, together=[1.0, 0.7, 0.8, 0.1])
+    plan, (tensors, _, _), rounds = script.run(3)
+    assert [step.measured for step in rounds] == [1.0, 0.7, 0.8]
+    assert {group.size for group in plan.groups} == {3} and tensors.keys() == plan.tensors().keys()
+
+
+def test_what_is_solved_once_is_not_solved_again(planned):
+    script = Script(planned, [2, 3, 2], alone=[0.2] * 4, together=[1.0, 0.9, 0.8])
+    plan, _, _ = script.run(2)
+    assert [len(groups) for groups in script.solved] == [2, 2, 0] and {group.size for group in plan.groups} == {2}
+
+
+def test_a_group_that_zeros_would_be_nearer_to_must_get_more(planned):
+    script = Script(planned, [2, 3], alone=[0.2] * 4, together=[1.0, 0.9], error=1.2)
+    script.run(1)
+    assert script.asked[1][1] == {group.name: group.stored_bytes for group in script.plans[0].groups}
