@@ -497,3 +497,10 @@ def test_members_that_are_asked_for_one_by_one_leave_the_mode_of_gradients(grad)
             assert not next(weights).requires_grad and torch.is_grad_enabled() is grad
         weights.close()
         assert torch.is_grad_enabled() is grad
+
+
+def test_a_plan_is_made_once(base, monkeypatch):
+    made, make = [], compressor.make_plan
+    monkeypatch.setattr(compressor, "make_plan", lambda *args, **options: made.append(args) or make(*args, **options))
+    quick(base)
+    assert len(made) == 1
