@@ -12,8 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-OPSET = 18
-
 
 def stock_graph(model: Any, opset: int, token_types: bool) -> ir.Model:
     """Return the graph of a stock model without a cache, with its matrices as inputs, by the names of their parameters.
