@@ -41,7 +41,7 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, nanobeir or nanobeir:SET",
+            help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, nanobeir[:SET] or classification[:SET]",
             show_default=False,
         ),
     ] = None,
@@ -60,10 +60,16 @@ def evaluate(
     ] = None,
     fine_tune: Annotated[bool, typer.Option("--fine-tune", help="train both models on the task first")] = False,
     train_data: Annotated[
-        Path | None, typer.Option(help=f"a CSV or JSON file to train on {TUNING}", show_default=False)
+        Path | None,
+        typer.Option(help="a CSV or JSON file to train on, of fine-tuning and classification", show_default=False),
     ] = None,
     train_limit: Annotated[
-        int | None, typer.Option(min=1, help="at most this many training examples", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="at most this many training examples; for classification per class (default: 8)",
+            show_default=False,
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"{TUNING} (default: 2e-5, squad 3e-5)", show_default=False)
@@ -73,7 +79,10 @@ def evaluate(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help=f"{TUNING} (default: 3)", show_default=False)] = None,
     length: Annotated[
-        int | None, typer.Option(min=8, help="tokens per example (default: 128, squad 384)", show_default=False)
+        int | None,
+        typer.Option(
+            min=8, help="tokens per example (default: 128, squad 384, classification 512)", show_default=False
+        ),
     ] = None,
     share: Annotated[float, typer.Option(help="share of tokens to mask, as whole words")] = 0.15,
     block: Annotated[
@@ -107,11 +116,12 @@ def evaluate(
 
         with stage("importing torch and transformers"):
             from ..evaluate.evaluation import evaluate_folder
+            from ..evaluate.linear_probe import is_linear_probe
         from ..evaluate.tasks import TaskSettings
         from ..evaluate.text_evaluation import TextSettings
 
         settings = TaskSettings(learning_rate, train_batch_size, length, stride, epochs, train_limit)
-        training = (learning_rate, train_batch_size, epochs, train_limit)
+        training = (learning_rate, train_batch_size, epochs, train_limit if not is_linear_probe(task) else None)
         if not fine_tune and any(value is not None for value in training):
             raise CompressionError("Settings of training belong to --fine-tune; add it, or leave them out.")
         unsaved = None

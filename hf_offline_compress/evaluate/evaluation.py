@@ -10,6 +10,7 @@ from ..foundation.arguments import seed_of
 from ..foundation.processes import launched_processes
 from ..measure.texts import load_texts
 from ..metrics.scores import require
+from .linear_probe import check_linear_probe, evaluate_linear_probe, is_linear_probe
 from .pair import find_pair
 from .records import Evaluation, check_writable, saving, write_evaluations
 from .retrieval import evaluate_retrieval, is_retrieval
@@ -50,9 +51,10 @@ def evaluate_folder(
         folder: that this package has written. Its weights are read; code in it is never run.
         base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
         text: to measure perplexity and agreement on: a file with one text per line, a data set's name, or texts.
-        task: one of `tasks.TASKS`, e.g. "sst2" or "squad"; "nanobeir", or one of its sets, e.g. "nanobeir:NFCorpus".
+        task: one of `tasks.TASKS`, e.g. "sst2" or "squad"; "nanobeir", or one of its sets, e.g. "nanobeir:NFCorpus";
+            "classification", by a logistic regression on embeddings, or with a data set, e.g. "classification:banking77".
         data: local CSV or JSON file in the place of the task's data set on the Hub; of retrieval a folder as BEIR has them.
-        train_data: the same, for fine-tuning.
+        train_data: the same, for fine-tuning and for "classification".
         columns: of these files: those of the texts, then that of the label, by name or by number from 1; found by their
             names if not given.
         measures: on the text: "perplexity", "pseudo_perplexity", "agreement"; by default agreement, and perplexity of
@@ -73,11 +75,14 @@ def evaluate_folder(
         CompressionError: something of this cannot be done. Nothing is written then.
         UnsavedError: it was evaluated, but cannot be written; it has the result.
     """
-    _check_request(text, task, data, train_data, columns, fine_tune, dtype, limit)
+    _check_request(text, task, data, train_data, columns, task_settings, fine_tune, dtype, limit)
     retrieval = is_retrieval(task)
-    found_task = find_task(task) if task is not None and not retrieval else None
+    linear_probe = is_linear_probe(task)
+    found_task = find_task(task) if task is not None and not retrieval and not linear_probe else None
     if found_task is not None:
         require("sklearn", "scipy")
+    if linear_probe:
+        require("sklearn", *(("datasets",) if data is None else ()))
     loaded = load_texts(text, "evaluation text") if text is not None else None
     if text is not None and loaded is None:
         raise CompressionError("The evaluation text cannot be 'none'; pass a file with one text per line.")
@@ -113,6 +118,24 @@ def evaluate_folder(
             processes=processes,
             progress=progress,
         )
+    if linear_probe:
+        asked = task_settings or TaskSettings()
+        item = evaluate_linear_probe(
+            pair,
+            str(task),
+            data=data,
+            train_data=train_data,
+            columns=columns,
+            length=asked.length,
+            per_class=asked.limit,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            dtype=dtype,
+            processes=processes,
+            progress=progress,
+        )
+        found.append(item)
     if found_task is not None:
         item = evaluate_task(
             pair,
@@ -145,6 +168,7 @@ def _check_request(
     data: str | Path | None,
     train_data: str | Path | None,
     columns: Sequence[str] | None,
+    task_settings: TaskSettings | None,
     fine_tune: bool,
     dtype: str,
     limit: int | None,
@@ -162,3 +186,10 @@ def _check_request(
         raise CompressionError(
             f"Retrieval is not trained, and its files have fixed columns; {task} takes --data alone."
         )
+    if is_linear_probe(task):
+        if fine_tune:
+            raise CompressionError(
+                f"{task} trains a classifier on embeddings, not the models; leave --fine-tune out, or fine-tune on sst2 with "
+                "your files."
+            )
+        check_linear_probe(str(task), data, train_data, task_settings or TaskSettings())

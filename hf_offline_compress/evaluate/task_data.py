@@ -75,6 +75,22 @@ def load_training(task: Task, file: str | Path | None, columns: Sequence[str] | 
 
 
 def _from_hub(task: Task, split: str, suffix: str, limit: int | None) -> Split:
+    where = " ".join(part for part in (task.dataset, task.config, split) if part)
+    rows, data = rows_from_hub(task, split, limit)
+    return Split(_examples(task, rows, None, where), data, suffix)
+
+
+def _from_file(task: Task, path: Path, columns: Sequence[str] | None, limit: int | None) -> Split:
+    rows, data = rows_from_file(task, path, columns, limit)
+    return Split(_examples(task, rows, columns, path.name), data)
+
+
+def rows_from_hub(task: Task, split: str, limit: int | None) -> tuple[list[Row], Data]:
+    """Return at most `limit` rows of a split of the task's data set on the Hub, as it has them.
+
+    Raises:
+        CompressionError: it cannot be loaded.
+    """
     import datasets
 
     where = " ".join(part for part in (task.dataset, task.config, split) if part)
@@ -85,16 +101,19 @@ def _from_hub(task: Task, split: str, suffix: str, limit: int | None) -> Split:
             f"The data set '{where}' could not be loaded; pass a local file with --data (data=): "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
-    rows = [dict(row) for row in (found.select(range(min(limit, len(found)))) if limit else found)]
+    rows: list[Row] = [dict(row) for row in (found.select(range(min(limit, len(found)))) if limit else found)]
     commits = [
         match[1] for key in (found.info.download_checksums or {}) if (match := re.search(r"@([0-9a-f]{40})/", str(key)))
     ]
-    examples = _examples(task, rows, None, where)
-    data = Data(task.dataset, len(examples), task.config, split, commits[0] if commits else None)
-    return Split(examples, data, suffix)
+    return rows, Data(task.dataset, len(rows), task.config, split, commits[0] if commits else None)
 
 
-def _from_file(task: Task, path: Path, columns: Sequence[str] | None, limit: int | None) -> Split:
+def rows_from_file(task: Task, path: Path, columns: Sequence[str] | None, limit: int | None) -> tuple[list[Row], Data]:
+    """Return at most `limit` rows of a local file; see `load_splits`.
+
+    Raises:
+        CompressionError: there is no such file, it cannot be read, or it has no row.
+    """
     if not path.is_file() or path.suffix not in SUFFIXES:
         raise CompressionError(
             f"There is no data file '{path}'; pass one of {listing(SUFFIXES)}."
@@ -117,9 +136,8 @@ def _from_file(task: Task, path: Path, columns: Sequence[str] | None, limit: int
             raise CompressionError(
                 f"Example {number} of the data file '{path.name}' is not a mapping; pass a list of objects with named columns."
             )
-    examples = _examples(task, rows[:limit] if limit else rows, columns, path.name)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Split(examples, Data(path.name, len(examples), sha256=digest))
+    rows = rows[:limit]
+    return rows, Data(path.name, len(rows), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _read_csv(task: Task, path: Path, columns: Sequence[str] | None) -> list[Row]:
@@ -162,7 +180,7 @@ def _read_json(path: Path) -> list[Row]:
 def _examples(task: Task, rows: Sequence[Row], columns: Sequence[str] | None, source: str) -> tuple[Example, ...]:
     if task.kind == "question answering":
         return tuple(_question(row, columns, source) for row in rows)
-    *texts, label = _columns(task, rows[0], columns, source)
+    *texts, label = find_columns(task, rows[0], columns, source)
     found = []
     for number, row in enumerate(rows, start=1):
         if lacking := [column for column in (*texts, label) if column not in row]:
@@ -172,8 +190,12 @@ def _examples(task: Task, rows: Sequence[Row], columns: Sequence[str] | None, so
     return tuple(found)
 
 
-def _columns(task: Task, row: Row, columns: Sequence[str] | None, source: str) -> list[str]:
-    """Return the names of the columns of the texts and of the label."""
+def find_columns(task: Task, row: Row, columns: Sequence[str] | None, source: str) -> list[str]:
+    """Return the names of the columns of the texts and of the label.
+
+    Raises:
+        CompressionError: the given columns are not in the row, or none are given and they cannot be told by their names.
+    """
     wanted = [*task.texts, LABEL_COLUMNS]
     if columns is not None:
         if len(columns) != len(wanted) or any(column not in row for column in columns):

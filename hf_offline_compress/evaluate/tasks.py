@@ -70,7 +70,7 @@ class TaskSettings:
         length: GLUE 128, SQuAD 384.
         stride: 128.
         epochs: 3.
-        limit: none.
+        limit: none; of "classification", examples of each class: as many as MTEB draws.
     """
 
     learning_rate: float | None = None
