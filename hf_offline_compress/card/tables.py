@@ -74,7 +74,7 @@ def headline(inputs: CardInputs) -> str:
         evaluation, metric = found
         header.append(f"{cell(metric['name'])} on {data_name(evaluation)} {ARROWS.get(metric.get('better', ''), '')}")
         base, own = value(metric.get("base")), value(metric["compressed"])
-    rows = [[name, count(size), f"{size / MEGA:.2f}", ""][: len(header)] for name, size in _base_sizes(inputs.report)]
+    rows = [[name, count(size), f"{size / MEGA:.2f}", ""][: len(header)] for name, size in base_sizes(inputs.report)]
     if not rows and found:
         rows = [["base", NOTHING, NOTHING, ""]]
     rows.append(["**this model**", f"**{count(inputs.weight_bytes)}**", f"**{inputs.weight_bytes / MEGA:.2f}**"])
@@ -89,7 +89,7 @@ def base_parameters(report: dict[str, Any]) -> int:
     return int(report["totals"]["parameters"] + (report.get("vocabulary") or {}).get("removed_parameters", 0))
 
 
-def _base_sizes(report: dict[str, Any]) -> list[tuple[str, float]]:
+def base_sizes(report: dict[str, Any]) -> list[tuple[str, float]]:
     """Return what the base takes, in words and bytes; nothing where there is no report."""
     if not report:
         return []

@@ -104,6 +104,12 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="dtype to compute in: float32, bfloat16, float16")] = "float32",
     device: Device = None,
     revision: Revision = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="an .html or .md file to write all evaluations of FOLDER to, with figures", show_default=False
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -146,6 +152,7 @@ def evaluate(
                 dtype=dtype,
                 device=device,
                 revision=revision,
+                report=report,
                 progress=not quiet,
             )
         except UnsavedError as error:
@@ -162,7 +169,7 @@ def evaluate(
             ]
             print_table(("evaluation", "metric", "base", "compressed", "better"), rows)
             if not unsaved:
-                print(f"\nadded to {folder / 'evaluation.json'}")
+                print(f"\nadded to {folder / 'evaluation.json'}{f'; report in {report}' if report else ''}")
         if unsaved:
             raise unsaved
 

@@ -12,7 +12,8 @@ from ..measure.texts import load_texts
 from ..metrics.scores import require
 from .linear_probe import check_linear_probe, evaluate_linear_probe, is_linear_probe
 from .pair import find_pair
-from .records import Evaluation, check_writable, saving, write_evaluations
+from .records import Evaluation, check_writable, saving, with_evaluations, write_evaluations
+from .reporting import check_report, write_report
 from .retrieval import evaluate_retrieval, is_retrieval
 from .task_evaluation import evaluate_task
 from .tasks import TaskSettings, find_task
@@ -40,6 +41,7 @@ def evaluate_folder(
     dtype: str = "float32",
     device: str | None = None,
     revision: str | None = None,
+    report: str | Path | None = None,
     write: bool = True,
     progress: bool = True,
 ) -> list[Evaluation]:
@@ -68,6 +70,7 @@ def evaluate_folder(
         dtype: to compute in: "float32", "bfloat16" or "float16".
         device: where to compute; by default the CPU, or what `accelerate launch` chooses.
         revision: of a base on the Hub; by default the one that the report names.
+        report: an .html or .md file to write all evaluations of the folder to, with figures; an earlier report is replaced.
         write: add what was found to evaluation.json.
         progress: show progress bars.
 
@@ -76,6 +79,7 @@ def evaluate_folder(
         UnsavedError: it was evaluated, but cannot be written; it has the result.
     """
     _check_request(text, task, data, train_data, columns, task_settings, fine_tune, dtype, limit)
+    report_file = check_report(report) if report is not None else None
     retrieval = is_retrieval(task)
     linear_probe = is_linear_probe(task)
     found_task = find_task(task) if task is not None and not retrieval and not linear_probe else None
@@ -157,6 +161,9 @@ def evaluate_folder(
         if write and processes.is_main:
             with saving(found):
                 write_evaluations(pair.folder, found)
+        if report_file is not None and processes.is_main:
+            with saving(found, report_file.name):
+                write_report(report_file, pair.folder, with_evaluations(pair.folder, found))
     finally:
         processes.wait()
     return found

@@ -124,22 +124,30 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def saving(result: Any) -> Iterator[None]:
-    """Raise UnsavedError, with the result in it, where it cannot be written."""
+def saving(result: Any, file: str = EVALUATION_FILE) -> Iterator[None]:
+    """Raise UnsavedError, with the result in it, where it cannot be written to a file of that name."""
     try:
         yield
     except (CompressionError, OSError) as error:
-        raise UnsavedError(f"The numbers were not added to {EVALUATION_FILE}: {error}", result) from error
+        raise UnsavedError(f"The numbers were not added to {file}: {error}", result) from error
 
 
-def write_evaluations(
+def with_evaluations(
     folder: Path, evaluations: Sequence[Evaluation] = (), benchmark: Mapping[str, Any] | None = None
-) -> None:
-    """Add evaluations to a folder's evaluation.json, and replace those of the same id, and the benchmark if there is one."""
+) -> dict[str, Any]:
+    """Return a folder's evaluation.json with evaluations added in place of those of the same id, and a benchmark."""
     content = read_evaluations(folder)
     entries = {entry["id"]: entry for entry in content["evaluations"]}
     entries |= {item.id: item.to_dict() for item in evaluations}
     content["evaluations"] = list(entries.values())
     content["benchmark"] = dict(benchmark) if benchmark is not None else content.get("benchmark")
+    return content
+
+
+def write_evaluations(
+    folder: Path, evaluations: Sequence[Evaluation] = (), benchmark: Mapping[str, Any] | None = None
+) -> None:
+    """Add evaluations to a folder's evaluation.json; see `with_evaluations`."""
+    content = with_evaluations(folder, evaluations, benchmark)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(folder / EVALUATION_FILE, text)
