@@ -11,9 +11,12 @@ from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.packing_compressed import unpack
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
 from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all
+from hf_offline_compress.solvers import columns as columns_
+from hf_offline_compress.solvers.columns import Code, Streams, _coefficients
+from hf_offline_compress.solvers.feedback import inverse_roots
 from hf_offline_compress.solvers.mixtures import mixtures
 from hf_offline_compress.solvers.paths import viterbi_path
-from hf_offline_compress.solvers.trellis import _coefficients, _features, _rounded_scales
+from hf_offline_compress.solvers.trellis import _rounded_scales
 from hf_offline_compress.structures import GroupShape, Mixture, Storage, Trellis
 from hf_offline_compress.structures.trellis import DISTORTIONS, RATES, bits_a_weight
 
@@ -88,12 +91,35 @@ def test_no_path_is_cheaper_than_the_one_found(bits):
         assert found[:, stream].tolist() == best_path
 
 
+@pytest.mark.parametrize("columns", [6, 7])
+@pytest.mark.parametrize("rate", sorted(RATES))
+@pytest.mark.parametrize("fed_back", [False, True])
+def test_compiled_paths_are_those_of_the_version_for_every_device(columns, rate, fed_back):
+    compiled = pytest.importorskip("hf_offline_compress.solvers.compiled_columns")
+    code = Trellis().code(rate)
+    code = Code(trellis_table(**code), code["bits"])
+    members = torch.tensor([0, 0, 1, 1, 1])
+    left, weights = normal(5, 24, columns), torch.rand(5, 24, generator=torch.Generator().manual_seed(1)) + 0.1
+    roots = inverse_roots([moments(columns), moments(columns, seed=1)], 0.01, "cpu") if fed_back else None
+    found = []
+    for code_columns in (columns_.code_columns, compiled.code_columns):
+        streams, mine = Streams(weights, members, torch.zeros(5, dtype=torch.long)), left.clone()
+        states, errors = code_columns(mine, roots, streams, code)
+        assert streams.last.tolist() == states[:, -1, -1].tolist()
+        if errors is None:
+            errors = code.table[states.long()].transpose(1, 2).flatten(2)[:, :, :columns] - left
+        found.append((states, (errors.square() * weights[..., None]).sum()))
+    # Paths that cost the same but for rounding may differ.
+    assert (found[0][0] == found[1][0]).float().mean() > 0.9
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("width,columns", [(1, 1), (2, 2), (2, 1)])
 def test_costs_of_entries_are_weighted_distances_but_for_what_all_have_alike(width, columns):
     table, target, weights = normal(16, width), normal(3, 5, columns, seed=1), torch.rand(3, 5)
     inverse = torch.eye(columns) + normal(3, columns, columns, seed=2).triu()
     factors = _coefficients(target, inverse, weights, width)
-    costs = (_features(table) @ factors).permute(2, 0, 1)  # [streams, run, entries]
+    costs = (Code(table, 1).features() @ factors).permute(2, 0, 1)  # [streams, run, entries]
     away = (target[:, :, None] - table[:, :columns]) @ inverse[:, None]
     expected = weights[..., None] * away.square().sum(dim=-1)
     torch.testing.assert_close(costs - costs[..., :1], expected - expected[..., :1], atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..request.recipe import STORAGES
 from ..solvers import Problem
 
 VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
+# Numba compiles the search for codes; sums are rounded otherwise without it.
+VERSIONED_IF_INSTALLED = ("numba",)
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,8 @@ def totals(plan: Plan) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+    present = (*VERSIONED, *(name for name in VERSIONED_IF_INSTALLED if find_spec(name)))
+    return {"python": platform.python_version(), **{name: version(name) for name in present}}
 
 
 def _root_ratio(pair: Tensor) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from ..runtime.trellis_compressed import decode_scales, trellis_table
 from ..structures import Mixture, Size, Trellis
 from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
+from .columns import Code, Streams, code_columns
 from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
 from .mixtures import by_class, mixtures
-from .paths import viterbi_path
 
 # Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
 COSTS_AT_ONCE = 2**22
@@ -213,8 +214,8 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
             alike.setdefault(step, []).append((member, stream))
     states: dict[tuple[int, int], Tensor] = {}
     for step, places in alike.items():
-        table, bits = _table(step, task)
-        at_once = max(1, COSTS_AT_ONCE // (task.run * len(table)))
+        code = _code(step, task)
+        at_once = max(1, COSTS_AT_ONCE // (task.run * len(code.table)))
         for start in range(0, len(places), at_once):
             here = places[start : start + at_once]
             members, which = (torch.tensor(index, device=left.device) for index in zip(*here, strict=True))
@@ -223,9 +224,8 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
                 for problem in task.progress:
                     problem.progress(0.98 * (done + share * more) / (streams * len(task.mixtures)))
 
-            found = _encode_streams(
-                left[members, which], weights[members, which], members, task.roots, table, bits, progress
-            )
+            coded = Streams(weights[members, which], members, torch.zeros_like(members))
+            found = _encode_streams(left[members, which], task.roots, coded, code, progress)
             states |= dict(zip(here, found, strict=True))
     result = []
     for member, mixture in enumerate(task.mixtures):
@@ -234,105 +234,56 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
     return result
 
 
-def _table(step: int, task: _Task) -> tuple[Tensor, int]:
-    """Return the values of the states [states, width] at a step of the rate, and the bits of a code."""
+def _code(step: int, task: _Task) -> Code:
+    """Return the code of a step of the rate."""
     code = task.structure.code(step)
-    return trellis_table(**code).to(task.weights.device), code["bits"]
+    return Code(trellis_table(**code).to(task.weights.device), code["bits"])
+
+
+def _coder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return what codes a block of columns on a device."""
+    if device.type == "cpu" and find_spec("numba"):
+        from .compiled_columns import code_columns as compiled
+
+        return compiled
+    return code_columns
 
 
 def _encode_streams(
-    left: Tensor,
-    weights: Tensor,
-    members: Tensor,
-    roots: Tensor | None,
-    table: Tensor,
-    bits: int,
-    progress: Callable[[float], None],
+    left: Tensor, roots: Tensor | None, streams: Streams, code: Code, progress: Callable[[float], None]
 ) -> Tensor:
-    """Return the states [streams, column blocks, run] of streams of one rate.
+    """Return the states [streams, column steps, run] of streams of one rate.
 
     Args:
         left: rows of the streams [streams, run, columns], used up.
-        weights: of a squared error in each row [streams, run].
-        members: which matrix each stream is of, in rising order, [streams].
         roots: of the metric of each matrix, or None.
-        table: values of the states [states, width].
-        bits: of a code.
+        streams: weights of their rows, and which matrix each is of.
+        code: of the rate.
         progress: called with the share that is done.
     """
-    (streams, run, columns), (entries, width) = left.shape, table.shape
-    states = torch.zeros(streams, -(-columns // width), run, dtype=torch.int16, device=left.device)
-    features, costs = _features(table), left.new_empty(run, entries, streams)
-    last = torch.zeros(streams, dtype=torch.long, device=left.device)
-    segments = torch.stack(members.unique_consecutive(return_counts=True), dim=1).tolist()
-    block = BLOCK // width * width
+    columns, block = left.shape[2], BLOCK // code.width * code.width
+    segments = torch.stack(streams.members.unique_consecutive(return_counts=True), dim=1).tolist()
+    coder, states = _coder(left.device), []
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = left.new_zeros(streams, run, end - start) if roots is not None else None
-        for at in range(start, end, width):
-            here, after = slice(at, min(at + width, end)), slice(min(at + width, end), end)
-            target, inverse = left[:, :, here], None
-            if roots is not None:
-                # It brings errors into the metric that these columns have, given those before them.
-                inverse = torch.linalg.inv(roots[:, here, here])[members]
-            factors = _coefficients(target, inverse, weights, width)
-            torch.bmm(features.expand(run, -1, -1), factors, out=costs)
-            path = viterbi_path(costs, last, bits)
-            last = path[-1]
-            states[:, at // width] = path.T
-            if roots is None or inverse is None or errors is None:
-                continue
-            error = (target - table[path.T][..., : target.shape[2]]) @ inverse
-            errors[:, :, here.start - start : here.stop - start] = error
-            if here.stop < end:
-                left[:, :, after] -= error @ roots[:, here, after][members]
+        own = None if roots is None else roots[:, start:end, start:end]
+        found, errors = coder(left[:, :, start:end].contiguous(), own, streams, code)
+        states.append(found)
         if roots is not None and errors is not None and end < columns:
             first = 0
             for member, count in segments:
                 part = slice(first, first := first + count)
                 handed = errors[part].flatten(0, 1) @ roots[member, start:end, end:]
-                left[part, :, end:] -= handed.unflatten(0, (count, run))
+                left[part, :, end:] -= handed.unflatten(0, (count, -1))
         progress(end / columns)
-    return states
-
-
-def _features(table: Tensor) -> Tensor:
-    """Return entries [entries, width] and the products of their numbers, [entries, features]."""
-    first, second = torch.triu_indices(table.shape[1], table.shape[1], device=table.device)
-    return torch.cat([table, table[:, first] * table[:, second]], dim=1)
-
-
-def _coefficients(target: Tensor, inverse: Tensor | None, weights: Tensor, width: int) -> Tensor:
-    """Return what the features of an entry c count in weighted squared distances |(t − c) E|², [run, features, streams].
-
-    Without |t E|², which is the same for all entries.
-
-    Args:
-        target: t [streams, run, columns]; there may be fewer columns than an entry has numbers.
-        inverse: E [streams, columns, columns], or None for the identity.
-        weights: [streams, run].
-        width: numbers of an entry.
-    """
-    streams, run, columns = target.shape
-    if inverse is None:
-        metric, product = torch.eye(columns, device=target.device).expand(streams, -1, -1), target
-    else:
-        metric = inverse @ inverse.mT
-        product = target @ metric
-    lacking = width - columns
-    metric = torch.nn.functional.pad(metric, (0, lacking, 0, lacking))
-    first, second = torch.triu_indices(width, width, device=target.device)
-    squares = metric[:, first, second] * (2 - (first == second).float())
-    linear = torch.nn.functional.pad(-2 * product, (0, lacking))
-    factors = torch.cat([linear, squares[:, None].expand(-1, run, -1)], dim=2) * weights[..., None]
-    return factors.permute(1, 2, 0).contiguous()
+    return torch.cat(states, dim=1)
 
 
 def _decoded(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:
     """Return scaled rows [rows, columns] of a member's states, in the order of the streams."""
     rows = []
     for own, (step, _) in zip(states, mixture.classes, strict=True):
-        values = _table(step, task)[0][own.long()]  # [streams, blocks, run, width]
+        values = _code(step, task).table[own.long()]  # [streams, blocks, run, width]
         rows.append(values.transpose(1, 2).flatten(2).flatten(0, 1)[:, : task.weights.shape[2]])
     return torch.cat(rows)[: task.weights.shape[1]]
 
