@@ -1,11 +1,13 @@
 """When weights are decoded, how many bytes of them are kept, and that it makes no difference to what comes out."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from common import nonlinear, outputs_of
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from hf_offline_compress.plan.make import make_plan
@@ -379,3 +381,46 @@ def test_autoencoders_in_blocks(few_at_once):
         torch.testing.assert_close(layer(x, as_logits=True), expected)
     layer(x, as_logits=True).sum().backward()  # with gradients, as a whole
     assert layer.latents.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_where_rows_and_outliers_are_is_found_once_and_never_stale():
+    layer = trellis("classes", EMBEDDINGS)
+    ids = torch.arange(layer.rows)
+    before = layer.some_rows(ids)
+    found = layer._places()
+    layer.dense_weight()
+    assert layer._places() is found
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied._kept_places is None and "_kept_places" not in copied.state_dict()
+        torch.testing.assert_close(copied.some_rows(ids), before, rtol=0, atol=0)
+    with torch.inference_mode():
+        layer.forget()
+        layer.some_rows(ids)
+    with torch.enable_grad():
+        layer.some_rows(ids).sum().backward()  # what was kept in inference mode is no hindrance
+    layer.outlier_columns.copy_(layer.outlier_columns.flip(0))
+    torch.testing.assert_close(layer.dense_weight(), by_the_book(layer))
+    layer.classes.data = pack(torch.zeros(layer.rows, dtype=torch.int32), layer.class_bits)
+    assert torch.equal(layer._places().rows, torch.arange(layer.rows))
+    layer.half()
+    assert layer._kept_places is None
+
+
+@torch.no_grad()
+def test_decoding_makes_nothing_larger_than_a_block_beside_the_weight():
+    group = Trellis(outliers=0).runtime(4, GroupShape(1, 1024, 512, heads=1))
+    layer = filled(LINEARS["trellis"](1024, 512, {**group, "storage": "float32"}))
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.extend(t.untyped_storage().nbytes() for t in (result,) if isinstance(t, torch.Tensor))
+            return result
+
+    with Watch():
+        layer.dense_weight()
+    weight = 1024 * 512 * 4
+    assert max(made) == weight
+    assert max(size for size in made if size < weight) <= 4 * trellis_compressed.WEIGHTS_AT_ONCE

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ _SAMPLED = 8
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+_version = attrgetter("_version")
+
+
 def versions_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Return what changes whenever one of the tensors does: in place, which raises its version, or for another one."""
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
@@ -68,14 +72,18 @@ class SeenSources:
         ]
         self._numbers = [sample.tobytes() for sample in self._samples]
         held = {id(source) for source in sources}
-        self._places = [
-            (named, name, tensor, tensor.data_ptr(), tensor._version)
+        places = [
+            (named, name, tensor)
             for module in modules
             for named in (module._parameters, module._buffers)
             for name, tensor in named.items()
             if tensor is not None and id(tensor) in held and not tensor.is_inference()
         ]
-        self._quick = len(self._places) == len(sources) and not self._key[1][0]
+        self._quick = len(places) == len(sources) and not self._key[1][0]
+        self._device_type = sources[0].device.type
+        # Column by column, so that `untouched` is a few loops in C.
+        self._holders, self._names, self._tensors = [[place[i] for place in places] for i in range(3)]
+        self._seen: Any = self._look() if self._quick else None
 
     def untouched(self) -> bool:
         """Whether nothing can have changed, as far as a quick look tells; if not, `unchanged` tells.
@@ -84,12 +92,17 @@ class SeenSources:
         """
         if not self._quick or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return False
-        for named, name, tensor, address, version in self._places:
-            if named.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-        if torch.is_autocast_enabled(self._places[0][2].device.type):
-            return False
-        return [sample.tobytes() for sample in self._samples] == self._numbers
+        return self._look() == self._seen and not torch.is_autocast_enabled(self._device_type)
+
+    def _look(self) -> tuple[list[int], list[int], list[int], list[bytes]]:
+        """Return which tensors are where they were, their versions and addresses, and numbers of some of them."""
+        tensors = self._tensors
+        return (
+            list(map(id, map(dict.get, self._holders, self._names))),
+            list(map(_version, tensors)),
+            list(map(Tensor.data_ptr, tensors)),
+            [sample.tobytes() for sample in self._samples],
+        )
 
     def unchanged(self, sources: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, with the same numbers as far as was looked."""

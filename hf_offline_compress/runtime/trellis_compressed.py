@@ -1,15 +1,17 @@
 """Trellis codes: how a stream of overlapping codes becomes a weight."""
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .packing_compressed import packed_length, spanned_bytes, unpack
+from .numbers_compressed import may_keep, versions_of
+from .packing_compressed import packed_length, unpack
 from .weights_compressed import DecodedWeight
 
 GOLDEN = 0.6180339887498949
@@ -20,9 +22,10 @@ TURNS = (0.5698402909980532, 0.4142135623730951)
 # they stand for; where most of the choice is in the path, less so. Single weights have codes of 5 and 6 bits.
 SPREAD = {1: 0.95, 2: 0.97, 3: 1.0, 4: 1.04, 5: 1.1, 6: 1.12, 7: 1.15, 8: 1.17}
 SPREAD_OF_SINGLES = {5: 1.38, 6: 1.4}
-# Weights that are decoded at once on a CPU. What is on the way stays in its cache, and each operation on one thread: for
-# so little work, waiting for other threads takes longer, by far where other processes use the cores too.
-WEIGHTS_AT_ONCE = 2**15
+# Weights that are decoded at once on a CPU: what is on the way stays in its cache, and operations are few.
+WEIGHTS_AT_ONCE = 2**17
+# Bits of the numbers that codes are read as.
+HALF = 16
 # Bytes of an entry of the table → the numbers that it is moved as: one lookup moves all weights of a code.
 ENTRIES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -86,104 +89,119 @@ class RowClass:
         self.steps = self.blocks * run
         self.length = packed_length(self.steps, self.bits)
         self.first, self.stop = first, first + self.streams * self.length
-        self.spanned = spanned_bytes(self.bits, self.state_bits)
-        # Codes of a block of columns that begin with a byte, and are enough to look at the next block only.
-        self.in_bytes = run * self.bits % 8 == 0 and run * self.bits // 8 >= self.spanned - 1
+        # Whether codes of a column are whole numbers of 16 bits, which can be looked at as such where they lie.
+        self.in_halves = sys.byteorder == "little" and first % 2 == 0 and run * self.bits % HALF == 0
 
     def streams_of(self, codes: Tensor, first: int, last: int, scales: Tensor) -> Tensor:
         """Return the rows of streams `first` to before `last`, [rows, columns], times scales [rows]."""
-        if not self.in_bytes:
+        if not self.in_halves:
             rows = torch.arange(first * self.run, last * self.run, device=codes.device)
-            return self.rows_of(codes, rows, scales)
-        codes = codes[self.first : self.stop].view(self.streams, self.length)
-        at_once = self._at_once(codes, self.length, last - first)
-        row = torch.arange(at_once * self.run, device=codes.device)
-        bit = (self.run - 1 - row % self.run) * self.bits  # a stream is stored from its end to its beginning
-        at = row // self.run * (self.run * self.bits // 8) + (bit >> 3)
-        shift = (bit & 7).to(torch.int32)[:, None]
-        values = self._empty(len(scales), scales)
-        for stream in range(first, last, at_once):
-            windows = self._windows(codes[stream : min(stream + at_once, last)])
+            return rows_of([(self, 0)], codes, rows, scales)
+        codes = codes[self.first : self.stop].view(self.streams, self.length)[first:last]
+        if not torch.compiler.is_compiling() and codes.storage_offset() % 2:
+            codes = codes.clone()
+        at, shifts = _in_column(self.run, self.bits)
+        at, shifts, table = at.to(codes.device), shifts.to(codes.device), self.table(scales)
+        values = table.new_empty(len(codes), self.run, self.blocks)
+        for part, out, scale in _in_parts(self.run * self.columns, codes, values, scales.view(-1, self.run, 1)):
+            states = self._windows(part).index_select(1, at)
+            states.bitwise_right_shift_(shifts).bitwise_and_(2**self.state_bits - 1)
+            torch.index_select(table, 0, states.view(-1), out=out.view(-1))
+            del states  # before the next are made: one block is there at a time
+            if not torch.is_grad_enabled():  # while they are in the cache
+                out.view(scales.dtype).mul_(scale)
+        rows = values.view(scales.dtype).flatten(0, 1)[:, : self.columns]
+        return rows.mul_(scales[:, None]) if torch.is_grad_enabled() else rows
 
-            def states(part: slice, windows: Tensor = windows) -> Tensor:
-                return (windows.index_select(0, at[part]) >> shift[part]).bitwise_and_(2**self.state_bits - 1)
-
-            part = slice((stream - first) * self.run, (stream - first + at_once) * self.run)
-            self._look_up(states, values[part], scales[part])
-        return self._scaled(values, scales)
-
-    def rows_of(self, codes: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-        """Return rows of the class [rows, columns], wherever their codes begin, times scales [rows]."""
-        codes = codes[self.first : self.stop]
-        values = self._empty(len(rows), scales)
-        self._look_up(lambda part: self._states_of(codes, rows[part]), values, scales)
-        return self._scaled(values, scales)
-
-    def _at_once(self, codes: Tensor, each: int, count: int) -> int:
-        """Return how many of `count` rows or streams are decoded at once, of so many weights or bytes each."""
-        # A compiler fuses the operations itself, and a GPU is better off with a few large ones.
-        whole = torch.compiler.is_compiling() or codes.device.type != "cpu"
-        # What is too much for one thread even singly is left to all of them, in few operations.
-        return count if whole or each > WEIGHTS_AT_ONCE else max(1, WEIGHTS_AT_ONCE // each)
-
-    def _table(self, like: Tensor) -> Tensor:
+    def table(self, like: Tensor) -> Tensor:
         """Return the table with each entry, of all weights of a code, as one number, [entries]."""
         table = trellis_table(self.state_bits, self.width, self.bits).to(like)
         return table.view(ENTRIES[self.width * table.element_size()]).flatten()
 
-    def _empty(self, rows: int, like: Tensor) -> Tensor:
-        """Return where entries of the table go, [rows, blocks]."""
-        return torch.empty(rows, self.blocks, dtype=self._table(like).dtype, device=like.device)
-
-    def _look_up(self, states: Callable[[slice], Tensor], values: Tensor, scales: Tensor) -> None:
-        """Fill `values` [rows, blocks] with the table's entries for states of some of the rows, [some, blocks].
-
-        Without gradients they are scaled here, while they are in the cache; see `_scaled`.
-        """
-        table = self._table(scales)
-        at_once = self._at_once(values, self.columns, len(values))
-        for first in range(0, len(values), at_once):
-            some = slice(first, min(first + at_once, len(values)))
-            torch.index_select(table, 0, states(some).flatten(), out=values[some].view(-1))
-            if not torch.is_grad_enabled():
-                values[some].view(scales.dtype).mul_(scales[some, None])
-
-    def _scaled(self, values: Tensor, scales: Tensor) -> Tensor:
-        """Return entries of the table [rows, blocks] as numbers [rows, columns], scaled."""
-        rows = values.view(scales.dtype)[:, : self.columns]
-        # Gradients take one operation on all rows.
-        return rows.mul_(scales[:, None]) if torch.is_grad_enabled() else rows
-
     def _windows(self, codes: Tensor) -> Tensor:
-        """Return what begins with each byte of streams, as numbers [streams · bytes of a block, blocks].
+        """Return the 32 bits that begin with each half word of each column, [streams, half words of a column, blocks].
 
-        The bytes are few beside the weights, so it is they that are brought into the order of the weights: blocks are
+        Half words are few beside the weights, so it is they that are brought into the order of the weights: columns are
         stored from the last to the first.
         """
-        size = self.run * self.bits // 8
-        # [streams, blocks + 1, size]: behind the first block, which is stored last, there are zeros.
-        stored = torch.nn.functional.pad(codes, (0, size)).unflatten(1, (-1, size)).flip(1)
-        following = stored[:, :-1, : self.spanned - 1]
-        ordered = torch.cat([stored[:, 1:], following], dim=2).transpose(1, 2).to(torch.int32)
-        windows = ordered[:, :size].contiguous()
-        for i in range(1, self.spanned):
-            windows |= ordered[:, i : i + size] << (8 * i)
-        return windows.flatten(0, 1)
+        halves = self.run * self.bits // HALF
+        stored = codes.view(torch.int16).view(-1, self.blocks, halves).flip(1).transpose(1, 2)
+        ordered = torch.empty(len(codes), halves + 1, self.blocks, dtype=torch.int32, device=codes.device)
+        ordered[:, :halves] = stored
+        ordered[:, halves, 0] = 0  # before the first column there are zeros
+        ordered[:, halves, 1:] = ordered[:, 0, :-1]
+        return (ordered[:, 1:] << HALF).bitwise_or_(ordered[:, :-1].bitwise_and_(2**HALF - 1))
 
-    def _states_of(self, codes: Tensor, rows: Tensor) -> Tensor:
-        """Return the states of rows, [rows] → [rows, blocks], wherever their codes begin."""
-        rows = rows.to(torch.int32)[:, None]
-        blocks = torch.arange(self.blocks, device=rows.device, dtype=torch.int32)
-        step = blocks * self.run + rows % self.run
-        first = (self.steps - 1 - step) * self.bits  # a stream is stored from its end to its beginning
-        at = (first >> 3) + (rows // self.run) * self.length
-        states = torch.zeros_like(first)
-        for i in range(self.spanned):
-            place = (at + i).clamp_max(len(codes) - 1).flatten()
-            states |= codes.index_select(0, place).view_as(states).to(torch.int32) << (8 * i)
+
+def rows_of(classes: list[tuple[RowClass, int]], codes: Tensor, places: Tensor, scales: Tensor) -> Tensor:
+    """Return rows of classes of one width [rows, columns], wherever their codes begin, times scales [rows].
+
+    Args:
+        classes: the classes, and the place of the first row of each.
+        codes: of the weight.
+        places: of the rows in the streams, all in these classes.
+        scales: of the rows.
+    """
+    facts, entries, kinds = [], 0, [kind for kind, _ in classes]
+    for kind, first in classes:
+        facts.append((first, kind.bits, kind.steps, kind.length, kind.first, kind.state_bits, entries))
+        entries += 2**kind.state_bits
+    table = torch.cat([kind.table(scales) for kind in kinds])
+    of_kinds = torch.tensor(facts, device=places.device)
+    columns, run, blocks = kinds[0].columns, kinds[0].run, kinds[0].blocks
+    # Columns at the beginning, whose states are not yet full.
+    few = min(blocks, max(-(-kind.state_bits // (run * kind.bits)) for kind in kinds))
+    values, column = table.new_empty(len(places), blocks), torch.arange(blocks, device=places.device)
+    # Bytes of a window from the lowest on, in the order that makes a number of them here.
+    spanned = torch.arange(4, device=places.device)
+    spanned = spanned if sys.byteorder == "little" else spanned.flip(0)
+    for place, out in _in_parts(columns, places, values):
+        own = of_kinds[torch.bucketize(place, of_kinds[1:, 0].contiguous(), right=True)]
+        first_row, bits, steps, length, first_byte, state_bits, entry = own.T.unsqueeze(2)
+        row = place[:, None] - first_row
+        before = column * run + row % run
+        bit = (steps - 1 - before) * bits  # a stream is stored from its end to its beginning
+        at = (bit >> 3).add_(row // run * length + first_byte)[..., None] + spanned
+        windows = codes.index_select(0, at.clamp_max_(len(codes) - 1).view(-1)).view(torch.int32).view(bit.shape)
+        states = (windows >> bit.bitwise_and_(7)).bitwise_and_((1 << state_bits) - 1)
         # Bits of the codes before the first one are zeros.
-        known = ((step + 1) * self.bits).clamp_max(self.state_bits)
-        return (states >> (first & 7)) & ((1 << known) - 1)
+        states[:, :few] &= (1 << ((before[:, :few] + 1) * bits).clamp_max_(62)) - 1
+        torch.index_select(table, 0, states.add_(entry).view(-1), out=out.view(-1))
+    return values.view(scales.dtype)[:, :columns].mul_(scales[:, None])
+
+
+def _in_parts(each: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Return parts of tensors that are decoded at once, of so many weights for each of their first dimension."""
+    # A compiler fuses the operations itself, and a GPU is better off with a few large ones.
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return [tensors]
+    step = max(1, WEIGHTS_AT_ONCE // each)
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_column(run: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the half words in which the codes of a column begin [run], and at which of their bits [run, 1]."""
+    return _begin_in_column(run, bits)
+
+
+@lru_cache
+def _begin_in_column(run: int, bits: int) -> tuple[Tensor, Tensor]:
+    first = torch.arange(run - 1, -1, -1, device="cpu") * bits  # a stream is stored from its end to its beginning
+    return first // HALF, (first % HALF).to(torch.int32)[:, None]
+
+
+class Places(NamedTuple):
+    """Where rows and outliers of a weight are, all int32.
+
+    Attributes:
+        rows: the place of each row in the streams [rows]; empty where that is its own number.
+        outlier_rows, outlier_columns: of the outliers [outliers], sorted by rows.
+    """
+
+    rows: Tensor
+    outlier_rows: Tensor
+    outlier_columns: Tensor
 
 
 class TrellisWeight(DecodedWeight):
@@ -203,6 +221,7 @@ class TrellisWeight(DecodedWeight):
             self.row_classes.append(RowClass(entry, self.columns, self.run, codes))
             codes, first, rows = self.row_classes[-1].stop, rows, rows + self.run * entry["streams"]
             self.bounds.append((first, min(rows, self.rows)))
+        self._kept_places: tuple[list[tuple[int, int]], Places, list[Tensor]] | None = None
         self.class_bits = (len(self.bounds) - 1).bit_length()
         self.row_bits, self.column_bits = (max(1, (n - 1).bit_length()) for n in (self.rows, self.columns))
         self.codes: Tensor
@@ -222,22 +241,31 @@ class TrellisWeight(DecodedWeight):
                 self.register_buffer(name, packed)
             self.outlier_values = nn.Parameter(torch.empty(self.outliers))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is kept out of copies and pickles."""
+        return {**super().__getstate__(), "_kept_places": None}
+
+    def forget(self) -> None:
+        """Drop what is kept; see the base class."""
+        super().forget()
+        self._kept_places = None
+
     def dense_weight(self) -> Tensor:
         """Return Ŵ [rows, columns]; see the base class."""
         return self.row_block(0, self.rows)
 
     def row_block(self, start: int, stop: int) -> Tensor:
         """Return rows of Ŵ from `start` to before `stop`; see the base class."""
-        order = self._order()
-        if order is None:
+        order = None
+        if not self.class_bits:
             parts = [(start, stop)]
         elif (start, stop) == (0, self.rows):
-            parts = [(0, end - first) for first, end in self.bounds]
+            order, parts = self._order(), [(0, end - first) for first, end in self.bounds]
         elif torch.compiler.is_compiling():
             # How many of the rows are in a class is not known to a compiler.
             return self.some_rows(torch.arange(start, stop, device=self.codes.device))
         else:
-            places, parts = _inverse(order), []
+            places, parts = self._places().rows, []
             order = places[start:stop].argsort()
             for first, end in self.bounds:
                 inside = (places[:stop] >= first) & (places[:stop] < end)
@@ -258,6 +286,8 @@ class TrellisWeight(DecodedWeight):
         if not self.outliers:
             return weight
         rows, columns = self._outlier_places()
+        if stop - start == self.rows:
+            return weight.index_put_((rows, columns), self.outlier_values, accumulate=True)
         # Sizes must not depend on what is stored, for graphs: outliers of other rows add nothing, somewhere.
         here = (rows >= start) & (rows < stop)
         at_places = ((rows - start).clamp(0, stop - start - 1), columns)
@@ -268,20 +298,24 @@ class TrellisWeight(DecodedWeight):
         flat = ids.flatten()
         if self.outliers:
             flat = torch.cat([flat, flat.new_zeros(1)])  # a row for outliers of rows that are not asked for
-        scales, order = self._scales(self.scales[flat]), self._order()
-        if order is None:
-            rows = self.row_classes[0].rows_of(self.codes, flat, scales)
-        else:
-            wanted = _inverse(order)[flat]
-            rows = scales.new_zeros(len(flat), self.columns)
-            for kind, (first, end) in zip(self.row_classes, self.bounds, strict=True):
-                inside = (wanted >= first) & (wanted < end)
-                if torch.compiler.is_compiling():
-                    own = kind.rows_of(self.codes, (wanted - first).clamp(0, end - first - 1), scales)
-                    rows = torch.where(inside[:, None], own, rows)
-                else:
-                    at = inside.nonzero().flatten()
-                    rows.index_put_((at,), kind.rows_of(self.codes, wanted[at] - first, scales[at]))
+        scales = self._scales(self.scales[flat])
+        wanted = self._places().rows[flat].long() if self.class_bits else flat
+        rows = None
+        for width in sorted({kind.width for kind in self.row_classes}):
+            own = [
+                (kind, first)
+                for kind, (first, _) in zip(self.row_classes, self.bounds, strict=True)
+                if kind.width == width
+            ]
+            if len(own) == len(self.row_classes):
+                rows = rows_of(own, self.codes, wanted, scales)
+                continue
+            inside = torch.zeros_like(wanted, dtype=torch.bool)
+            for kind, first in own:
+                inside |= (wanted >= first) & (wanted < first + kind.streams * kind.run)
+            decoded = rows_of(own, self.codes, wanted.where(inside, own[0][1]), scales)
+            rows = decoded if rows is None else decoded.where(inside[:, None], rows)
+        assert rows is not None
         return (self._with_outliers(rows, flat) if self.outliers else rows).unflatten(0, ids.shape)
 
     def reset_parameters(self, std: float) -> None:
@@ -301,25 +335,50 @@ class TrellisWeight(DecodedWeight):
 
     def _order(self) -> Tensor | None:
         """Return the rows as the streams have them [rows], or None where that is their own order."""
-        if not self.class_bits:
-            return None
-        return unpack(self.classes, self.class_bits, self.rows).argsort(stable=True)
+        return _inverse(self._places().rows.long()) if self.class_bits else None
 
     def _scales(self, codes: Tensor) -> Tensor:
         return decode_scales(codes, self.scale_range).to(self.scale_range.dtype)
 
     def _outlier_places(self) -> tuple[Tensor, Tensor]:
         """Return rows and columns of the outliers, sorted by rows, both [outliers]."""
-        rows = unpack(self.outlier_rows, self.row_bits, self.outliers).long()
-        columns = unpack(self.outlier_columns, self.column_bits, self.outliers).long()
-        # A model made from a config alone has bits of no meaning here.
-        return rows.clamp_max(self.rows - 1), columns.clamp_max(self.columns - 1)
+        places = self._places()
+        return places.outlier_rows.long(), places.outlier_columns.long()
+
+    def _places(self) -> "Places":
+        """Return where rows and outliers are, kept from one use to the next by the rules for decoded weights."""
+        names = ("classes", "outlier_rows", "outlier_columns")
+        sources = [tensor for name in names if (tensor := getattr(self, name, None)) is not None]
+        if torch.compiler.is_compiling() or not may_keep(self, sources):
+            return self._find_places()
+        kept, versions = self._kept_places, versions_of(sources)
+        if kept is None or kept[0] != versions:
+            # Made outside of inference mode, so that what uses it may have gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                # The views keep addresses from being given to other tensors.
+                self._kept_places = kept = (versions, self._find_places(), [source.detach() for source in sources])
+        return kept[1]
+
+    def _find_places(self) -> "Places":
+        rows = outlier_rows = outlier_columns = self.scales.new_empty(0, dtype=torch.int32)
+        if self.class_bits:
+            order = unpack(self.classes, self.class_bits, self.rows).argsort(stable=True)
+            rows = _inverse(order).to(torch.int32)
+        if self.outliers:
+            # A model made from a config alone has bits of no meaning here.
+            outlier_rows = unpack(self.outlier_rows, self.row_bits, self.outliers).clamp_max(self.rows - 1)
+            outlier_columns = unpack(self.outlier_columns, self.column_bits, self.outliers).clamp_max(self.columns - 1)
+        return Places(rows, outlier_rows, outlier_columns)
 
     def _with_outliers(self, decoded: Tensor, ids: Tensor) -> Tensor:
         """Return decoded rows [ids − 1, columns] with the outliers that lie in them; the last takes all others."""
         rows, columns = self._outlier_places()
-        at = torch.arange(len(ids), device=ids.device)
-        # Of rows that are asked for more than once, one is filled and then copied: sizes must not depend on the ids.
-        taker = torch.full((self.rows,), len(ids) - 1, device=ids.device).scatter(0, ids[:-1], at[:-1])
-        decoded = decoded.index_put_((taker[rows], columns), self.outlier_values, accumulate=True)
+        at, last = torch.arange(len(ids), device=ids.device), len(ids) - 1
+        # Of rows that are asked for more than once, one is filled and then copied.
+        taker = torch.full((self.rows,), last, device=ids.device).scatter(0, ids[:-1], at[:-1])
+        into, values = taker[rows], self.outlier_values
+        if not torch.compiler.is_compiling():  # a graph's sizes must not depend on the ids
+            here = (into < last).nonzero().flatten()
+            into, columns, values = into[here], columns[here], values[here]
+        decoded = decoded.index_put_((into, columns), values, accumulate=True)
         return decoded[taker[ids[:-1]]]
