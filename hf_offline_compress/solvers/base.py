@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..request.objective import Objective
-from ..structures import GroupShape, Size, Structure
+from ..structures import GroupShape, Size, Structure, integer
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Problem:
     judge: Callable[[Tensor], float] | None = None
     seed: int = 0
     progress: Callable[[float], None] = lambda share: None
+
+    @property
+    def integer_size(self) -> int:
+        """The size, of a structure that has integers alone."""
+        return integer(self.size)
 
     @property
     def shape(self) -> GroupShape:

@@ -50,7 +50,7 @@ def solve_codebook(problem: Problem) -> Factors:
         problem.progress((turn + 1) / structure.rounds)
     assert best is not None
     reached, codes, tables, scales = best
-    packed = pack(codes.flatten(2), problem.size)
+    packed = pack(codes.flatten(2), problem.integer_size)
     total = _error(rows, torch.zeros_like(rows), importance, metric)
     members = tuple({"codes": c, "scales": s} for c, s in zip(packed, scales, strict=True))
     return Factors(members, {"tables": tables}, {"error": (reached / max(total, TINY)) ** 0.5})
@@ -93,7 +93,7 @@ def _start(rows: Tensor, importance: Tensor, structure: Codebook, problem: Probl
         points, weights = points[chosen], weights[chosen]
     tables = []
     for _ in range(structure.books):
-        table = _k_means(points, weights, 2**problem.size, generator)
+        table = _k_means(points, weights, 2**problem.integer_size, generator)
         tables.append(table)
         points = points - table[_nearest(points, table)]
     return torch.stack(tables)

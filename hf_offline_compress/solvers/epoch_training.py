@@ -55,7 +55,7 @@ def train_by_epochs(problem: Problem, rows: Tensor, keep: Tensor) -> tuple[Tenso
         encoder.to(rows.device)
         decoder.to(rows.device)
         if structure.decoder == "linear":
-            _closed_form_start(encoder, decoder, rows[keep], problem.objective, problem.size)
+            _closed_form_start(encoder, decoder, rows[keep], problem.objective, problem.integer_size)
         best = _train(encoder, decoder, rows, keep, structure, problem)
     with torch.no_grad():
         latents = torch.cat([encoder(part) for part in rows.split(ROWS_AT_ONCE)])
@@ -63,7 +63,7 @@ def train_by_epochs(problem: Problem, rows: Tensor, keep: Tensor) -> tuple[Tenso
 
 
 def _networks(structure: Autoencoder, problem: Problem) -> tuple[nn.Sequential, nn.Sequential]:
-    size, columns = problem.size, problem.shape.columns
+    size, columns = problem.integer_size, problem.shape.columns
     if structure.decoder == "linear":
         return nn.Sequential(nn.Linear(columns, size)), nn.Sequential(nn.Linear(size, columns))
     activation = _ACTIVATIONS[structure.activation]

@@ -69,7 +69,7 @@ def _rounded_low_rank(problem: Problem, storages: Sequence[Storage]) -> list[dic
     # Latents are fitted to the basis as it has become: of its errors, what lies in its own directions is made good.
     left = 1 - torch.arange(1, full + 1, device=basis.device, dtype=basis.dtype) / len(columns)
     shapes = {"latents": Stored(tuple(latents.shape)), "weight": Stored(tuple(basis.shape))}
-    errors = []
+    errors: list[dict[Size, float]] = []
     for storage in storages:
         bits, added = storage.integers(shapes), torch.zeros_like(of_latents)
         if "latents" in bits:

@@ -29,11 +29,11 @@ def solve_kronecker(problem: Problem) -> Factors:
     cropped = (height, width) != (shape.rows, shape.columns)
     stacked = torch.stack([weight.double() for weight in problem.weights])
     padded = torch.nn.functional.pad(stacked, (0, width - shape.columns, 0, height - shape.rows))
-    left, right = _best(padded, problem.size, left_side, right_side)
+    left, right = _best(padded, problem.integer_size, left_side, right_side)
     for _ in range(FILLINGS if cropped else 0):
         padded = _products(left, right)
         padded[:, : shape.rows, : shape.columns] = stacked
-        left, right = _best(padded, problem.size, left_side, right_side)
+        left, right = _best(padded, problem.integer_size, left_side, right_side)
     left, right = left.float(), right.float()
     notes: dict[str, float] = {}
     plain = problem.objective.terms == ("l2",)

@@ -35,7 +35,7 @@ def train_latents(problems: Sequence[Problem]) -> list[Factors]:
     in its last step, so L⁻¹ is multiplied into it afterwards.
     """
     first = problems[0]
-    structure, objective, size = first.structure, first.objective, first.size
+    structure, objective, size = first.structure, first.objective, first.integer_size
     assert isinstance(structure, Autoencoder)
     weights = torch.stack([torch.cat([weight.float() for weight in p.weights]) for p in problems])
     roots = [None if p.input_moments is None else damped_root(p.input_moments.to(weights.device)) for p in problems]

@@ -26,7 +26,7 @@ def solve_low_rank(problem: Problem) -> Factors:
 
     H = L Lᵀ are the input moments, and D Dᵀ the row weights or (block by block) the output moments; either may be absent.
     """
-    found = leading_factors(problem, problem.size)
+    found = leading_factors(problem, problem.integer_size)
     # Tucker of a single matrix is low rank too.
     if isinstance(problem.structure, LowRank) and problem.structure.identity_block:
         latents, decoder = _with_identity(found.latents, found.basis)

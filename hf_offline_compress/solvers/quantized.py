@@ -59,7 +59,7 @@ def quantized_errors(problem: Problem) -> dict[Size, float]:
 
 def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Factors]:
     """Return the factors of weights [members, rows, columns], by the first one's bits and options."""
-    structure, bits = problem.structure, problem.size
+    structure, bits = problem.structure, problem.integer_size
     assert isinstance(structure, Quantized)
     left = weights.mT.contiguous()  # [members, columns, rows]
     members, columns, rows = left.shape

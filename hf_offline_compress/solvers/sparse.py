@@ -24,26 +24,26 @@ def solve_sparse(problem: Problem) -> Factors:
     order = _scores(problem, weight).flatten().argsort(descending=True, stable=True)
     if not structure.compact:
         kept = torch.zeros_like(weight).flatten()
-        kept[order[: problem.size]] = weight.flatten()[order[: problem.size]]
-        return Factors(({"values": kept.view_as(weight)},), {}, {"kept": min(problem.size, len(order))})
-    longest = 2 ** structure.gap_bits(problem.size, shape)
+        kept[order[: problem.integer_size]] = weight.flatten()[order[: problem.integer_size]]
+        return Factors(({"values": kept.view_as(weight)},), {}, {"kept": min(problem.integer_size, len(order))})
+    longest = 2 ** structure.gap_bits(problem.integer_size, shape)
     # Long gaps cost stored zeros, so fewer weights than `size` may fit; how many is found by halving.
-    low, high = 0, min(problem.size, len(order))
+    low, high = 0, min(problem.integer_size, len(order))
     while low < high:
         middle = (low + high + 1) // 2
-        if _stored(order[:middle], longest) <= problem.size:
+        if _stored(order[:middle], longest) <= problem.integer_size:
             low = middle
         else:
             high = middle - 1
     places = order[:low].sort().values
     steps = places.diff(prepend=places.new_tensor([-1]))
     ends = (-(-steps // longest)).cumsum(0) - 1  # where among the stored values the kept ones come
-    gaps = torch.zeros(problem.size, dtype=torch.int32, device=weight.device)
+    gaps = torch.zeros(problem.integer_size, dtype=torch.int32, device=weight.device)
     gaps[: int(ends[-1]) + 1 if low else 0] = longest - 1
     gaps[ends] = ((steps - 1) % longest).to(torch.int32)
-    values = weight.new_zeros(problem.size)
+    values = weight.new_zeros(problem.integer_size)
     values[ends] = weight.flatten()[places]
-    packed = pack(gaps, structure.gap_bits(problem.size, shape))
+    packed = pack(gaps, structure.gap_bits(problem.integer_size, shape))
     return Factors(({"values": values, "gaps": packed},), {}, {"kept": low})
 
 

@@ -30,7 +30,7 @@ def solve_tucker(problem: Problem) -> Factors:
     padded = torch.stack([weight.float() for weight in problem.weights])
     padded = torch.nn.functional.pad(padded, (0, 0, 0, blocks * height - shape.rows))
     tensor = padded.view(shape.members * blocks, height, columns)
-    core, factors = _decompose(tensor, structure.ranks(problem.size, shape))
+    core, factors = _decompose(tensor, structure.ranks(problem.integer_size, shape))
 
     def decode(values: list[Tensor]) -> Tensor:
         core, mixing, row_factor, column_factor = values

@@ -1,14 +1,14 @@
 """The structures: how a weight may be represented, and what that costs. Nothing here imports torch."""
 
 from .autoencoder import Autoencoder, Training
-from .base import GroupShape, Size, Structure
+from .base import GroupShape, Mixture, Size, Structure, integer
 from .codebook import Codebook
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .quantized import Quantized
 from .sparse import Sparse
 from .storage import FLOATS, INTEGERS, ITEM_BYTES, Shape, Storage, Stored
-from .trellis import Mixture, Trellis
+from .trellis import Trellis
 from .tucker import Tucker
 
 STRUCTURES: dict[str, type[Structure]] = {
@@ -36,4 +36,5 @@ __all__ = [
     "Training",
     "Trellis",
     "Tucker",
+    "integer",
 ]

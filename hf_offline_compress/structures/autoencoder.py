@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..errors import CompressionError, listing
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import Stored
 
 ACTIVATIONS = ("leaky_relu", "relu", "gelu", "elu", "tanh", "sin", "none")
@@ -128,8 +128,9 @@ class Autoencoder(Structure):
             return [max(1, min(units, shape.columns - size))]
         return [max(1, round(width * size)) for width in self.decoder_widths]
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return latents and norms or scales of one member, as they are stored; see the base class."""
+        size = integer(size)
         if self.decoder == "linear":
             return {"latents": Stored((shape.rows, size + self.norms))}
         own = {"latents": Stored((shape.rows, size))}
@@ -137,8 +138,9 @@ class Autoencoder(Structure):
             own["scales" if self.decoder == "residual" else "norms"] = Stored((shape.rows,))
         return own
 
-    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def decoder_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return weights and biases of the decoder, as they are stored; see the base class."""
+        size = integer(size)
         columns = shape.columns
         if self.decoder == "linear":
             if self.norms:
@@ -162,8 +164,9 @@ class Autoencoder(Structure):
         """Return the largest latent width worth having; see the base class."""
         return max(1, min(shape.all_rows, shape.columns) - (self.decoder == "linear" and self.norms))
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         if self.decoder == "linear":
             return {
                 "structure": "low_rank",

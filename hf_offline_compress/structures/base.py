@@ -9,8 +9,27 @@ from typing import Any, ClassVar, TypeAlias
 from ..errors import CompressionError
 from .storage import Storage, Stored
 
-# An integer; a structure may have finer sizes besides, of a class of its own, for the allocation to choose from.
-Size: TypeAlias = Any
+
+@dataclass(frozen=True)
+class Mixture:
+    """A size of a trellis: rows fall into classes, and each has a rate of its own.
+
+    Attributes:
+        classes: of each, from the one with the most bits on: step of the rate, and streams.
+    """
+
+    classes: tuple[tuple[int, int], ...]
+
+
+# What a budget decides: a rank, a latent width, a number of bits. A trellis has finer sizes besides.
+Size: TypeAlias = int | Mixture
+
+
+def integer(size: Size) -> int:
+    """Return a size of a structure that has integers alone."""
+    if isinstance(size, Mixture):
+        raise TypeError(f"{size} is a size of a trellis alone.")
+    return size
 
 
 @dataclass(frozen=True)
@@ -94,8 +113,7 @@ class Structure(ABC):
 
     def shown(self, size: Size, shape: GroupShape) -> float:
         """Return a size as reports have it, in `unit`."""
-        number: float = size
-        return number
+        return integer(size)
 
     @property
     def known_rounding(self) -> bool:

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import Stored
 
 MAX_BITS = 12
@@ -46,21 +46,24 @@ class Codebook(Structure):
         """Return how many codes a row has."""
         return ceil(shape.columns / self.width) * self.books
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return codes packed by rows, and scales; see the base class."""
+        size = integer(size)
         return {
             "codes": Stored((shape.rows, ceil(self.codes(shape) * size / 8)), "uint8"),
             "scales": Stored((shape.rows,)),
         }
 
-    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def decoder_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the tables; see the base class."""
+        size = integer(size)
         return {"tables": Stored((self.books, 2**size, self.width))}
 
     def limit(self, shape: GroupShape) -> int:
         """Return the most bits of a code; see the base class."""
         return MAX_BITS
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         return {"structure": "codebook", "bits": size, "width": self.width, "books": self.books}

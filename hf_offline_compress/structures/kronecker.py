@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil, isqrt, sqrt
 from typing import Any, ClassVar
 
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import Stored
 
 Sides = tuple[int, int]
@@ -44,12 +44,14 @@ class Kronecker(Structure):
             return (rows[0], columns[0]), (rows[1], columns[1])
         return (rows[0], columns[1]), (rows[1], columns[0])
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the left factors of one member; see the base class."""
+        size = integer(size)
         return {"left": Stored((size, *self.sides(shape)[0]))}
 
-    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def decoder_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the right factors; see the base class."""
+        size = integer(size)
         return {"right": Stored((size, *self.sides(shape)[1]))}
 
     def limit(self, shape: GroupShape) -> int:
@@ -57,8 +59,9 @@ class Kronecker(Structure):
         (a, b), (c, d) = self.sides(shape)
         return min(shape.members * a * b, c * d)
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         left, right = self.sides(shape)
         return {"structure": "kronecker", "terms": size, "left": list(left), "right": list(right)}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import Stored
 
 MAX_COLUMNS = 2**15 - 1
@@ -32,15 +32,17 @@ class LowRank(Structure):
 
     identity_block: bool = False
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the latents of one member; see the base class."""
+        size = integer(size)
         return {"latents": Stored((shape.rows, size))}
 
-    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def decoder_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return the basis, [columns, rank] as a linear layer keeps it; see the base class.
 
         With an identity block, `order` holds the columns, those of the block first.
         """
+        size = integer(size)
         if not self.identity_block:
             return {"weight": Stored((shape.columns, size))}
         return {"weight": Stored((shape.columns - size, size)), "order": Stored((shape.columns,), "int16")}
@@ -63,8 +65,9 @@ class LowRank(Structure):
                 f"{shape.columns}."
             )
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         return {
             "structure": "low_rank",
             "latent": size,

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import Stored
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -45,8 +45,9 @@ class Quantized(Structure):
         """Return how many scales a row has."""
         return ceil(shape.columns / self.group_size) if self.group_size else 1
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return codes and zeros packed by rows, and scales; see the base class."""
+        size = integer(size)
         return {
             "codes": Stored((shape.rows, ceil(shape.columns * size / 8)), "uint8"),
             "scales": Stored((shape.rows, self.scales(shape))),
@@ -57,6 +58,7 @@ class Quantized(Structure):
         """Return the most bits; see the base class."""
         return MAX_BITS
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         return {"structure": "quantized", "bits": size, "group_size": self.group_size or shape.columns}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar
 
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import FLOATS, Storage, Stored
 
 MAX_GAP_BITS = 16
@@ -44,8 +44,9 @@ class Sparse(Structure):
 
         return min(range(1, MAX_GAP_BITS + 1), key=bits_a_weight)
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return values and packed gaps, or the matrix; see the base class."""
+        size = integer(size)
         if not self.compact:
             return {"values": Stored((shape.rows, shape.columns))}
         return {"values": Stored((size,)), "gaps": Stored((ceil(size * self.gap_bits(size, shape) / 8),), "uint8")}
@@ -58,8 +59,9 @@ class Sparse(Structure):
         """Return how many values are stored; with zeros stored, how many would fit if zeros were free."""
         return super().fit(shape, budget, storage) if self.compact else budget // FLOATS[storage.dtype]
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         return {
             "structure": "sparse",
             "values": size if self.compact else None,

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError
-from .base import GroupShape, Size, Structure
+from .base import GroupShape, Mixture, Size, Structure
 from .storage import Stored
 
 # Step of the rate → weights a code stands for, and bits of a code: half a bit a weight, 1, 1.5, … 4, 5, 6.
@@ -31,17 +31,6 @@ DISTORTIONS = {
 MOST_CLASSES = 16
 # Minimum bits of a state older than the newest code; with fewer there is no path to choose.
 LEAST_MEMORY = 4
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A size of a trellis: rows fall into classes, and each has a rate of its own.
-
-    Attributes:
-        classes: of each, from the one with the most bits on: step of the rate, and streams.
-    """
-
-    classes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)

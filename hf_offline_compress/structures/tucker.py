@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any, ClassVar
 
 from ..errors import CompressionError, needs_extra
-from .base import GroupShape, Structure
+from .base import GroupShape, Size, Structure, integer
 from .storage import Stored
 
 
@@ -62,14 +62,16 @@ class Tucker(Structure):
             ranks[i] = min(ranks[i], ranks[i - 1] * ranks[i - 2])
         return ranks[0], ranks[1], ranks[2]
 
-    def member_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def member_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return what mixes the core's slices into one member's blocks; see the base class."""
+        size = integer(size)
         if self.is_matrix(shape):
             return {"latents": Stored((shape.rows, size))}
         return {"mixing": Stored((self.sides(shape)[0], self.ranks(size, shape)[0]))}
 
-    def decoder_tensors(self, size: int, shape: GroupShape) -> dict[str, Stored]:
+    def decoder_tensors(self, size: Size, shape: GroupShape) -> dict[str, Stored]:
         """Return core and factors; see the base class."""
+        size = integer(size)
         if self.is_matrix(shape):
             return {"weight": Stored((shape.columns, size))}
         _, height, columns = self.sides(shape)
@@ -87,8 +89,9 @@ class Tucker(Structure):
         blocks, height, columns = self.sides(shape)
         return max(shape.members * blocks, height, columns)
 
-    def runtime(self, size: int, shape: GroupShape) -> dict[str, Any]:
+    def runtime(self, size: Size, shape: GroupShape) -> dict[str, Any]:
         """Return what the runtime layer is built from; see the base class."""
+        size = integer(size)
         if self.is_matrix(shape):
             return {"structure": "low_rank", "latent": size, "decoder_bias": False, "identity_block": False}
         blocks, height, _ = self.sides(shape)
