@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .allocate.apply import offers_of
 from .allocate.measured import Outcome, Round, allocated_and_solved
@@ -29,22 +29,26 @@ from .base.checkpoint import (
     clamp_length,
     load_model,
     load_tokenizer,
+    open_model,
     pipeline_root,
     resolve_architecture,
     resolve_base,
 )
 from .base.given import check_base, check_tokenizer
+from .base.shards import Shards
 from .base.texts import languages_of, prompts_of
 from .errors import CompressionError, listing
 from .foundation.arguments import real, seed_of, whole
 from .foundation.files import read_json
 from .foundation.memory import release_memory
 from .foundation.options import chosen, documented
-from .foundation.preflight import check_decoding, check_room, found_device
+from .foundation.parsing import parse_bytes
+from .foundation.preflight import check_decoding, check_room, existing, found_device
 from .foundation.processes import ALONE, Processes, launched_processes
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
 from .measure.collect import divergence_from, measure
+from .measure.passes import LayerPasses
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
 from .measure.texts import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
@@ -55,6 +59,7 @@ from .request.reading import load_recipe
 from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
 from .solve.groups import solve_groups
 from .solve.judge import check_judged, perplexity_judge
+from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
 from .vocabulary import PrunedVocabulary, prune_vocabulary, vocabulary_text
@@ -187,7 +192,10 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model that is compressed; where it has a source, it is ours to take apart."""
+    """The model that is compressed; where it has a source, it is ours to take apart.
+
+    Where there are shards, they have its weights, and the model has none.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -195,6 +203,7 @@ class _Subject:
     source: BaseCheckpoint | None = None
     plan: Plan | None = None
     vocabulary: dict[str, Any] | None = None
+    shards: Shards | None = None
 
 
 @documented(CompressionOptions)
@@ -220,6 +229,10 @@ def compress(
     request = _request(recipe, chosen(CompressionOptions, options, changes))
     options, clock = request.options, _Clock()
     if isinstance(base, nn.Module):
+        if options.max_memory is not None:
+            raise CompressionError(
+                "max_memory is for bases larger than memory, and this one is in memory; pass its folder, or leave it out."
+            )
         model = _narrow_enough(base)
         dtype = _dtype_name(options.dtype or model.dtype)
         assert dtype is not None
@@ -247,8 +260,12 @@ def compress(
         check_judged(architecture)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     with clock("load"), stage("loading the base"):
-        model = load_model(source, architecture, torch.float32 if wanted is None else getattr(torch, wanted))
-    subject = _Subject(model, tokenizer, stored or plan.dtype, source, plan)
+        held, shards = torch.float32 if wanted is None else getattr(torch, wanted), None
+        if options.max_memory is None:
+            model = load_model(source, architecture, held)
+        else:
+            model, shards = open_model(source, architecture, held)
+    subject = _Subject(model, tokenizer, stored or plan.dtype, source, plan, shards=shards)
     return _compressed(_with(subject, vocabulary) if vocabulary else subject, request, clock)
 
 
@@ -264,6 +281,7 @@ def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Reque
         seed=seed_of(options.seed),
         batch_size=None if options.batch_size is None else whole(options.batch_size, "batch_size", 1),
         max_loss=None if options.max_loss is None else real(options.max_loss, "max_loss"),
+        max_memory=None if options.max_memory is None else parse_bytes(options.max_memory),
     )
     if options.resume and options.target is None:
         raise CompressionError(
@@ -272,6 +290,8 @@ def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Reque
     if options.device is not None:
         found_device(options.device)
     recipe = load_recipe(recipe).override(**options.overrides)
+    if options.max_memory is not None:
+        check_possible(recipe if options.calibration not in (None, "none") else recipe.without_calibration(), options)
     texts = load_texts(options.calibration) if recipe.calibrated else None
     if texts is None:
         recipe = recipe.without_calibration()
@@ -332,11 +352,13 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     planned = partial(_planned, subject, layout, wider)
     plan = planned(request.recipe, subject.plan)
     texts = _texts_as_read(subject, request)
-    _check_finite(model, family_of(config).title)
+    passes = _passes(subject, plan, texts, options, processes)
+    _check_finite(model, subject.shards or model.state_dict(), family_of(config).title)
     device = processes.device if processes.count > 1 else options.device
     with _measurable(model, device, ours=source is not None) as compute:
         run = unfinished_run(options, compute, plan, texts, validation, tokenizer, processes)
-        wider |= wider_tensors(plan, compute.state_dict())
+        state: Mapping[str, Tensor] = subject.shards or compute.state_dict()
+        wider |= wider_tensors(plan, state)
         plan = planned(request.recipe, plan)
 
         how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size}
@@ -345,7 +367,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             if texts is None:
                 return Statistics(), None
             with clock("calibrate"):
-                shared = {**how, "progress": progress, "processes": processes}
+                shared = {**how, "progress": progress, "processes": processes, "passes": passes}
                 return kept_statistics(run, partial(measure, compute, plan, texts, tokenizer, **shared), processes)
 
         statistics, record = measured()
@@ -356,18 +378,18 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
 
         def solve(sized: Plan) -> Outcome:
             known = replace(statistics, input_moments=dict(statistics.input_moments)) if again else statistics
-            check_held(sized, compute.state_dict())
+            check_held(sized, state)
             with clock("solve"):
                 judged = validation if max_loss is None else None
                 judge = perplexity_judge(compute, sized, tokenizer, judged) if judged else None
                 kept: dict[str, Any] = {"seed": options.seed, "judge": judge, "run": run, "processes": processes}
-                return solve_groups(sized, compute.state_dict(), known, progress=progress, **kept)
+                return solve_groups(sized, state, known, progress=progress, **kept)
 
         def solved(recipe: Recipe) -> tuple[Plan, PreTrainedModel, list[GroupReport]]:
             sized, offers = planned(recipe, plan), None
             if recipe.allocation == "by_gain":
                 with clock("allocate"):
-                    offers = offers_of(compute, sized, statistics, progress, processes)
+                    offers = offers_of(state, sized, statistics, progress, processes)
             sized, (factors, reports, lost), rounds[:] = allocated_and_solved(sized, offers, divergence, solve)
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
@@ -375,7 +397,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                     statistics.input_moments = measured()[0].input_moments
                 return solved(recipe)
             with clock("build"), stage("building the compressed model"):
-                return sized, build_model(compute, sized, factors, source), reports
+                return sized, build_model(compute, state, sized, factors, source), reports
 
         search = None
         if max_loss is None:
@@ -391,6 +413,9 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 request = replace(request, recipe=recipe)
             search = {"max_loss": max_loss, "trials": [asdict(trial) for trial in trials]}
         tell(plan)
+    if options.max_memory is not None:
+        built.set_decoding("on_the_fly")  # type: ignore[operator]  # decoded, it would be as large as the base
+        tell_peak(int(options.max_memory))
     about = _about(subject, request) | {
         "dtype": plan.dtype,
         "calibration": record.to_dict() if record else None,
@@ -404,6 +429,27 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
     return CompressionResult(built, tokenizer, Report(**about), source.folder if source else None, run, processes)
+
+
+def _passes(
+    subject: _Subject, plan: Plan, texts: CalibrationText | None, options: CompressionOptions, processes: Processes
+) -> LayerPasses | None:
+    """Return how a model is run whose weights stay on disk; None for any other, or where no text is run.
+
+    Raises:
+        CompressionError: it cannot be done, or not within the memory that was allowed.
+    """
+    if subject.shards is None:
+        return None
+    check_alone(processes)
+    scratch = existing(Path(options.target)) if options.target is not None else None
+    passes = None
+    if texts is not None:
+        layout = plan.layout
+        passes = LayerPasses(subject.model, subject.shards, layout.prefix, layout.matrices, scratch)
+    assert isinstance(options.max_memory, int)
+    check_enough(options.max_memory, plan, passes)
+    return passes
 
 
 def _planned(
@@ -474,14 +520,17 @@ def _measurable(model: PreTrainedModel, device: str | torch.device | None, *, ou
     Layers take sequences whole for the while: `chunk_size_feed_forward` cuts them to save memory in use, and what is
     measured are the inputs of all places.
     """
-    home, was_training = next(model.parameters()).device, model.training
+    home: torch.device | None = next(model.parameters()).device
+    was_training = model.training
     chunked: list[tuple[Any, int]] = [
         (module, size) for module in model.modules() if (size := getattr(module, "chunk_size_feed_forward", 0))
     ]
     for module, _ in chunked:
         module.chunk_size_feed_forward = 0
+    if home.type == "meta":
+        home = None  # its weights are read where they are needed
     try:
-        yield model.to(torch.device(device or home)).eval()  # type: ignore[arg-type]
+        yield model.to(torch.device(device or home)).eval() if home else model.eval()  # type: ignore[arg-type]
     finally:
         if not ours:
             model.to(home).train(was_training)  # type: ignore[arg-type]
@@ -489,8 +538,8 @@ def _measurable(model: PreTrainedModel, device: str | torch.device | None, *, ou
                 module.chunk_size_feed_forward = size
 
 
-def _check_finite(model: nn.Module, title: str) -> None:
-    bad = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+def _check_finite(model: nn.Module, state: Mapping[str, Tensor], title: str) -> None:
+    bad = [name for name, _ in model.named_parameters() if not torch.isfinite(state[name]).all()]
     if bad:
         raise CompressionError(
             f"The base has NaN or infinite values in {listing(bad[:3])}{' …' if len(bad) > 3 else ''}; "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,6 @@ from ..solve.problems import problem_of
 from ..solvers import expected_errors
 from ..structures import Size
 from .allocation import Choices, allocate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # How often the budget is spent anew, and the share of it that is not worth that.
 TRIES, NEARLY_NOTHING = 4, 0.002
@@ -88,12 +84,16 @@ class Offers:
 
 
 def offers_of(
-    model: PreTrainedModel, plan: Plan, statistics: Statistics, progress: bool, processes: Processes = ALONE
+    state: Mapping[str, torch.Tensor],
+    plan: Plan,
+    statistics: Statistics,
+    progress: bool,
+    processes: Processes = ALONE,
 ) -> Offers:
     """Return what the groups of a plan may become, with the errors that statistics let expect.
 
     Args:
-        model: the base.
+        state: the base's tensors.
         plan: see `Offers`.
         statistics: of calibration.
         progress: show a progress bar.
@@ -103,7 +103,6 @@ def offers_of(
     allowed = _allowed(plan)
     # Where everything would fit as it is, there is nothing to weigh: what is asked for is a compressed model.
     may_stay = allowed is not None and plan.reformed(dict.fromkeys([g.name for g in groups])).file_bytes > allowed
-    state = model.state_dict()
     gains = processes.map(
         lambda group: _gains(group, plan, state, statistics, may_stay),
         groups,
@@ -127,7 +126,9 @@ class _Gains:
     choices: Choices
 
 
-def _gains(group: Group, plan: Plan, state: dict[str, torch.Tensor], statistics: Statistics, may_stay: bool) -> _Gains:
+def _gains(
+    group: Group, plan: Plan, state: Mapping[str, torch.Tensor], statistics: Statistics, may_stay: bool
+) -> _Gains:
     dense = plan.dense_bytes(group.matrices)
     forms: list[Group | None] = []
     errors: list[float] = []

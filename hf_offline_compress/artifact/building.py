@@ -94,9 +94,21 @@ def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
 
 
 def build_model(
-    model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor], source: BaseCheckpoint | None
+    model: PreTrainedModel,
+    base: Mapping[str, Tensor],
+    plan: Plan,
+    factors: dict[str, Tensor],
+    source: BaseCheckpoint | None,
 ) -> PreTrainedModel:
-    """Return the compressed model: the class and constructor that AutoModel uses, untouched weights, and the factors."""
+    """Return the compressed model: the class and constructor that AutoModel uses, untouched weights, and the factors.
+
+    Args:
+        model: the base, whose weights need not be there.
+        base: its tensors.
+        plan: what has become of them.
+        factors: what stands for the groups, by full name.
+        source: where the base comes from, if it has a name.
+    """
     from ..registration import register
     from ..runtime.modeling_compressed import compressed_class
 
@@ -109,7 +121,7 @@ def build_model(
     config.architectures = [target.__name__]
     if source is not None:
         config.name_or_path = source.name
-    rest = _untouched(model, plan, factors)
+    rest = _untouched(model, base, plan)
     if plan.rest != plan.dtype:  # what is used now is what will be loaded
         wider = {t.data_ptr(): plan.wider[name] for name, t in rest.items() if name in plan.wider}  # tied ones alike
         rest = {
@@ -131,23 +143,23 @@ def build_model(
     return built.eval()
 
 
-def _untouched(model: PreTrainedModel, plan: Plan, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the base's tensors under the names that they have in the compressed model, without what was compressed."""
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+def _untouched(model: PreTrainedModel, base: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Return the base's tensors under the names that they have in the compressed model, without what was compressed.
+
+    Those that are not needed are not asked for, which may mean reading them.
+    """
     prefix = plan.layout.prefix
     compressed = [matrix for group in plan.groups for matrix in group.matrices]
     fused = plan.layout.fused_with(compressed)
+    gone = {f"{matrix.full_module(prefix)}.weight" for matrix in (*fused, *compressed)}
+    gone |= {f"{matrix.full_module(prefix)}.bias" for matrix in fused}
+    words = f"{prefix}{plan.layout.word_embeddings}.weight"
+    if plan.layout.tied and words in gone:
+        gone |= {target for target, origin in (model._tied_weights_keys or {}).items() if origin == words}
+    state = {name: base[name].cpu() for name in base if name not in gone}
     for matrix in fused:
         if matrix not in compressed:
-            state[f"{matrix.full_name(prefix)}.weight"] = matrix.dense(state, prefix).contiguous()
+            state[f"{matrix.full_name(prefix)}.weight"] = matrix.dense(base, prefix).cpu().contiguous()
         if matrix.bias:
-            state[f"{matrix.full_name(prefix)}.bias"] = matrix.dense_bias(state, prefix).clone()
-    for matrix in (*fused, *compressed):
-        state.pop(f"{matrix.full_module(prefix)}.weight", None)
-    for matrix in fused:
-        state.pop(f"{matrix.full_module(prefix)}.bias", None)
-    if plan.layout.tied and any(m.kind == "word_embeddings" for m in compressed):
-        for target, origin in (model._tied_weights_keys or {}).items():
-            if origin == f"{prefix}{plan.layout.word_embeddings}.weight":
-                state.pop(target, None)
+            state[f"{matrix.full_name(prefix)}.bias"] = matrix.dense_bias(base, prefix).cpu().clone()
     return state

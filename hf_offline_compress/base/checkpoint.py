@@ -6,14 +6,16 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.families import FAMILIES, Family, architecture_of, family_of
-from ..errors import CompressionError, listing, refusing
+from ..errors import CompressionError, listing, needs_extra, refusing
 from ..foundation.arguments import token_of
 from ..foundation.files import belongs_to
 from ..foundation.schemas import TEXT, mismatch
@@ -21,10 +23,12 @@ from ..foundation.tokenizer_files import TOKENIZER_FILE, without_spaces
 from ..runtime.architectures_compressed import Architecture, token_limit
 from ..runtime.bounds_compressed import check_sizes
 from .downloading import MODULE, cached_name, check_id, fetch_file, fetch_files
-from .files import check_base_texts, check_base_weights, check_module_weights, read_base_json
+from .files import SAFETENSORS, check_base_texts, check_base_weights, check_module_weights, read_base_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .shards import Shards
 
 # All that transformers' tokenizers read, fast, slow, and of SentencePiece.
 TOKENIZER_FILES = (
@@ -264,11 +268,50 @@ def load_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> PreTraine
     Raises:
         CompressionError: weights of the chosen architecture are missing.
     """
+    return _stock_model(base, architecture, dtype)
+
+
+def open_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> tuple[PreTrainedModel, Shards]:
+    """Return the stock model of a base without weights, and what reads them from its files as they are needed.
+
+    Args:
+        base: a resolved base.
+        architecture: stock class name.
+        dtype: torch dtype to read in.
+
+    Raises:
+        CompressionError: see `load_model`; or the weights are pickled, stored in another form than the model has them in, or
+            accelerate is not installed.
+    """
+    from .shards import shards_of
+
+    if find_spec("accelerate") is None:
+        raise CompressionError(needs_extra("max_memory (--max-memory)", "accelerate", "accelerate"))
+    if not any((base.folder / file).is_file() for file in SAFETENSORS):
+        raise CompressionError(
+            f"The weights of '{base.name}' are pickled, and max_memory (--max-memory) reads tensors one by one, from "
+            "safetensors; save the model again with save_pretrained."
+        )
+    with tempfile.TemporaryDirectory() as nothing:  # only what has to be converted would be written there
+        model = _stock_model(base, architecture, dtype, device_map={"": "disk"}, offload_folder=nothing)
+        converted = any(Path(nothing).iterdir())
+    shards = shards_of(model, dtype)
+    names = {name for name, _ in model.named_parameters()}
+    if converted or not names <= set(shards):
+        raise CompressionError(
+            f"The files of '{base.name}' hold its weights in another form than {architecture} has them in, so they cannot be "
+            "read one by one; leave max_memory (--max-memory) out, or save the model again with save_pretrained."
+        )
+    return model, shards
+
+
+def _stock_model(base: BaseCheckpoint, architecture: str, dtype: Any, **how: Any) -> PreTrainedModel:
+    """Return the stock model of a base; `how` it is loaded goes to transformers."""
     import transformers
 
     stock = getattr(transformers, architecture)
     what = f"'{base.name}' does not load as {architecture} from its config.json and weights"
-    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "key_mapping": UNWRAPPED}
+    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "key_mapping": UNWRAPPED, **how}
     with quiet_transformers(), refusing(what, ADVICE):
         model, info = stock.from_pretrained(base.folder, dtype=dtype, ignore_mismatched_sizes=True, **options)
     check_fit(info, what, ADVICE)

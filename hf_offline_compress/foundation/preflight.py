@@ -19,7 +19,7 @@ SMALLEST_SHARD = 1_000
 
 def check_room(target: Path, weight_bytes: int) -> None:
     """Raise CompressionError where the disk has no room for a folder with so many bytes of weights."""
-    free, needed = shutil.disk_usage(_existing(target.resolve())).free, weight_bytes + BESIDE
+    free, needed = shutil.disk_usage(existing(target.resolve())).free, weight_bytes + BESIDE
     if free < needed:
         raise CompressionError(
             f"'{target}' needs {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free; free some, or pass another "
@@ -75,6 +75,6 @@ def found_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """Return the nearest of a path and its parents that exists."""
     return next(place for place in (path, *path.parents) if place.exists())

@@ -19,6 +19,7 @@ from ..runtime.architectures_compressed import token_limit
 from .divergence import Divergence
 from .importance import measure_importance
 from .inputs import collect
+from .passes import Passes
 from .sensitivity import measure_sensitivity
 from .statistics import Statistics
 from .texts import CalibrationRecord, CalibrationText, batches_apart, count_tokens, make_batches
@@ -43,6 +44,7 @@ def measure(
     batch_size: int | None,
     progress: bool,
     processes: Processes = ALONE,
+    passes: Passes | None = None,
 ) -> tuple[Statistics, CalibrationRecord]:
     """Return the statistics that the plan's objectives ask for, and what of the text is written down.
 
@@ -55,13 +57,15 @@ def measure(
         batch_size: texts in one forward pass.
         progress: show progress bars.
         processes: that share the work; all get all of its results.
+        passes: how the model is run; through all of it at once by default. Importances know no other way.
 
     Raises:
         CompressionError: the text is mostly unknown tokens, or the output does not depend on what is asked about.
     """
+    passes = passes or Passes(model)
 
     def bar(title: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        return lambda items: progress_bar(items, title, "batch", progress)
+        return lambda items: progress_bar(items, title, passes.unit, progress)
 
     masked = objective_of(plan.architecture) == "masked"
     options = _text_options(model, plan, tokenizer, seed, batch_size)
@@ -76,6 +80,7 @@ def measure(
             batches,
             tied=plan.layout.tied and plan.recipe.sensitive,
             processes=processes,
+            passes=passes,
             progress=bar("calibrating"),
         )
         for embedding in (m for m in wanted if m.kind == "word_embeddings"):
@@ -100,9 +105,10 @@ def measure(
             seed=seed,
             squares=squares,
             processes=processes,
+            passes=passes,
             progress=bar("sensitivity"),
         )
-        if silent := [m.name for m in measured if m.name not in found.output_moments | found.output_squares]:
+        if silent := [m.name for m in measured if m.name not in {*found.output_moments, *found.output_squares}]:
             raise CompressionError(
                 f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
                 "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."

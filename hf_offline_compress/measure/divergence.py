@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..architectures.families import is_language_model, objective_of
 from ..architectures.layout import Matrix
+from .passes import layer_names
 from .sensitivity import has_logits
 from .statistics import CHOICES
 from .texts import Batch
@@ -91,7 +92,7 @@ class Divergence:
         self._binary = objective_of(name) == "discriminative"
         self._narrow = is_language_model(name) and model.base_model is not model
         self.of_curvature = 0.5 if self._headed else 1.0
-        self._layers = _layers(self._base, matrices)
+        self._layers = [self._base.get_submodule(name) for name in layer_names(self._base, matrices)]
         device = next(model.parameters()).device
         masks = [batch.attention_mask.bool().to(device) for batch in batches]
         ids = [batch.input_ids.to(device) for batch in batches]
@@ -215,24 +216,6 @@ class Divergence:
         finally:
             if handle:
                 handle.remove()
-
-
-def _layers(base: nn.Module, matrices: Sequence[Matrix]) -> list[nn.Module]:
-    """Return the layers of a model, in order; none where their names do not tell them."""
-    found: dict[int, str] = {}
-    for matrix in matrices:
-        if matrix.layer is None or not matrix.in_base:
-            continue
-        parts = matrix.module.split(".")
-        ends = [i for i, part in enumerate(parts) if part == str(matrix.layer)]
-        if not ends:
-            return []
-        name = ".".join(parts[: ends[0] + 1])
-        if found.setdefault(matrix.layer, name) != name:
-            return []
-    if sorted(found) != list(range(len(found))):
-        return []
-    return [base.get_submodule(found[i]) for i in range(len(found))]
 
 
 def _count(places: Sequence[Tensor]) -> int:

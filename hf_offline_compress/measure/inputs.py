@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
+from .passes import Passes
 from .sharing import Sums
 from .statistics import CHOICES, Statistics
 from .texts import Batch
@@ -24,6 +25,7 @@ def collect(
     *,
     tied: bool = False,
     processes: Processes = ALONE,
+    passes: Passes | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Statistics:
     """Run the batches through the model and return the statistics of the given matrices.
@@ -37,16 +39,19 @@ def collect(
         batches: token ids with attention masks; padding is left out of everything.
         tied: also measure the inputs of the output embeddings, as moments of the word embeddings.
         processes: that share the batches.
+        passes: how the model is run; through all of it at once by default.
         progress: wraps the batches, e.g. in a progress bar.
     """
-    wanted = list(matrices)
-    statistics = Statistics()
+    wanted, passes = list(matrices), passes or Passes(model)
+    statistics = Statistics(input_moments=passes.store())
     base: Any = model.base_model
     sums = Sums(processes)
     mask: Tensor | None = None
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not passes.counting:
+                return
             x = args[0]
             # [sequences, length, columns] → [tokens, columns]; poolers and classifiers see [sequences, columns]
             # and relative positions are no places of the text
@@ -64,21 +69,30 @@ def collect(
     head = tied and words is not None and model.get_output_embeddings() is not None  # type: ignore[operator]
     if head and words is not None:
         handles.append(model.get_output_embeddings().register_forward_pre_hook(observe(words.inputs)))  # type: ignore[operator]
-    device = next(model.parameters()).device
+    device = passes.device
     # A head is run only if its own inputs are wanted, and its logits are not wanted even then.
     runner = model if head or any(not matrix.in_base for matrix in wanted) else base
+
+    def enter(batch: Batch) -> None:
+        nonlocal mask
+        mask = batch.attention_mask.bool().to(device)
+
+    def run(place: int, batch: Batch) -> None:
+        ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
+        if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
+            ids, attended = ids[None], attended[None]
+        runner(input_ids=ids, attention_mask=attended)
+
+    def done() -> None:
+        for name in list(sums.tensors):
+            statistics.input_moments[name] = sums.tensors.pop(name).div_(max(1, sums.numbers[name]))
+
     try:
         with _without_logits(model):
-            for _, batch in sums.over(batches if handles else (), progress):
-                mask = batch.attention_mask.bool().to(device)
-                ids, attended = batch.input_ids.to(device), batch.attention_mask.to(device)
-                if runner is model and type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
-                    ids, attended = ids[None], attended[None]
-                runner(input_ids=ids, attention_mask=attended)
+            passes.go(batches if handles else (), sums, run, enter=enter, done=done, progress=progress)
     finally:
         for handle in handles:
             handle.remove()
-    statistics.input_moments = {name: total.div_(max(1, sums.numbers[name])) for name, total in sums.tensors.items()}
     return statistics
 
 

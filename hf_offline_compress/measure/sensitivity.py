@@ -9,7 +9,7 @@ numbers times it spread far less than gradients at drawn labels, which are huge 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..architectures.families import objective_of
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
 from ..plan.make import SEVERAL_INPUTS
+from .passes import Passes
 from .sharing import Sums
 from .statistics import CHOICES, Sensitivity
 from .texts import Batch
@@ -38,6 +39,7 @@ def measure_sensitivity(
     seed: int,
     squares: Collection[str] = (),
     processes: Processes = ALONE,
+    passes: Passes | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Sensitivity:
     """Return the sensitivity of the model's output to errors at the outputs of the given matrices.
@@ -54,42 +56,21 @@ def measure_sensitivity(
         seed: of the drawn directions.
         squares: names of the matrices whose outputs are asked for one by one, which takes much less room.
         processes: that share the parts of the batches.
+        passes: how the model is run; through all of it at once by default.
         progress: wraps the parts of the batches, e.g. in a progress bar.
     """
-    wanted = list(matrices)
+    wanted, passes = list(matrices), passes or Passes(model)
     sums = Sums(processes)
+    moments: MutableMapping[str, Tensor] = passes.store()
+    single: dict[str, Tensor] = {}
     base: Any = model.base_model
-    mask: Tensor | None = None
-
-    def accumulate(name: str, gradient: Tensor) -> None:
-        # Relative positions are no places of the text, and poolers have none.
-        placed = mask is not None and gradient.shape[:-1] == mask.shape
-        flat = gradient[mask] if placed else gradient.reshape(-1, gradient.shape[-1])
-        if name in squares:
-            sums.add(name, flat.float().square().sum(dim=0))
-        else:
-            sums.add_gram(name, flat.float())
-
-    def watch(parts: list[Matrix]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # relative positions do not depend on the words
-                output = output.detach().requires_grad_()
-
-            def backward(gradient: Tensor) -> None:
-                for m in parts:
-                    accumulate(m.name, gradient[..., m.start : m.start + m.rows] if m.part else gradient)
-
-            output.register_hook(backward)
-            return output
-
-        return hook
-
+    gradients = _Gradients(sums, squares)
     by_module: dict[tuple[str, bool], list[Matrix]] = {}
     for matrix in wanted:
         by_module.setdefault((matrix.module, matrix.in_base), []).append(matrix)
     handles = [base.get_input_embeddings().register_forward_hook(_as_leaf)]
     handles += [
-        (base if in_base else model).get_submodule(module).register_forward_hook(watch(parts))
+        (base if in_base else model).get_submodule(module).register_forward_hook(gradients.of(parts))
         for (module, in_base), parts in by_module.items()
     ]
     pooled = any(matrix.kind == "pooler" for matrix in wanted)
@@ -97,25 +78,70 @@ def measure_sensitivity(
     portions = _portions(batches)
     # A seed for each portion, so that no portion waits for what is drawn in those before it.
     seeds = torch.randint(2**31, (len(portions),), generator=torch.Generator().manual_seed(seed)).tolist()
+    device = passes.device
+
+    def enter(batch: Batch) -> None:
+        gradients.mask = batch.attention_mask.bool().to(device)
+
+    def run(place: int, batch: Batch) -> None:
+        ids, own = batch.input_ids.to(device), batch.attention_mask.bool().to(device)
+        places = own & (ids == mask_token) if mask_token is not None else own
+        generator = torch.Generator().manual_seed(seeds[place])
+        loss, at_logits = _probe(model, ids, own, places, generator, headed, pooled)
+        loss.backward()
+        sums.count("tokens", int(own.sum()))
+        sums.count("curvature", at_logits)
+
+    def done() -> None:
+        for name in list(sums.tensors):
+            kept = single if name in squares else moments
+            kept[name] = sums.tensors.pop(name).div_(max(1, sums.numbers.get("tokens", 0)))
+
     try:
         with torch.enable_grad(), _frozen(model):
-            for place, batch in sums.over(portions, progress):
-                device = next(model.parameters()).device
-                mask = batch.attention_mask.bool().to(device)
-                ids = batch.input_ids.to(device)
-                places = mask & (ids == mask_token) if mask_token is not None else mask
-                generator = torch.Generator().manual_seed(seeds[place])
-                loss, at_logits = _probe(model, ids, mask, places, generator, headed, pooled)
-                loss.backward()
-                sums.count("tokens", int(mask.sum()))
-                sums.count("curvature", at_logits)
+            passes.go(portions, sums, run, enter=enter, done=done, backward=True, progress=progress)
     finally:
         for handle in handles:
             handle.remove()
     tokens, curvature = sums.numbers.get("tokens", 0), sums.numbers.get("curvature", 0.0)
-    moments = {name: total.div_(max(1, tokens)) for name, total in sums.tensors.items()}
-    single = {name: moments.pop(name) for name in squares if name in moments}
     return Sensitivity(moments, single, curvature / max(1, tokens))
+
+
+class _Gradients:
+    """Hooks that sum what gradients at outputs are.
+
+    Attributes:
+        mask: which places of the portion that runs hold tokens, [sequences, length].
+    """
+
+    def __init__(self, sums: Sums, squares: Collection[str]) -> None:
+        self.mask: Tensor | None = None
+        self._sums, self._squares = sums, squares
+
+    def of(self, parts: Sequence[Matrix]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        """Return the hook of a module, which is one matrix, or several fused."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:  # relative positions do not depend on the words
+                output = output.detach().requires_grad_()
+
+            def backward(gradient: Tensor) -> None:
+                for m in parts:
+                    self._add(m.name, gradient[..., m.start : m.start + m.rows] if m.part else gradient)
+
+            output.register_hook(backward)
+            return output
+
+        return hook
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        # Relative positions are no places of the text, and poolers have none.
+        placed = self.mask is not None and gradient.shape[:-1] == self.mask.shape
+        flat = gradient[self.mask] if placed else gradient.reshape(-1, gradient.shape[-1])
+        if name in self._squares:
+            self._sums.add(name, flat.float().square().sum(dim=0))
+        else:
+            self._sums.add_gram(name, flat.float())
 
 
 def _probe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class Sensitivity:
         head_share: how much of the loss's curvature lies at the logits: E[Σ g²] over tokens. 0 where there are none.
     """
 
-    output_moments: dict[str, Tensor] = field(default_factory=dict)
+    output_moments: MutableMapping[str, Tensor] = field(default_factory=dict)
     output_squares: dict[str, Tensor] = field(default_factory=dict)
     head_share: float = 0.0
 
@@ -47,7 +48,7 @@ class Statistics:
             rows [rows], or of its parameters [rows, columns].
     """
 
-    input_moments: dict[str, Tensor] = field(default_factory=dict)
+    input_moments: MutableMapping[str, Tensor] = field(default_factory=dict)
     token_counts: Tensor | None = None
     place_counts: Tensor | None = None
     positions: int | None = None

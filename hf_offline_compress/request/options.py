@@ -92,6 +92,14 @@ class CompressionOptions:
         help="where to compute, e.g. cuda",
     )
     batch_size: int | None = option(None, "calibration texts per forward pass", cli=int, min=1)
+    max_memory: int | str | None = option(
+        None,
+        "for a base larger than memory: its tensors are read from its safetensors as they are needed, one layer at a time, so "
+        "that this process has at most about so much memory, e.g. 4GB. What cannot be done so is an error. The result is the "
+        "same; it decodes its weights on use. Needs accelerate",
+        cli=str,
+        help="read the base layer by layer, within about this much memory, e.g. 4GB; with --effort fast",
+    )
     seed: int = option(0, "of everything random", cli=int)
     revision: str | None = option(None, "branch, tag or commit of a base on the Hub", cli=str)
     token: str | bool | None = option(None, "for a base on the Hub; by default the one you are logged in with")

@@ -1,0 +1,362 @@
+"""Runs of a model over the portions of a text: through the whole model at once, or through one layer at a time.
+
+The second is for models that are larger than memory. All portions go through a layer before the next one is read, and
+backward likewise from the last layer on, each computed anew from its inputs. What hooks see is what they see in a run
+through the whole model, by the same kernels and for each module in the same order of the portions: so sums have the same
+bits. What is kept meanwhile are the hidden states of all portions, and for a backward pass, in a file, those between all
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.layout import Matrix
+from ..base.shards import Shards
+from ..errors import CompressionError
+from ..foundation.memory import release_memory
+from ..foundation.spilled import Spilled
+from .sharing import Sums
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+class Passes:
+    """Every portion runs through the whole model at once.
+
+    Attributes:
+        unit: what progress counts.
+        counting: whether what hooks see now is to be summed; a run may see some of it twice.
+    """
+
+    unit = "batch"
+    counting = True
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a stock model in evaluation mode."""
+        self._model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self._model.parameters()).device
+
+    def store(self) -> MutableMapping[str, Tensor]:
+        """Return what keeps large statistics by their names."""
+        return {}
+
+    def go(
+        self,
+        portions: Sequence[Any],
+        sums: Sums,
+        run: Callable[[int, Any], None],
+        *,
+        enter: Callable[[Any], None] = _nothing,
+        done: Callable[[], None] = _nothing,
+        backward: bool = False,
+        progress: Progress = iter,
+    ) -> None:
+        """Run all portions.
+
+        Args:
+            portions: of the text, the same in every process.
+            sums: which hooks add to.
+            run: place and portion → runs the model, and where that is asked for backward.
+            enter: told the portion before any part of it runs, so that hooks know of it.
+            done: called whenever sums that were added to are complete.
+            backward: whether `run` does run backward.
+            progress: wraps what is gone through, e.g. in a progress bar.
+        """
+        for place, portion in sums.over(portions, progress):
+            enter(portion)
+            run(place, portion)
+        done()
+
+
+class LayerPasses(Passes):
+    """All portions go through one layer before the next one is read. For one process, on the CPU."""
+
+    unit = "step"
+
+    def __init__(
+        self, model: nn.Module, shards: Shards, prefix: str, matrices: Sequence[Matrix], scratch: Path | None
+    ) -> None:
+        """Take a stock model without weights.
+
+        Args:
+            model: in evaluation mode, its parameters on the meta device.
+            shards: which have them.
+            prefix: of parameters of the base model.
+            matrices: of the model, by which its layers are found.
+            scratch: folder on whose disk lies what does not stay in memory; by default that of temporary files.
+
+        Raises:
+            CompressionError: the model's layers cannot be told apart.
+        """
+        super().__init__(model)
+        self._shards, self._scratch = shards, scratch
+        base: Any = model.base_model
+        names = layer_names(base, matrices)
+        if not names:
+            raise _not_by_layers(model)
+        self._layers: list[nn.Module] = [base.get_submodule(name) for name in names]
+        every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self.of_layers = [[name for name in every if name.startswith(f"{prefix}{layer}.")] for layer in names]
+        known = {name for own in self.of_layers for name in own}
+        self.outside = [name for name in every if name not in known]
+        self._template: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """See the base class."""
+        return torch.device("cpu")
+
+    def store(self) -> MutableMapping[str, Tensor]:
+        """See the base class."""
+        return Spilled(self._scratch)
+
+    def go(
+        self,
+        portions: Sequence[Any],
+        sums: Sums,
+        run: Callable[[int, Any], None],
+        *,
+        enter: Callable[[Any], None] = _nothing,
+        done: Callable[[], None] = _nothing,
+        backward: bool = False,
+        progress: Progress = iter,
+    ) -> None:
+        """See the base class.
+
+        Raises:
+            CompressionError: the model computes something between its layers.
+        """
+        text = _Text(portions, run, enter, backward, Spilled(self._scratch))
+        forwards: list[Callable[[], None]] = [lambda i=i: self._forward(text, i) for i in range(len(self._layers))]
+        backwards: list[Callable[[], None]] = [lambda i=i: self._backward(text, i) for i in range(len(self._layers))]
+        steps = [lambda: self._record(text), *forwards, lambda: self._end(text)]
+        if backward:
+            steps += [*reversed(backwards), lambda: self._begin(text)]
+        for step in progress(steps) if portions else ():
+            step()
+            done()
+            release_memory()
+
+    def _record(self, text: _Text) -> None:
+        """Find out what every layer is called with, and the hidden states before the first one."""
+        self.counting = False
+        try:
+            with self._present(self.outside):
+                for place in range(len(text.portions)):
+                    hidden, calls = self._calls(text, place, self._layers)
+                    text.hidden.append(hidden.detach())
+                    text.calls.append(calls)
+        finally:
+            self.counting = True
+
+    def _calls(self, text: _Text, place: int, layers: Sequence[nn.Module]) -> tuple[Tensor, list[_Call]]:
+        """Return the hidden states before the first of some layers, and how a portion's run calls these; it ends there.
+
+        Layers give what they were given: were there anything between two of them, the second would be given something else.
+        """
+        first: Tensor | None = None
+        calls: list[_Call] = []
+
+        def called(index: int, hidden: Tensor, *others: Any, **options: Any) -> Any:
+            nonlocal first
+            first = hidden if first is None else first
+            call = _Call.of(others, options)
+            if index != len(calls) or hidden is not first or call.takes_gradient:
+                raise _not_by_layers(self._model)
+            calls.append(call)
+            if index + 1 == len(layers):
+                raise _Reached
+            return self._like(hidden, call)
+
+        with _replaced(layers, called):
+            try:
+                text.run(place)
+            except _Reached:
+                assert first is not None
+                return first, calls
+        raise _not_by_layers(self._model)
+
+    def _like(self, hidden: Tensor, call: _Call) -> Any:
+        """Return hidden states in the form in which layers give them, which is tried once."""
+        if self._template is None:
+            own: Any = type(self._layers[0]).forward
+            with self._present(self.of_layers[0]), torch.no_grad():
+                self._template = own(self._layers[0], hidden, *call.others, **call.options)
+        return (hidden, *[None] * (len(self._template) - 1)) if isinstance(self._template, tuple) else hidden
+
+    def _forward(self, text: _Text, index: int) -> None:
+        with self._present(self.of_layers[index]):
+            for place, portion in enumerate(text.portions):
+                text.enter(portion)
+                hidden = text.hidden[place]
+                if text.backward:  # the graph is dropped, but the kernels are those of a run with one
+                    text.inputs[index, place] = hidden
+                    hidden = hidden.requires_grad_()
+                text.hidden[place] = self._run(index, text.calls[place][index], hidden).detach()
+
+    def _run(self, index: int, call: _Call, hidden: Tensor) -> Tensor:
+        output = self._layers[index](hidden, *call.others, **call.options)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    def _end(self, text: _Text) -> None:
+        """Run what comes before and behind the layers; all that hooks see there counts now."""
+        with self._present(self.outside):
+            for place, portion in enumerate(text.portions):
+                text.enter(portion)
+                hidden, call = text.hidden[place].requires_grad_(text.backward), text.calls[place][0]
+                given = self._like(hidden, call)
+                with _replaced(self._layers, lambda *args, given=given, **options: given):
+                    text.run(place)
+                if text.backward:
+                    text.gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+        text.hidden.clear()
+
+    def _backward(self, text: _Text, index: int) -> None:
+        with self._present(self.of_layers[index]):
+            for place, portion in enumerate(text.portions):
+                text.enter(portion)
+                hidden = text.inputs.pop((index, place)).requires_grad_()
+                self._run(index, text.calls[place][index], hidden).backward(text.gradients[place])
+                assert hidden.grad is not None
+                text.gradients[place] = hidden.grad
+
+    def _begin(self, text: _Text) -> None:
+        """Go back from the first layer's inputs into the embeddings."""
+        with self._present(self.outside):
+            for place, portion in enumerate(text.portions):
+                text.enter(portion)
+                hidden, _ = self._calls(text, place, self._layers[:1])
+                if hidden.requires_grad:
+                    hidden.backward(text.gradients[place])
+
+    @contextmanager
+    def _present(self, names: Sequence[str]) -> Iterator[None]:
+        """Read parameters for the while; tied ones once."""
+        read: dict[Any, nn.Parameter] = {}
+        absent: list[tuple[nn.Module, str, Any]] = []
+        try:
+            for name in names:
+                place = self._shards.places[name]
+                if place not in read:
+                    read[place] = nn.Parameter(self._shards[name], requires_grad=False)
+                path, _, leaf = name.rpartition(".")
+                module = self._model.get_submodule(path)
+                absent.append((module, leaf, module._parameters[leaf]))
+                module._parameters[leaf] = read[place]
+            yield
+        finally:
+            for module, leaf, parameter in reversed(absent):
+                module._parameters[leaf] = parameter
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer was called with beside hidden states.
+
+    Attributes:
+        others: arguments by position.
+        options: by name.
+    """
+
+    others: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, others: tuple[Any, ...], options: dict[str, Any]) -> _Call:
+        """Return a call without a cache of keys and values, which would keep those of all layers."""
+        from transformers.cache_utils import Cache
+
+        kept = {name: None if isinstance(value, Cache) else value for name, value in options.items()}
+        return cls(tuple(None if isinstance(value, Cache) else value for value in others), kept)
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether gradients flow into more than the hidden states."""
+        given = (*self.others, *self.options.values())
+        return any(isinstance(value, Tensor) and value.requires_grad for value in given)
+
+
+class _Text:
+    """A text on its way through the layers.
+
+    Attributes:
+        calls: of each portion, what its layers are called with.
+        hidden: of each portion, the hidden states that it has come to.
+        inputs: layer and place of a portion → the hidden states that go in.
+        gradients: of each portion, at the outputs of the layer that it has come back to.
+    """
+
+    def __init__(
+        self,
+        portions: Sequence[Any],
+        run: Callable[[int, Any], None],
+        enter: Callable[[Any], None],
+        backward: bool,
+        inputs: MutableMapping[Any, Tensor],
+    ) -> None:
+        self.portions, self.enter, self.backward, self.inputs = portions, enter, backward, inputs
+        self._run = run
+        self.calls: list[list[_Call]] = []
+        self.hidden: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def run(self, place: int) -> None:
+        self._run(place, self.portions[place])
+
+
+class _Reached(Exception):  # noqa: N818 - no error: a run has come as far as it should
+    pass
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward(index, *args, **options)` stand for the forward passes of layers."""
+    for index, layer in enumerate(layers):
+        layer.forward = lambda *args, index=index, **options: forward(index, *args, **options)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # that of its class is there again
+
+
+def layer_names(base: nn.Module, matrices: Sequence[Matrix]) -> list[str]:
+    """Return the modules of a base model that are its layers, in order; none where names do not tell them."""
+    found: dict[int, str] = {}
+    for matrix in matrices:
+        if matrix.layer is None or not matrix.in_base:
+            continue
+        parts = matrix.module.split(".")
+        ends = [i for i, part in enumerate(parts) if part == str(matrix.layer)]
+        if not ends:
+            return []
+        name = ".".join(parts[: ends[0] + 1])
+        if found.setdefault(matrix.layer, name) != name:
+            return []
+    if sorted(found) != list(range(len(found))):
+        return []
+    return [found[i] for i in range(len(found))]
+
+
+def _not_by_layers(model: nn.Module) -> CompressionError:
+    return CompressionError(
+        f"{type(model).__name__} cannot be run layer by layer, which max_memory (--max-memory) needs: its layers share "
+        "weights, or something is computed between them. Leave it out, or pass calibration=None with a recipe that allows it."
+    )
