@@ -292,6 +292,7 @@ def open_model(base: BaseCheckpoint, architecture: str, dtype: Any) -> tuple[Pre
             f"The weights of '{base.name}' are pickled, and max_memory (--max-memory) reads tensors one by one, from "
             "safetensors; save the model again with save_pretrained."
         )
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is wanted here
     with tempfile.TemporaryDirectory() as nothing:  # only what has to be converted would be written there
         model = _stock_model(base, architecture, dtype, device_map={"": "disk"}, offload_folder=nothing)
         converted = any(Path(nothing).iterdir())

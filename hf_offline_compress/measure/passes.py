@@ -108,7 +108,8 @@ class LayerPasses(Passes):
         self._shards, self._scratch = shards, scratch
         base: Any = model.base_model
         names = layer_names(base, matrices)
-        if not names:
+        depth = getattr(model.config, "num_hidden_layers", len(names))
+        if not names or depth != len(names):  # layers may share weights
             raise _not_by_layers(model)
         self._layers: list[nn.Module] = [base.get_submodule(name) for name in names]
         every = [name for name, _ in model.named_parameters(remove_duplicate=False)]

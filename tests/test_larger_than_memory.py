@@ -1,0 +1,188 @@
+"""Bases that are read layer by layer: the bytes of a base held whole, one layer at a time, and what cannot be done so."""
+
+import re
+import weakref
+
+import pytest
+import torch
+from common import TEXTS, content, make_model, make_tokenizer
+
+from hf_offline_compress import CompressionError, compress
+from hf_offline_compress.base.shards import Shards
+from hf_offline_compress.foundation.processes import Processes
+from hf_offline_compress.foundation.spilled import Spilled
+from hf_offline_compress.measure.passes import LayerPasses, Passes
+from hf_offline_compress.solve.limit import check_alone
+
+# What every statistic is for: moments at inputs and outputs, and counts of tokens.
+MIXED = """
+name: mine
+modules: [all]
+rules:
+- {modules: [query, key], structure: low_rank, objective: sensitive, ratio: 4}
+- {modules: [word_embeddings], structure: trellis, objective: sensitive, ratio: 8}
+- {structure: quantized, objective: calibrated, ratio: 5}
+"""
+
+
+def save_shards(folder, model_type, head, **overrides):
+    """Write a base in half precision, in several files, and return its folder."""
+    make_model(model_type, head, **overrides).half().save_pretrained(folder, max_shard_size="20kB")
+    make_tokenizer(model_type).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_shards(tmp_path_factory.mktemp("base") / "bert", "bert", "BertForMaskedLM", layers=2)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "mine.yaml"
+    file.write_text(MIXED)
+    return file
+
+
+def both(base, recipe, folder, **options):
+    """Return what a base held whole and one read layer by layer become."""
+    found = []
+    for name, bound in (("whole", None), ("layers", "8GB")):
+        result = compress(base, recipe, calibration=TEXTS, progress=False, max_memory=bound, **options)
+        found.append(content(result.save(folder / name)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")],
+)
+def test_the_same_bytes(model_type, head, tmp_path):
+    base = save_shards(tmp_path / "base", model_type, head, layers=2)
+    whole, layers = both(base, "small", tmp_path, effort="fast", total_ratio=4)
+    assert whole == layers
+
+
+def test_the_same_bytes_by_all_statistics(base, mixed, tmp_path):
+    whole, layers = both(base, mixed, tmp_path, auto_class="AutoModel")
+    assert whole == layers
+
+
+def test_no_more_is_read_than_one_layer_and_what_lies_outside(tmp_path, monkeypatch):
+    base = save_shards(tmp_path / "base", "gpt2", "GPT2LMHeadModel", n_layer=6)
+    alive, most, passes = {}, 0, []
+    read, begun = Shards.__getitem__, LayerPasses.__init__
+
+    def counted(shards, name):
+        nonlocal most
+        tensor = read(shards, name)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in alive:
+            alive[storage.data_ptr()] = storage.nbytes()
+            weakref.finalize(storage, alive.pop, storage.data_ptr(), None)
+            most = max(most, sum(alive.values()))
+        return tensor
+
+    def noted(self, *args):
+        begun(self, *args)
+        passes.append(self)
+
+    monkeypatch.setattr(Shards, "__getitem__", counted)
+    monkeypatch.setattr(LayerPasses, "__init__", noted)
+    compress(base, "balanced", effort="fast", calibration=TEXTS, progress=False, max_memory="8GB")
+    sizes = {
+        name: tensor.numel() * 4
+        for name, tensor in make_model("gpt2", "GPT2LMHeadModel", layers=6).state_dict().items()
+    }
+    layer = sum(sizes[name] for name in passes[0].of_layers[0])
+    outside = sum(sizes[name] for name in passes[0].outside) - sizes["lm_head.weight"]
+    assert 0 < most <= outside + layer < 0.6 * sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"recipe": "small"}, r"effort 'default' do not go together.*--effort fast"),
+        ({"recipe": "small", "effort": "best"}, r"effort 'best' do not go together.*--effort fast"),
+        ({"recipe": "small", "effort": "fast", "max_loss": 0.1}, r"max_loss \(--max-loss\) do not go together"),
+        ({"recipe": "ae", "validation": TEXTS}, "validation text .* do not go together"),
+        ({"recipe": "svd", "vocabulary": TEXTS}, "a smaller vocabulary do not go together"),
+        ({"recipe": "fwsvd", "auto_class": "AutoModelForMaskedLM"}, "an importance do not go together"),
+        ({"recipe": "svd", "device": "cuda"}, "the device 'cuda' do not go together|There is no device"),
+        ({"recipe": "svd", "max_memory": "lots"}, "The size 'lots' is unknown"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(base, options, sentence, monkeypatch):
+    monkeypatch.setattr("hf_offline_compress.compressor.resolve_base", None)  # before the base is even looked for
+    with pytest.raises(CompressionError, match=sentence):
+        compress(base, **{"progress": False, "max_memory": "8GB", **options})
+
+
+def test_a_run_that_resumes_is_refused(base, tmp_path):
+    with pytest.raises(CompressionError, match="--resume.* do not go together"):
+        compress(base, "svd", target=tmp_path / "out", resume=True, max_memory="8GB", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_names_what_would_do(base, mixed, tmp_path, monkeypatch):
+    options = {"calibration": TEXTS, "target": tmp_path / "out", "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_offline_compress.compressor.measure", None)  # no work is done
+        with pytest.raises(
+            CompressionError, match=r"is 0\.05 GB, and this model by the recipe 'mine' needs about"
+        ) as told:
+            compress(base, mixed, max_memory="50MB", **options)
+    assert not list(tmp_path.iterdir())
+    enough = re.search(r"pass (\S+GB)\.", str(told.value))
+    assert compress(base, mixed, max_memory=enough[1], **options).model.compressed_modules()
+
+
+def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
+    base = save_shards(tmp_path / "albert", "albert", "AlbertForMaskedLM")
+    with pytest.raises(CompressionError, match="AlbertForMaskedLM cannot be run layer by layer"):
+        compress(base, "gptq", calibration=TEXTS, max_memory="8GB", progress=False)
+    assert compress(base, "quantized", max_memory="8GB", progress=False).model.compressed_modules()  # no text is run
+    model = make_model("bert", "BertModel")
+    with pytest.raises(CompressionError, match="this one is in memory"):
+        compress(model, "svd", max_memory="8GB", progress=False)
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(CompressionError, match="are pickled"):
+        compress(tmp_path / "pickled", "svd", max_memory="8GB", progress=False)
+    with pytest.raises(CompressionError, match="is for one process"):
+        check_alone(Processes(0, 2))
+
+
+def test_what_is_computed_between_layers_is_noticed(base):
+    class Between(torch.nn.Module):
+        def forward(self, hidden, *args, **options):
+            return hidden + 1
+
+    from hf_offline_compress.architectures.stock import layout_of_model
+    from hf_offline_compress.base.checkpoint import open_model, resolve_base
+    from hf_offline_compress.measure.sharing import Sums
+
+    model, shards = open_model(resolve_base(base), "BertForMaskedLM", torch.float32)
+    layout = layout_of_model(model)
+    passes = LayerPasses(model, shards, layout.prefix, layout.matrices, None)
+    model.bert.encoder.layer.insert(1, Between())
+    with pytest.raises(CompressionError, match="something is computed between them"):
+        passes.go([torch.tensor([[5, 6, 7]])], Sums(), lambda place, ids: model(input_ids=ids))
+    assert Passes.counting and all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_tensors_come_back_from_their_file(tmp_path):
+    spilled = Spilled(tmp_path)
+    given = {"a": torch.randn(3, 4), ("b", 1): torch.arange(5, dtype=torch.int16), "c": torch.randn(2, 2).bfloat16().T}
+    for key, tensor in given.items():
+        spilled[key] = tensor
+    assert not list(tmp_path.iterdir())  # whatever ends the process, nothing stays
+    assert list(spilled) == list(given)
+    assert all(torch.equal(spilled[key], tensor) and spilled[key] is not tensor for key, tensor in given.items())
+    held = spilled["a"]
+    assert spilled["a"] is held  # what is in use is not read twice
+    spilled["a"] = held + 1
+    assert torch.equal(spilled["a"], given["a"] + 1)
+    del spilled["a"]
+    assert "a" not in spilled and len(spilled) == 2
