@@ -15,6 +15,7 @@ from inputs import inputs_for
 from transformers import AutoConfig
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder
+from hf_offline_compress.export.onnx.folder import check_head
 from hf_offline_compress.structures import LowRank, Quantized, Trellis
 
 RECIPE = Recipe(
@@ -121,11 +122,27 @@ def test_a_missing_package_is_named(folders, tmp_path, monkeypatch):
         export_folder(folders[0], tmp_path / "out", format="onnx")
 
 
-def test_causal_models_are_refused(tmp_path):
-    base = make_model("gpt2", "GPT2LMHeadModel", layers=1)
+@pytest.mark.parametrize(
+    "model_type,head,options,reason",
+    [
+        ("gpt2", "GPT2Model", {}, "is a causal model without its language head"),
+        ("llama", "LlamaForSequenceClassification", {}, "is a causal model without its language head"),
+        ("gpt2", "GPT2LMHeadModel", {"add_cross_attention": True}, "attends to another model's outputs"),
+        ("bert", "BertLMHeadModel", {"is_decoder": True}, "is an encoder that was made a decoder"),
+        ("roberta", "RobertaForCausalLM", {}, "is an encoder that was made a decoder"),
+    ],
+)
+def test_heads_without_a_file_are_refused(model_type, head, options, reason):
+    config = {"model_type": f"compressed_{model_type}", "architectures": [f"Compressed{head}"], **options}
+    with pytest.raises(CompressionError, match=f"^{head} {reason}.*; export it with --format checkpoint.$"):
+        check_head(config)
+
+
+def test_a_refused_head_leaves_nothing(tmp_path):
+    base = make_model("gpt2", "GPT2Model", layers=1)
     recipe = Recipe("q", (Rule(Quantized(), ratio=4.0),), modules=("linears",))
     compress(base, recipe, tokenizer=make_tokenizer("gpt2"), progress=False).save(tmp_path / "small")
-    with pytest.raises(CompressionError, match="GPT2LMHeadModel generates"):
+    with pytest.raises(CompressionError, match="GPT2Model is a causal model"):
         export_folder(tmp_path / "small", tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...architectures.families import objective_of
 from ...artifact.reading import ADVICE, REPORT_FILE, compressed_config
 from ...base.checkpoint import copy_companions
 from ...errors import CompressionError, listing, needs_extra
@@ -33,7 +35,9 @@ def export_onnx(
 
     The files are about as small as the folder's weights: ONNX Runtime decodes them once, when a session is made. Inputs
     are `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`, [batch, tokens], int64;
-    outputs are named as the stock model's.
+    outputs are named as the stock model's. A causal language model takes `input_ids` and `position_ids` of the new tokens,
+    `attention_mask` of all, and `past_key_values.N.key` and `.value` of the tokens before, [batch, heads, tokens, width],
+    float32, of no tokens at first; it gives `logits` of the new tokens, and `present.N.key` and `.value` of all.
 
     Args:
         folder: a compressed model.
@@ -54,7 +58,9 @@ def export_onnx(
         compressed = compressed_model(source)
         stock = stock_model(compressed)
     with stage("making the graph"):
-        models = onnx_models(compressed, stock, kinds, opset=opset, token_types=_has_token_types(source))
+        cached = generates(config)
+        token_types = not cached and _has_token_types(source)
+        models = onnx_models(compressed, stock, kinds, opset=opset, token_types=token_types, cached=cached)
     with whole_folder(target, is_export if overwrite else None, keep_own) as partial:
         with stage(f"saving {target.name}"):
             for kind, model in models.items():
@@ -78,8 +84,8 @@ def check_onnx_export(
     """Return the compressed folder's config if `export_onnx` could write it, without torch; see there.
 
     Raises:
-        CompressionError: the folder is no compressed model, or a causal one; an option is unknown; a package is missing;
-            `out` cannot be written.
+        CompressionError: the folder is no compressed model, or of a head that cannot be exported; an option is unknown; a
+            package is missing; `out` cannot be written.
     """
     config = compressed_config(Path(folder))
     check_weights(Path(folder), ADVICE)
@@ -87,15 +93,31 @@ def check_onnx_export(
         raise CompressionError(f"The weights '{weights}' are not known; known are {listing(WEIGHTS)}.")
     if opset not in OPSETS:
         raise CompressionError(f"The opset {opset} is not supported; supported are {OPSETS[0]} to {OPSETS[-1]}.")
-    name = str(config["architectures"][0]).removeprefix(CLASS_PREFIX)
-    entry = architecture_of(str(config["model_type"]))
-    if (entry and entry.causal) or config.get("is_decoder"):
-        raise CompressionError(
-            f"{name} generates from what came before, which ONNX files of encoders cannot; export it with --format checkpoint."
-        )
+    check_head(config)
     check_packages()
     check_target(Path(folder), Path(out), overwrite)
     return config
+
+
+def generates(config: Mapping[str, Any]) -> bool:
+    """Return whether a compressed model's file has a cache: whether it is a causal architecture's language model."""
+    entry = architecture_of(str(config["model_type"]))
+    return bool(entry and entry.causal) and objective_of(str(config["architectures"][0])) == "causal"
+
+
+def check_head(config: Mapping[str, Any]) -> None:
+    """Raise CompressionError unless a compressed model's head can be exported."""
+    name = str(config["architectures"][0]).removeprefix(CLASS_PREFIX)
+    entry = architecture_of(str(config["model_type"]))
+    if config.get("add_cross_attention"):
+        reason = "attends to another model's outputs, which ONNX files here do not take"
+    elif entry and entry.causal and not generates(config):
+        reason = "is a causal model without its language head, of which no ONNX file can be made"
+    elif entry and not entry.causal and (config.get("is_decoder") or objective_of(name) == "causal"):
+        reason = "is an encoder that was made a decoder, of which no ONNX file can be made"
+    else:
+        return
+    raise CompressionError(f"{name} {reason}; export it with --format checkpoint.")
 
 
 def check_packages() -> None:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def onnx_models(
-    compressed: PreTrainedModel, stock: PreTrainedModel, weights: tuple[str, ...], *, opset: int, token_types: bool
+    compressed: PreTrainedModel,
+    stock: PreTrainedModel,
+    weights: tuple[str, ...],
+    *,
+    opset: int,
+    token_types: bool = False,
+    cached: bool = False,
 ) -> dict[str, ir.Model]:
     """Return ONNX models by the dtype of their products.
 
@@ -27,10 +33,11 @@ def onnx_models(
         weights: "int8", "float32" or both.
         opset: of ONNX.
         token_types: whether segments of a text are told apart by an input of their own.
+        cached: whether keys and values of the tokens before are inputs, and with those of the new tokens outputs.
     """
     from transformers.pytorch_utils import Conv1D
 
-    program = stock_graph(stock, opset, token_types)
+    program = stock_graph(stock, opset, token_types=token_types, cached=cached)
     models = {}
     for kind in weights:
         model = program if kind == weights[-1] else program.clone()
