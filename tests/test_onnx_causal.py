@@ -1,7 +1,10 @@
 """Causal models as ONNX files with a cache: what torch says of a prompt, of the tokens after it, and of padded rows."""
 
 import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from common import HEADS, make_model, make_tokenizer
 from test_onnx_families import RECIPE, distance, in_whole_numbers, session_of
 
-from hf_offline_compress import compress
+from hf_offline_compress import compress, export_folder
 from hf_offline_compress.architectures.families import FAMILIES, objective_of
 from hf_offline_compress.export.dense import stock_model
 from hf_offline_compress.export.onnx.model import onnx_models
@@ -107,3 +110,26 @@ def test_inputs_and_outputs_are_named_as_loaders_ask_for_them():
         "present.0.key": ["batch_size", "2", "total_sequence_length", "8"],
         "present.0.value": ["batch_size", "2", "total_sequence_length", "8"],
     }
+
+
+def test_the_example_needs_no_torch_and_says_what_torch_generates(tmp_path):
+    base = make_model("llama", "LlamaForCausalLM", layers=1)
+    tokenizer = make_tokenizer("llama")
+    result = compress(base, RECIPE, tokenizer=tokenizer, progress=False)
+    result.save(tmp_path / "small")
+    export_folder(tmp_path / "small", tmp_path / "out", format="onnx", weights="float32")
+    assert (tmp_path / "out/generation_config.json").is_file()
+    prompt = "the cat sat on"
+    block = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", block + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    example = Path(__file__).parent.parent / "examples/onnx_generate.py"
+    done = subprocess.run(
+        [*command, example, tmp_path / "out", prompt, "--tokens", "12"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    feeds = tokenizer(prompt, return_tensors="pt")
+    ids = result.model.eval().generate(
+        feeds["input_ids"], attention_mask=feeds["attention_mask"], max_new_tokens=12, do_sample=False
+    )
+    said_by_torch = tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert done.stdout == said_by_torch + "\n" and len(said_by_torch) > len(prompt)
