@@ -130,16 +130,26 @@ RECIPES = {
         modules=(*ALL, "attention"),
     ),
 }
-# Every head with these three in one folder, kinds of matrices taking turns; with every recipe by itself a linear layer, a
-# transposed fused one, and a fused one without bias.
+# Every head with these three in one folder, kinds of matrices taking turns; one head with every recipe by itself; and each
+# structure on a linear layer, on a transposed fused one, and on a fused one without bias.
 TURNS = ("low_rank", "quantized", "sparse")
-THOROUGH = ("BertForMaskedLM", "GPT2LMHeadModel", "ModernBertForMaskedLM")
+EVERY_RECIPE = "BertForMaskedLM"
+THOROUGH = (EVERY_RECIPE, "GPT2LMHeadModel", "ModernBertForMaskedLM")
+EACH_STRUCTURE = (
+    *("alternatives", "low_rank_shared_int4", "autoencoder_shared", "residual_calibrated", "kronecker", "tucker"),
+    *("sparse_int4", "codebook_int8", "gptq", "trellis_int8", "linear_autoencoder"),
+)
 # A budget is met by gain in each family once.
 ALLOCATED = dict(HEADS).values()  # the last head of each
-CASES = [
-    *((t, h, "turns") for t, h in HEADS),
-    *((t, h, r) for t, h in HEADS for r in RECIPES if h in THOROUGH or (r == "budget" and h in ALLOCATED)),
-]
+
+
+def recipes_of(head):
+    """Return the names of the recipes that a head is saved by."""
+    names = RECIPES if head == EVERY_RECIPE else EACH_STRUCTURE if head in THOROUGH else ()
+    return dict.fromkeys(("turns", *names, *(("budget",) if head in (*ALLOCATED, *THOROUGH) else ())))
+
+
+CASES = [(model_type, head, recipe) for model_type, head in HEADS for recipe in recipes_of(head)]
 LOADER = Path(__file__).with_name("load_folders.py")
 
 
@@ -167,8 +177,8 @@ def recipe_of(model_type, head, recipe):
 
 
 def also_remote(head, recipe):
-    """Return whether a folder is loaded by its own code too, whose import takes longest: each head once."""
-    return recipe == "turns" or head in THOROUGH
+    """Return whether a folder is loaded by its own code too, whose import takes longest: each head and recipe once."""
+    return recipe == "turns" or head == EVERY_RECIPE
 
 
 def name_of(model_type, head, recipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -199,6 +200,12 @@ def totals(plan: Plan) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    # Each is parsed from a file of its own, and they do not change within a process.
     present = (*VERSIONED, *(name for name in VERSIONED_IF_INSTALLED if find_spec(name)))
     return {"python": platform.python_version(), **{name: version(name) for name in present}}
 
