@@ -1,6 +1,7 @@
 """Trellis codes on matrices: their paths, their metric, their outliers; and the sizes they promise."""
 
 import itertools
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hf_offline_compress import CompressionError, Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.packing_compressed import unpack
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
-from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all
+from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all, trellis
 from hf_offline_compress.solvers import columns as columns_
 from hf_offline_compress.solvers.columns import Code, Streams, _coefficients
 from hf_offline_compress.solvers.feedback import inverse_roots
@@ -112,6 +113,15 @@ def test_compiled_paths_are_those_of_the_version_for_every_device(columns, rate,
     # Paths that cost the same but for rounding may differ.
     assert (found[0][0] == found[1][0]).float().mean() > 0.9
     torch.testing.assert_close(found[0][1], found[1][1], rtol=2e-3, atol=0)
+
+
+def test_without_numba_codes_are_as_good(monkeypatch):
+    problem = Problem(SMALL, CALIBRATED, 4, (normal(40, 24),), input_moments=moments(24))
+    compiled = solve(problem)
+    monkeypatch.setattr(trellis, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "hf_offline_compress.solvers.compiled_columns", None)  # importing it would fail
+    plain = solve(problem)
+    assert plain.notes["error"] == pytest.approx(compiled.notes["error"], rel=1e-3)
 
 
 @pytest.mark.parametrize("width,columns", [(1, 1), (2, 2), (2, 1)])
