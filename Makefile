@@ -7,7 +7,9 @@ WHEEL_ENV := .venv-wheel
 
 BROWSER := examples/browser
 
-.PHONY: demo browser-demo test test-wheel lint format docs model-cards clean
+SPACE := .venv/.space
+
+.PHONY: demo browser-demo space-demo space-packages test test-wheel lint format docs model-cards clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -19,6 +21,16 @@ browser-demo: $(BROWSER)/node_modules
 
 $(BROWSER)/node_modules: $(BROWSER)/package-lock.json
 	cd $(BROWSER) && npm ci --ignore-scripts
+	touch $@
+
+# A page that asks a base and its compressed form the same, at http://127.0.0.1:7860/.
+space-demo: $(SPACE)
+	$(BIN)/python examples/space/app.py $(ARGS)
+
+space-packages: $(SPACE)
+
+$(SPACE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[space]'
 	touch $@
 
 test: $(STAMP)
