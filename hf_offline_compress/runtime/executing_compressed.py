@@ -127,26 +127,32 @@ class Bytes:
         if not self.by_token:
             out = self.engine.multiply(x, self.packed)
             return out.addmm_(factors[0], self.added) if factors else out
-        low, high = torch.aminmax(x, dim=1, keepdim=True)
-        spread = (high - low).clamp_min_(torch.finfo(x.dtype).tiny)
+        # One by one: `aminmax` takes ten times as long here.
+        low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+        spread = high.sub_(low).clamp_min_(torch.finfo(x.dtype).tiny)
         # Now every token lies between 0 and 1, so that one scale is each one's own, whatever the others are.
-        out = self.engine.multiply((x - low).div_(spread), self.packed)
+        x = x.sub_(low) if factors else x - low
+        out = self.engine.multiply(x.div_(spread), self.packed)
         return out.mul_(spread).addmm_(torch.cat([low, torch.ones_like(low), *factors], dim=1), self.added)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias, [..., columns] → [..., rows], in the dtype of x or what autocast makes of it."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return self.multiply(x.reshape(-1, x.shape[-1]).float()).to(dtype).view(*x.shape[:-1], self.rows)
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if dtype == x.dtype == torch.float32 and self.columns is None and not self.by_token:
+            return self.engine.multiply(x, self.packed)
+        out = self.multiply(x.reshape(-1, x.shape[-1]).float()).view(*x.shape[:-1], self.rows)
+        return out if dtype == torch.float32 else out.to(dtype)
 
 
 class Int8(Execution):
     """The weight as int8 with a scale for each row, multiplied by the CPU's integer kernels.
 
-    Activations are rounded to bytes as they come. With one scale for all tokens an engine does it by itself; where that
-    costs too much of a layer's output, tried on the first tokens that it sees, every token has a scale of its own.
-    Inputs that are larger than the others by far, the same few for all tokens in most models, are left out and multiplied
-    as they are.
+    Activations are rounded to bytes as they come. With one scale for all tokens an engine does it by itself, in the call that
+    multiplies. Where that costs too much of a layer's output, tried on the first tokens that it sees, inputs that are larger
+    than the others by far, the same few for all tokens in most models, are left out and multiplied as they are; where that
+    is not enough, every token has a scale of its own.
     """
 
     def keeps_for(self, x: Tensor | None) -> bool:
@@ -171,31 +177,21 @@ class Int8(Execution):
         assert engine is not None and x is not None
         x = x.detach().reshape(-1, source.columns).float()
         x = x[:: max(1, len(x) // max(FEWEST, min(TRIED, NUMBERS_TRIED // source.rows)))]
-        columns = _outlying(x)
-        codes = torch.empty(source.rows, source.columns, dtype=torch.int8)
-        scales, expected = torch.empty(source.rows), torch.empty(len(x), source.rows)
-        apart = torch.empty(0 if columns is None else len(columns), source.rows)
-        pairs = bool(saturates(engine.name))
-        for start, block in source.row_blocks():
-            here, block = slice(start, start + len(block)), block.detach().float()
-            expected[:, here] = x @ block.T
-            if columns is not None:
-                apart[:, here] = block[:, columns].T
-                block = block.index_fill(1, columns, 0)
-            codes[here], scales[here] = rounded(block, pairs)
-            del block
         bias = None if source.bias is None else source.bias.detach().float()
-        if len(x) >= FEWEST:
-            held = Bytes(engine, engine.pack(codes, scales, bias), source.rows, columns, apart, by_token=False)
-            lost = held.multiply(x).sub_(expected if bias is None else expected + bias)
-            # Each token by itself: a large one must not hide what the others lose.
-            shares = lost.norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-            if shares.square().mean().sqrt() <= ERROR_BY_ALL:
-                return held
-            del held
+        bias = None if source.bias is None else source.bias.detach().float()
+        outlying = _outlying(x)
+        tried = len(x) >= FEWEST
+        # The cheapest first: all inputs in one call, then some of them apart, then a scale for each token.
+        for columns in (None, outlying) if tried and outlying is not None else (outlying,):
+            codes, scales, apart, expected = _in_bytes(source, x, columns, bool(saturates(engine.name)))
+            if tried:
+                held = Bytes(engine, engine.pack(codes, scales, bias), source.rows, columns, apart, by_token=False)
+                if _lost(held.multiply(x), expected, bias) <= ERROR_BY_ALL:
+                    return held
+                del held
         sums = codes.sum(dim=1, dtype=torch.int32) * scales
         added = torch.cat([sums[None], (torch.zeros_like(sums) if bias is None else bias)[None], apart])
-        return Bytes(engine, engine.pack(codes, scales, None), source.rows, columns, added, by_token=True)
+        return Bytes(engine, engine.pack(codes, scales, None), source.rows, outlying, added, by_token=True)
 
     def apply(self, held: Bytes, x: Tensor, source: Source) -> Tensor:
         """See the base class. The bias is in what is held."""
@@ -204,6 +200,8 @@ class Int8(Execution):
         if torch.compiler.is_compiling():
             product: Tensor = int8_product(x, held.key, held.rows)
             return product
+        if not torch.is_grad_enabled():
+            return held.apply(x)
         return with_gradients_of(
             lambda x: F.linear(x, source.dense_weight(), source.bias),
             x,
@@ -225,6 +223,33 @@ def int8_product(x: Tensor, key: int, rows: int) -> Tensor:
 @int8_product.register_fake
 def _(x: Tensor, key: int, rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
+
+
+def _in_bytes(source: Source, x: Tensor, apart: Tensor | None, pairs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a weight as int8 codes [rows, columns] with scales [rows], decoded in blocks of rows.
+
+    With it, weights of the inputs that are left `apart` [outlying, rows], and the products of x [tokens, rows].
+    """
+    codes, scales = torch.empty(source.rows, source.columns, dtype=torch.int8), torch.empty(source.rows)
+    weights = torch.empty(0 if apart is None else len(apart), source.rows)
+    expected = torch.empty(len(x), source.rows)
+    for start, block in source.row_blocks():
+        here, block = slice(start, start + len(block)), block.detach().float()
+        expected[:, here] = x @ block.T
+        if apart is not None:
+            weights[:, here] = block[:, apart].T
+            block = block.index_fill(1, apart, 0)
+        codes[here], scales[here] = rounded(block, pairs)
+        del block
+    return codes, scales, weights, expected
+
+
+def _lost(found: Tensor, expected: Tensor, bias: Tensor | None) -> float:
+    """Return what products [tokens, rows] lack of those expected, as a share of them."""
+    lost = found - (expected if bias is None else expected + bias)
+    # Each token by itself: a large one must not hide what the others lose.
+    shares = lost.norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(shares.square().mean().sqrt())
 
 
 def _outlying(x: Tensor) -> Tensor | None:
