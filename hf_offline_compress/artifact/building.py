@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -89,8 +89,24 @@ def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
             own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True
         )
         with torch.no_grad():  # not around the yield: it would hold for whoever asks, and stay if nobody asks again
-            weight = layer.dense_weight()
+            weight = _decoded(layer)
         yield weight
+
+
+def _decoded(layer: Any) -> Tensor:
+    """Return a layer's weight; a large one is decoded in blocks of rows, since decoding takes several times as much room."""
+    if not hasattr(layer, "row_blocks"):
+        weight: Tensor = layer.dense_weight()
+        return weight
+    whole: Tensor | None = None
+    for start, block in layer.row_blocks():
+        if len(block) == layer.rows:
+            return cast(Tensor, block)
+        if whole is None:
+            whole = block.new_empty(layer.rows, layer.columns)
+        whole[start : start + len(block)] = block
+    assert whole is not None
+    return whole
 
 
 def build_model(

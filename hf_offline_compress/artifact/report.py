@@ -17,6 +17,8 @@ from ..plan.groups import Dense, Group, Plan
 from ..request.recipe import STORAGES
 from ..solvers import Problem
 
+# Numbers of a weight that are compared at a time; an embedding is large, and comparing takes several times as much room.
+NUMBERS_AT_ONCE = 2**23
 VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
 # Numba compiles the search for codes; sums are rounded otherwise without it.
 VERSIONED_IF_INSTALLED = ("numba",)
@@ -150,19 +152,22 @@ def group_report(
     input_moments, row_weights = problem.input_moments, problem.row_weights
     start = 0
     for weight, replacement in zip(problem.weights, stored, strict=True):
-        weight, replacement = weight.float(), replacement.float().to(weight.device)
-        importance = None if row_weights is None else row_weights[start : start + len(weight)].to(weight)
-        start += len(weight)
-        for i, part in enumerate((weight - replacement, weight)):
-            rows = part.square().sum(dim=1)
-            squared[i] += rows.sum(dtype=torch.float64).cpu()
-            if input_moments is not None:
-                rows = ((part @ input_moments.to(part)) * part).sum(dim=1)
-            if importance is not None:
-                rows = rows * importance
-            weighted[i] += rows.sum(dtype=torch.float64).cpu()
-        used = weight.norm(dim=1) > 0
-        cosines.append(1 - torch.nn.functional.cosine_similarity(weight[used], replacement[used], dim=1))
+        step = max(1, NUMBERS_AT_ONCE // weight.shape[1])
+        for dense, kept in zip(weight.split(step), replacement.split(step), strict=True):
+            dense = dense.float()
+            kept = kept.float().to(dense.device)
+            importance = None if row_weights is None else row_weights[start : start + len(dense)].to(dense)
+            start += len(dense)
+            for i, part in enumerate((dense - kept, dense)):
+                rows = part.square().sum(dim=1)
+                squared[i] += rows.sum(dtype=torch.float64).cpu()
+                if input_moments is not None:
+                    rows = ((part @ input_moments.to(part)) * part).sum(dim=1)
+                if importance is not None:
+                    rows = rows * importance
+                weighted[i] += rows.sum(dtype=torch.float64).cpu()
+            used = dense.norm(dim=1) > 0
+            cosines.append(1 - torch.nn.functional.cosine_similarity(dense[used], kept[used], dim=1))
     calibrated = input_moments is not None or row_weights is not None
     return GroupReport(
         name=group.name,

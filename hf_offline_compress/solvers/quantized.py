@@ -13,6 +13,8 @@ from ..structures.quantized import MAX_BITS
 from .base import Factors, Problem
 from .feedback import DAMPING, feed_back, inverse_roots, metric_of, row_importance, undetermined
 
+# Of a matrix so much is rounded, and packed, at a time, since both take several times as much room.
+COLUMNS_ROUNDED, ROWS_PACKED = 64, 4096
 # Of what a group spans: the values may span so much less.
 SHRINK = [1 - 0.03 * i for i in range(21)]
 
@@ -30,7 +32,9 @@ def solve_quantized(problems: Sequence[Problem]) -> list[Factors]:
         chosen = [i for i, metric in enumerate(metrics) if (metric is not None) == informed]
         if not chosen:
             continue
-        weights = torch.stack([problems[i].weights[0].float() for i in chosen])
+        # A single one is not copied: it may be an embedding.
+        first, *others = (problems[i].weights[0].float() for i in chosen)
+        weights = torch.stack([first, *others]) if others else first[None]
         found = [metric[0] for i in chosen if (metric := metrics[i]) is not None]
         roots = inverse_roots(found, DAMPING, weights.device) if found else None
         results |= dict(zip(chosen, _rounded(weights, roots, problems[0]), strict=True))
@@ -61,7 +65,7 @@ def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Fa
     """Return the factors of weights [members, rows, columns], by the first one's bits and options."""
     structure, bits = problem.structure, problem.integer_size
     assert isinstance(structure, Quantized)
-    left = weights.mT.contiguous()  # [members, columns, rows]
+    left = weights.mT.clone(memory_format=torch.contiguous_format)  # [members, columns, rows], changed below
     members, columns, rows = left.shape
     width = structure.group_size or columns
     starts = range(0, columns, width)
@@ -74,8 +78,9 @@ def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Fa
         # What an error in a column costs that the columns behind it make good as far as they can.
         cost = None if roots is None else roots.diagonal(dim1=1, dim2=2)[:, start:end, None].square().reciprocal()
         scales[:, at], zeros[:, at] = _grid(part, cost, bits, structure.clip)
-        if roots is None:
-            codes[:, start:end] = nearest_codes(part, scales[:, at, None], zeros[:, at, None], bits)
+        for first in range(start, end, COLUMNS_ROUNDED) if roots is None else ():
+            some = slice(first, min(first + COLUMNS_ROUNDED, end))
+            codes[:, some] = nearest_codes(left[:, some], scales[:, at, None], zeros[:, at, None], bits)
 
     def code(column: int, wanted: Tensor) -> Tensor:
         scale, zero = scales[:, column // width], zeros[:, column // width]
@@ -88,7 +93,8 @@ def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Fa
             enter(start, min(start + width, columns))
     else:
         feed_back(left, roots, starts, enter, code)
-    packed, packed_zeros = pack(codes.mT, bits), pack(zeros.mT, bits + 1)
+    packed = torch.cat([pack(part, bits) for part in codes.mT.split(ROWS_PACKED, dim=1)], dim=1)
+    packed_zeros = pack(zeros.mT, bits + 1)
     return [
         Factors(({"codes": c, "scales": s, "zeros": z},), {})
         for c, s, z in zip(packed, scales.mT, packed_zeros, strict=True)
