@@ -13,7 +13,9 @@ from common import TEXTS, content, error_of, run_cli, save_inputs
 
 from hf_offline_compress import CompressionError, compress, compressor
 from hf_offline_compress.cli import app
+from hf_offline_compress.foundation.kept_values import load_value, save_value
 from hf_offline_compress.foundation.unfinished import RUN_FILE, UnfinishedRun, digest, leftover_of, place_of_unfinished
+from hf_offline_compress.solve.resuming import Solved
 
 RECIPE = """
 name: mine
@@ -185,6 +187,22 @@ def test_what_is_not_ours_stays(tmp_path):
     with pytest.raises(CompressionError, match="holds something else"):
         UnfinishedRun(tmp_path / "out").open({})
     assert (place / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_kept_comes_back_as_it_was(tmp_path):
+    numbers = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    given = Solved({"a": numbers.T, "b": numbers, "c": torch.tensor(True)}, (), {"x": "bfloat16"})
+    values = {("fisher", True): [given, None, 1.5, "text", (1, ("two",))], 3: float("inf")}
+    save_value(tmp_path / "kept", values)
+    found = load_value(tmp_path / "kept", [Solved])
+    assert digest(found[3], found["fisher", True][1:]) == digest(values[3], values["fisher", True][1:])
+    assert isinstance(found["fisher", True][4], tuple) and found["fisher", True][0].reports == ()
+    assert all(torch.equal(tensor, given.tensors[name]) for name, tensor in found["fisher", True][0].tensors.items())
+    assert found["fisher", True][0].tensors["b"].dtype == torch.float64
+    with pytest.raises(KeyError):
+        load_value(tmp_path / "kept")  # a class that is not expected is not looked up
+    with pytest.raises(TypeError, match="Path cannot be kept"):
+        save_value(tmp_path / "kept", [Path()])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from ..errors import CompressionError, listing
 from .files import read_json
+from .kept_values import load_value, save_value
 
 RUN_FILE, LOCK_FILE = "run.json", "lock"
-FORMAT = "hf_offline_compress unfinished run 1"
+FORMAT = "hf_offline_compress unfinished run 2"
 # The beginning of a long name: with all of it and an ending, it would be too long for a file system.
 LETTERS = 60
 Result = TypeVar("Result")
@@ -71,7 +72,7 @@ class UnfinishedRun:
             found = None
         self.folder.mkdir(parents=True, exist_ok=True)
         if found is None:
-            self._write(RUN_FILE, lambda stream: stream.write(_json({"format": FORMAT, "facts": facts})))
+            self._write(RUN_FILE, lambda file: file.write_bytes(_json({"format": FORMAT, "facts": facts})))
         self._take()
         for rest in self.folder.glob(".*"):  # files that were not finished
             rest.unlink(missing_ok=True)
@@ -83,19 +84,12 @@ class UnfinishedRun:
             name: of the result.
             classes: what may be in it besides tensors and plain values.
         """
-        import torch
-
-        file = self.folder / f"{name}.pt"
-        if not file.is_file():
-            return None
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        file = self.folder / f"{name}.safetensors"
+        return load_value(file, classes) if file.is_file() else None
 
     def put(self, name: str, value: Any) -> None:
         """Keep a result: tensors, plain values, and dataclasses of them."""
-        import torch
-
-        self._write(f"{name}.pt", lambda stream: torch.save(value, stream))
+        self._write(f"{name}.safetensors", lambda file: save_value(file, value))
 
     def remove(self) -> None:
         """Forget all: the run is finished."""
@@ -123,11 +117,10 @@ class UnfinishedRun:
                     f"The run kept in '{self.folder.name}' is still going on in another process; wait for it, or end it."
                 ) from error
 
-    def _write(self, name: str, write: Callable[[Any], object]) -> None:
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
         partial = self.folder / f".{name}"
-        with partial.open("wb") as stream:
-            write(stream)
-            stream.flush()
+        write(partial)
+        with partial.open("rb+") as stream:
             os.fsync(stream.fileno())  # or a cut of power could leave the name without the content
         partial.replace(self.folder / name)
 
