@@ -1,6 +1,8 @@
 """ONNX files as a user gets them: small, equal to the compressed model, in the layout that loaders look for."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,12 @@ from common import TEXTS, error_of, make_model, make_tokenizer, run_cli
 from inputs import inputs_for
 from transformers import AutoConfig
 
-from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder
+from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder, write_card
+from hf_offline_compress.artifact.reading import is_part
+from hf_offline_compress.card.snippets import with_model_id
 from hf_offline_compress.export.onnx.folder import check_head
 from hf_offline_compress.structures import LowRank, Quantized, Trellis
+from hf_offline_compress.verifying import check_files
 
 RECIPE = Recipe(
     "mixed",
@@ -156,3 +161,43 @@ def test_the_search_example_needs_no_torch(folders, tmp_path):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert TEXTS[7] in done.stdout.splitlines()[0]
+
+
+def test_files_in_the_compressed_folder_itself(folders, tmp_path, monkeypatch):
+    folder = tmp_path / "small"
+    shutil.copytree(folders[0], folder)
+    assert export_folder(folder, format="onnx", into_folder=True) == folder / "onnx"
+    names = sorted(file.name for file in (folder / "onnx").iterdir())
+    assert names == ["config.json", "export.json", "model_quantized.onnx"] and all(is_part(f"onnx/{n}") for n in names)
+    assert AutoConfig.from_pretrained(folder / "onnx").model_type == "bert"
+    assert AutoConfig.from_pretrained(folder).model_type == "compressed_bert"
+    checks = {check.name: check.status for check in check_files(folder).checks}
+    assert checks["onnx"] == checks["files"] == checks["weights"] == "passed"
+    with pytest.raises(CompressionError, match="is not empty"):
+        export_folder(folder, format="onnx", into_folder=True)
+
+    write_card(folder)
+    card = with_model_id((folder / "README.md").read_text(), "small")
+    block, page = re.search(r"## ONNX\n.*?```python\n(.*?)```.*?```js\n(.*?)```", card, re.DOTALL).groups()
+    monkeypatch.chdir(tmp_path)
+    values = {}
+    exec(block, values)
+    assert values["outputs"][0].shape[::2] == (1, values["outputs"][0].shape[2])
+    assert 'model_id = "small"' in page and 'pipeline("fill-mask", model_id, { config, dtype: "q8" })' in page
+
+    (folder / "onnx/model_quantized.onnx").write_bytes(b"\x08\x0a")
+    found = next(check for check in check_files(folder).checks if check.name == "onnx")
+    assert found.status == "failed" and "onnx/model_quantized.onnx is not what was exported" in found.sentence
+
+
+@pytest.mark.parametrize(
+    "out,options,sentence",
+    [
+        (None, {"format": "onnx"}, "neither was given"),
+        ("out", {"format": "onnx", "into_folder": True}, "both were given"),
+        (None, {"into_folder": True}, "The format 'checkpoint' does not go into the compressed folder"),
+    ],
+)
+def test_an_export_has_one_place(folders, tmp_path, out, options, sentence):
+    with pytest.raises(CompressionError, match=sentence):
+        export_folder(folders[0], tmp_path / out if out else None, **options)

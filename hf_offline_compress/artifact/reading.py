@@ -27,9 +27,11 @@ CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
 EVALUATION_FORMAT = 1
 ADVICE = "Download the folder again, or compress the base again."
 # What is written beside companions, and so is replaced with the folder.
+ONNX_FOLDER = "onnx"  # of a compressed folder, where ONNX files may lie beside its own weights
 WRITTEN = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py|"
-    rf"(.*/)?__pycache__/.*|{REPORT_FILE}|{RECORD_FILE}|{CARD_FILE}|{EVALUATION_FILE}"
+    rf"(.*/)?__pycache__/.*|{REPORT_FILE}|{RECORD_FILE}|{CARD_FILE}|{EVALUATION_FILE}|"
+    rf"{ONNX_FOLDER}/(model(_quantized)?\.onnx|config\.json|export\.json)"
 )
 MODULE_FILE = re.compile(r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)")  # of sentence-transformers
 

@@ -67,11 +67,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return name → bytes and sha256 of every safetensors file of a folder."""
-    found = {}
-    for name in folder_files(folder):
-        if name.endswith(".safetensors"):
-            file = folder / name
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found[name] = {"bytes": file.stat().st_size, "sha256": digest}
-    return found
+    return {name: fingerprint(folder / name) for name in folder_files(folder) if name.endswith(".safetensors")}
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Return bytes and sha256 of a file."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
-_PYTHON = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
-# The name in the calls that our snippets make; the second form is that of `get_class_from_dynamic_module`.
-_LOADED = re.compile(r'((?:from_pretrained|SentenceTransformer)\(|get_class_from_dynamic_module\("[^"\n]*", )"[^"\n]*"')
+_CODE = re.compile(r"^```(?:python|js)\n.*?^```", re.MULTILINE | re.DOTALL)
+# The name in what our snippets load; the second form is that of `get_class_from_dynamic_module`.
+_LOADED = re.compile(
+    r'((?:from_pretrained|SentenceTransformer)\(|get_class_from_dynamic_module\("[^"\n]*", |model_id = )"[^"\n]*"'
+)
 
 
 def with_model_id(card: str, model_id: str) -> str:
@@ -24,6 +26,6 @@ def with_model_id(card: str, model_id: str) -> str:
     notes, after = rest.split(END, 1)
 
     def renamed(text: str) -> str:
-        return _PYTHON.sub(lambda block: _LOADED.sub(lambda call: f'{call[1]}"{model_id}"', block[0]), text)
+        return _CODE.sub(lambda block: _LOADED.sub(lambda call: f'{call[1]}"{model_id}"', block[0]), text)
 
     return f"{renamed(before)}{BEGIN}{notes}{END}{renamed(after)}"

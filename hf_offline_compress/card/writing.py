@@ -23,6 +23,7 @@ from .command import TEXTS, reproduction
 from .inputs import CardInputs, read_inputs
 from .limits import limits
 from .metadata import KEPT, WRITTEN, base_on_hub, card_data, check_given, inherited_metadata
+from .onnx import onnx_texts
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -259,6 +260,7 @@ def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, mode
         "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load,
         "load_without": load_trusting if auto else _remote_loading(inputs, model_id),
         "sentence_transformers": inputs.is_sentence_encoder,
+        **onnx_texts(inputs, model_id),
         "results": tables.results(inputs) if inputs.evaluations else None,
         "conditions": _bullets(tables.conditions(inputs)),
         "speeds": tables.speeds(benchmark) if benchmark else None,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, Debug, Folder, Out, Overwrite, Quiet, app
+from .options import AsJson, Debug, Folder, Overwrite, Quiet, app
 from .output import calm, megabytes, print_json, run
 
 
 @app.command()
 def export(
     folder: Folder,
-    out: Out,
+    out: Annotated[
+        Path | None, typer.Argument(help="the folder to write; left out with --into-folder", show_default=False)
+    ] = None,
     format: Annotated[  # noqa: A002
         str, typer.Option(help="checkpoint, stock and dense; or onnx, the codes and what decodes them")
     ] = ("checkpoint"),
@@ -25,6 +28,9 @@ def export(
         str | None, typer.Option(help="onnx: int8 (if not given), float32 or both", show_default=False)
     ] = None,
     opset: Annotated[int | None, typer.Option(help="onnx: opset; 18 if not given", show_default=False)] = None,
+    into_folder: Annotated[
+        bool, typer.Option("--into-folder", help="onnx: into onnx/ of FOLDER, with a stock config, in place of OUT")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -41,23 +47,24 @@ def export(
             "dtype": dtype,
             "weights": weights,
             "opset": opset,
+            "into_folder": into_folder,
             "overwrite": overwrite,
         }
         check_export(folder, out, **options)  # before torch is imported
         calm(quiet)
-        export_folder(folder, out, **options)
-        files = [file for ending in ("safetensors", "onnx") for file in sorted(out.rglob(f"*.{ending}"))]
+        written = export_folder(folder, out, **options)
+        files = [file for ending in ("safetensors", "onnx") for file in sorted(written.rglob(f"*.{ending}"))]
         size = sum(file.stat().st_size for file in files)
         if as_json:
             import json
 
-            print_json({**json.loads((out / EXPORT_FILE).read_text("utf-8")), "weight_bytes": size})
+            print_json({**json.loads((written / EXPORT_FILE).read_text("utf-8")), "weight_bytes": size})
         elif format == "onnx" and not quiet:
             for file in files:
                 print(f"{file}: {megabytes(file.stat().st_size)}, decoded by ONNX Runtime when a session is made.")
         elif not quiet:
             print(
-                f"{out}: {megabytes(size)} of weights, a stock dense checkpoint with the decoded weights of {folder}."
+                f"{written}: {megabytes(size)} of weights, a stock dense checkpoint with the decoded weights of {folder}."
             )
 
     run(work, debug, quiet)

@@ -12,12 +12,13 @@ FORMATS = ("checkpoint", "onnx")
 
 def export_folder(
     folder: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     format: str = "checkpoint",  # noqa: A002  (as the option is called)
     dtype: str | None = None,
     weights: str | None = None,
     opset: int | None = None,
+    into_folder: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write a compressed model for tools that do not know this package, whole or not at all, and return its path.
@@ -26,12 +27,14 @@ def export_folder(
 
     Args:
         folder: a compressed model, written by `compress`, or by `save_pretrained` after fine-tuning.
-        out: where to; it must not exist yet, or be empty.
+        out: where to; it must not exist yet, or be empty. None with `into_folder`.
         format: "checkpoint", a stock dense checkpoint, as large as the base; or "onnx", files that are about as small as
             the compressed weights and that ONNX Runtime decodes when a session is made.
         dtype: of a checkpoint's weights, "float32", "float16" or "bfloat16"; by default the compressed model's.
         weights: of ONNX files, "int8" (the default), "float32" or "both".
         opset: of ONNX files; by default 18.
+        into_folder: put ONNX files and a stock config into `onnx/` of the compressed folder, so that one repository serves
+            AutoModel and ONNX Runtime.
         overwrite: replace a folder that an export has written.
 
     Raises:
@@ -39,23 +42,26 @@ def export_folder(
             unknown or not of this format. Nothing has been written.
     """
     options = _options(format, dtype, weights, opset)
+    place = _place(out, format, into_folder)
     if format == "onnx":
         from .onnx.folder import export_onnx
 
-        return export_onnx(folder, out, overwrite=overwrite, **options)
+        return export_onnx(folder, place, overwrite=overwrite, **options)
     from . import dense
 
-    return dense.export_folder(folder, out, overwrite=overwrite, **options)
+    assert place is not None
+    return dense.export_folder(folder, place, overwrite=overwrite, **options)
 
 
 def check_export(
     folder: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     format: str = "checkpoint",  # noqa: A002
     dtype: str | None = None,
     weights: str | None = None,
     opset: int | None = None,
+    into_folder: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Return the compressed folder's config if `export_folder` could write it, without torch; see there.
@@ -64,13 +70,33 @@ def check_export(
         CompressionError: it could not.
     """
     options = _options(format, dtype, weights, opset)
+    place = _place(out, format, into_folder)
     if format == "onnx":
         from .onnx.folder import check_onnx_export
 
-        return check_onnx_export(folder, out, overwrite=overwrite, **options)
+        return check_onnx_export(folder, place, overwrite=overwrite, **options)
     from . import dense
 
-    return dense.check_export(folder, out, overwrite=overwrite, **options)
+    assert place is not None
+    return dense.check_export(folder, place, overwrite=overwrite, **options)
+
+
+def _place(out: str | Path | None, name: str, into_folder: bool) -> str | Path | None:
+    """Return where to; None for the compressed folder itself.
+
+    Raises:
+        CompressionError: there is no place, or there are two, or the form does not go into a compressed folder.
+    """
+    if into_folder and name != "onnx":
+        raise CompressionError(
+            f"The format '{name}' does not go into the compressed folder; pass an output folder, or --format onnx."
+        )
+    if into_folder == (out is not None):
+        problem = "both were" if into_folder else "neither was"
+        raise CompressionError(
+            f"An export needs an output folder or, for ONNX files, --into-folder (into_folder=True); {problem} given."
+        )
+    return out
 
 
 def _options(name: str, dtype: str | None, weights: str | None, opset: int | None) -> dict[str, Any]:

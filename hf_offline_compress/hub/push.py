@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Files of an earlier push that would be loaded instead of the new ones, or beside them.
-_SUPERSEDED = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py")
+_SUPERSEDED = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py|"
+    r"onnx/model(_quantized)?\.onnx"
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .checks import Check, Verification, outcome
 from .code import code_check
 from .content import content_checks
 from .loading import load_checks
+from .onnx_files import onnx_checks
 
 __all__ = ["Check", "Verification", "check_files", "folder_files", "trainer_files", "verify_folder", "write_record"]
 
@@ -93,7 +94,7 @@ def _file_checks(folder: Path, token: str | None = None) -> tuple[list[Check], d
             "There is no verification.json: it was not saved by compress, so the rest is checked as far as possible."
         )
         checks.append(Check("record", "skipped", sentence))
-    return [*checks, _weights_check(folder, record)], record
+    return [*checks, _weights_check(folder, record), *onnx_checks(folder)], record
 
 
 def _weights_check(folder: Path, record: dict[str, Any] | None) -> Check:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...architectures.families import objective_of
-from ...artifact.reading import ADVICE, REPORT_FILE, compressed_config
+from ...artifact.reading import ADVICE, ONNX_FOLDER, REPORT_FILE, compressed_config
+from ...artifact.record import fingerprint, weight_files
 from ...base.checkpoint import copy_companions
 from ...errors import CompressionError, listing, needs_extra
+from ...foundation import files
 from ...foundation.files import whole_folder
 from ...foundation.progress import stage
 from ...foundation.tensor_files import check_weights
@@ -29,7 +31,12 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def export_onnx(
-    folder: str | Path, out: str | Path, *, weights: str = "int8", opset: int = DEFAULT_OPSET, overwrite: bool = False
+    folder: str | Path,
+    out: str | Path | None,
+    *,
+    weights: str = "int8",
+    opset: int = DEFAULT_OPSET,
+    overwrite: bool = False,
 ) -> Path:
     """Write a compressed model as ONNX files that hold its codes, whole or not at all, and return the folder's path.
 
@@ -41,7 +48,8 @@ def export_onnx(
 
     Args:
         folder: a compressed model.
-        out: where to; it must not exist yet, or be empty.
+        out: where to; it must not exist yet, or be empty. None for `onnx/` in the compressed folder, where a stock config
+            is put beside the files; `card` then says how they are run.
         weights: how products are made: "int8", with inputs that are rounded as they come; "float32"; or "both", a file each.
         opset: of ONNX.
         overwrite: replace a folder that an export has written.
@@ -49,8 +57,9 @@ def export_onnx(
     Raises:
         CompressionError: see `check_onnx_export`. Nothing has been written.
     """
-    source, target = Path(folder), Path(out)
-    config = check_onnx_export(source, target, weights=weights, opset=opset, overwrite=overwrite)
+    source = Path(folder)
+    target = source / ONNX_FOLDER if out is None else Path(out)
+    config = check_onnx_export(source, out, weights=weights, opset=opset, overwrite=overwrite)
     from .model import onnx_models, save
 
     kinds = tuple(FILES) if weights == "both" else (weights,)
@@ -61,21 +70,25 @@ def export_onnx(
         cached = generates(config)
         token_types = not cached and _has_token_types(source)
         models = onnx_models(compressed, stock, kinds, opset=opset, token_types=token_types, cached=cached)
-    with whole_folder(target, is_export if overwrite else None, keep_own) as partial:
+    with whole_folder(target, is_export if overwrite else None, keep_own if out is not None else None) as partial:
         with stage(f"saving {target.name}"):
             for kind, model in models.items():
-                save(model, partial / FILES[kind])
+                save(model, partial / (Path(FILES[kind]).name if out is None else FILES[kind]))
         stock.config.save_pretrained(partial)
-        copy_companions(source, partial)
-        if (source / REPORT_FILE).is_file():
-            shutil.copyfile(source / REPORT_FILE, partial / REPORT_FILE)
-        (partial / EXPORT_FILE).write_text(_record(source, config, type(stock).__name__, kinds, opset), "utf-8")
+        if out is not None:
+            copy_companions(source, partial)
+            if (source / REPORT_FILE).is_file():
+                shutil.copyfile(source / REPORT_FILE, partial / REPORT_FILE)
+        content = _record(source, config, type(stock).__name__, kinds, opset)
+        if out is None:
+            content |= {"weights": weight_files(source), "files": _written(partial)}
+        (partial / EXPORT_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return target
 
 
 def check_onnx_export(
     folder: str | Path,
-    out: str | Path,
+    out: str | Path | None,
     *,
     weights: str = "int8",
     opset: int = DEFAULT_OPSET,
@@ -95,7 +108,10 @@ def check_onnx_export(
         raise CompressionError(f"The opset {opset} is not supported; supported are {OPSETS[0]} to {OPSETS[-1]}.")
     check_head(config)
     check_packages()
-    check_target(Path(folder), Path(out), overwrite)
+    if out is None:
+        files.check_target(Path(folder) / ONNX_FOLDER, overwrite, is_export, "an export", ())
+    else:
+        check_target(Path(folder), Path(out), overwrite)
     return config
 
 
@@ -139,11 +155,18 @@ def _has_token_types(folder: Path) -> bool:
     return "token_type_ids" in names
 
 
-def _record(source: Path, config: dict[str, Any], architecture: str, kinds: tuple[str, ...], opset: int) -> str:
+def _written(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return name → bytes and sha256 of the ONNX files of a folder."""
+    return {file.name: fingerprint(file) for file in sorted(folder.glob("*.onnx"))}
+
+
+def _record(
+    source: Path, config: dict[str, Any], architecture: str, kinds: tuple[str, ...], opset: int
+) -> dict[str, Any]:
     """Return what an export says of itself."""
     from ...version import __version__
 
-    content = {
+    return {
         "exported_from": source.resolve().name,
         "compressed_class": config["architectures"][0],
         "architecture": architecture,
@@ -151,4 +174,3 @@ def _record(source: Path, config: dict[str, Any], architecture: str, kinds: tupl
         "opset": opset,
         "hf-offline-compress": __version__,
     }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
