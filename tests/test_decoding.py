@@ -358,9 +358,9 @@ def test_a_model_compiles_in_one_graph_however_it_is_decoded(decoding):
     [
         ("sometimes", None, "cached, on_the_fly"),
         ("on_the_fly", 100, "use 'cached'"),
-        ("cached", -1, "a whole number of bytes"),
-        ("cached", 1.5, "a whole number of bytes"),
-        ("cached", True, "a whole number of bytes"),
+        ("cached", -1, "an integer number of bytes"),
+        ("cached", 1.5, "an integer number of bytes"),
+        ("cached", True, "an integer number of bytes"),
     ],
 )
 def test_what_is_no_decoding(decoding, max_bytes, said, tmp_path):

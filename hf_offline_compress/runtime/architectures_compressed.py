@@ -1,8 +1,8 @@
-"""The architectures that can be compressed, one entry each: what a stock model does not say of itself.
+"""The supported architectures, one entry each: what cannot be read off the stock model.
 
 An entry names the stock classes, and for each weight matrix its kind, by the name of its module: within a layer by what
 follows the layer's number, elsewhere by the name within the base model. A fused module names the kinds of its parts, in
-the order of its outputs. All else is read off the stock model: heads, shapes, ties, biases, word embeddings, and matrices
+the order of its outputs. Everything else is read off the stock model: heads, shapes, ties, biases, word embeddings, and matrices
 of heads, which are of the kind "head". Nothing is imported here.
 """
 
@@ -14,15 +14,15 @@ class Architecture:
     """One entry.
 
     Attributes:
-        title: how texts call it.
+        title: its name in texts.
         config: stock config class.
         base: stock class without a head; names of heads begin as it does.
         kinds: module → kind of its matrix, or kinds of its fused parts.
-        heads: stock classes that no auto class has.
+        heads: stock classes that are in no auto class.
         optional: modules of the base model that a checkpoint may lack.
-        causal: whether it sees the tokens before a place alone, whatever its config says.
-        discriminative: heads that tell replaced tokens from true ones.
-        positions_from_padding: whether positions are counted from behind the padding token's id.
+        causal: whether a position sees earlier tokens only, whatever its config says.
+        discriminative: heads that detect replaced tokens.
+        positions_from_padding: whether position ids start after the padding token's id.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ def architecture_of(model_type: str) -> Architecture | None:
 
 
 def token_limit(config: dict[str, object]) -> int | None:
-    """Return how many tokens a model takes, by the values of its config; None where it says nothing."""
+    """Return the most tokens that a model takes, according to its config; None if the config does not say."""
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(positions, int):
         return None
@@ -233,14 +233,14 @@ def token_limit(config: dict[str, object]) -> int | None:
 
 
 def within_layer(name: str) -> str:
-    """Return what follows the last number in a module's name, or all of it: what `Architecture.kinds` knows it by."""
+    """Return the part of a module's name after its last number, or the whole name: its key in `Architecture.kinds`."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
 def part_rows(parts: tuple[str, ...], rows: int, heads: int, key_value_heads: int) -> dict[str, int]:
-    """Return how many of a fused module's rows each part has; keys and values may have fewer heads than queries.
+    """Return the number of rows of each part of a fused module; keys and values may have fewer heads than queries.
 
     Args:
         parts: kinds, in order.

@@ -1,4 +1,4 @@
-"""Bounds of what a config.json may ask for: it may be a stranger's, and a number in it decides what is computed."""
+"""Bounds on what a config.json may ask for: it may be untrusted, and its numbers decide how much is computed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from .architectures_compressed import FUSED_PARTS
 
 MOST_LAYERS = 2**12
-# Of rows, columns, and all else that a tensor may have along one side.
+# The largest size of any dimension of a tensor.
 MOST = 2**26
 DECODINGS = ("cached", "on_the_fly", "int8", "auto")
 STORAGES = ("float32", "float16", "bfloat16")
 # Hidden units of a decoder, as a multiple of its columns.
 MOST_HIDDEN = 64
-# Fields of a stock config that say how large a model is, by the names that families have for them.
+# Fields of a stock config that set a model's size, under the names that different families use.
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 SIZES = (
     *LAYERS,
@@ -41,17 +41,17 @@ SIZES = (
 )
 NONE_IS_FINE = ("type_vocab_size", "num_labels")
 
-# A field: what it must be, and whether a value is that.
+# A field: a description of its valid values, and the test for them.
 Field = tuple[str, Callable[[Any], bool]]
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:
-    """Whether a value is a whole number from `low` to `high`; true and 2.0 are none."""
+    """Whether a value is an integer from `low` to `high`; true and 2.0 are not."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _whole(low: int, high: int) -> Field:
-    return f"a whole number from {low} to {high}", lambda value: is_whole(value, low, high)
+    return f"an integer from {low} to {high}", lambda value: is_whole(value, low, high)
 
 
 def _one_of(*names: str) -> Field:
@@ -99,13 +99,13 @@ _MEMBER_OPTIONS: dict[str, Field] = {"head": _TRUTH, "part": _one_of(*FUSED_PART
 
 
 def check_sizes(values: Mapping[str, Any] | Any) -> None:
-    """Check the sizes that a model's config has: there are layers to make, and tensors to be filled.
+    """Check the sizes in a model's config, which decide how many layers are built and how large they are.
 
     Args:
-        values: the fields of a config, or the config itself. What it lacks, or is None, is not checked.
+        values: the fields of a config, or the config itself. Missing fields and None are not checked.
 
     Raises:
-        ValueError: one is no whole number, or beyond all bounds.
+        ValueError: one is not an integer, or out of bounds.
     """
     for name in SIZES:
         value = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
@@ -115,10 +115,10 @@ def check_sizes(values: Mapping[str, Any] | Any) -> None:
 
 
 def check_groups(compression: Mapping[str, Any]) -> None:
-    """Check types and bounds of all that `compression` says of its groups, as far as it does not depend on the model.
+    """Check types and bounds of the groups in `compression`, as far as they do not depend on the model.
 
     Raises:
-        ValueError: a field is missing, of another type, or beyond all bounds; the sentence names it.
+        ValueError: a field is missing, of the wrong type, or out of bounds; the message names it.
     """
     groups = compression.get("groups")
     if not isinstance(groups, dict):
@@ -143,7 +143,7 @@ def check_groups(compression: Mapping[str, Any]) -> None:
 
 
 def fits(group: Mapping[str, Any], rows: int, columns: int) -> bool:
-    """Whether a group's numbers are those of a weight [rows, columns], as far as they say."""
+    """Whether a group's sizes are consistent with a weight [rows, columns]."""
     try:
         check_group(group, rows, columns)
     except ValueError:
@@ -152,7 +152,7 @@ def fits(group: Mapping[str, Any], rows: int, columns: int) -> bool:
 
 
 def check_group(group: Mapping[str, Any], rows: int, columns: int) -> None:
-    """Check that a group's numbers do not ask for more than a weight [rows, columns] can need.
+    """Check that a group's sizes are no larger than a weight [rows, columns] can need.
 
     Args:
         group: one that `check_groups` has passed.
@@ -160,7 +160,7 @@ def check_group(group: Mapping[str, Any], rows: int, columns: int) -> None:
         columns: of the weight.
 
     Raises:
-        ValueError: decoding would take memory or time out of all proportion.
+        ValueError: decoding would take far too much memory or time.
     """
     tests = {
         "low_rank": lambda: group["latent"] <= columns,
@@ -186,19 +186,19 @@ def check_group(group: Mapping[str, Any], rows: int, columns: int) -> None:
     if not tests():
         raise ValueError(
             f"The sizes of a group of the structure '{group['structure']}' do not fit a weight of {rows} rows and "
-            f"{columns} columns: config.json and the model it describes do not belong together."
+            f"{columns} columns: config.json does not match the model that it describes."
         )
 
 
 def _check_classes(classes: Any, label: str) -> None:
-    """Check the classes of rows of a trellis: each has codes of its own, and a table that is computed."""
+    """Check the row classes of a trellis; each has its own codes and a computed table."""
     if not isinstance(classes, list | tuple) or not 1 <= len(classes) <= 16:
         raise ValueError(f"{label} has `classes` that are not a list of 1 to 16.")
     for entry in classes:
         _check(entry, _CODE, f"A class of {label[0].lower()}{label[1:]}")
         single, bits, state = entry["width"] == 1, entry["bits"], entry["state_bits"]
         if (single and bits not in (5, 6)) or state < bits:
-            raise ValueError(f"{label} has codes of {bits} bits in states of {state}, which no table is known for.")
+            raise ValueError(f"{label} has codes of {bits} bits in states of {state}, for which there is no table.")
 
 
 def _check_values(group: Mapping[str, Any], label: str) -> None:
@@ -210,7 +210,7 @@ def _check_values(group: Mapping[str, Any], label: str) -> None:
 
 
 def _check_integers(integers: Any, label: str) -> None:
-    """Check what factors are packed as whole numbers: bits of each, and how many share a scale."""
+    """Check the factors that are packed as integers: the bits of each, and the group size."""
     _check(integers, {"sharing": _SIZE}, f"{label}, in `integers`,")
     for owner in ("own", "decoder"):
         bits = integers.get(owner)
@@ -220,9 +220,9 @@ def _check_integers(integers: Any, label: str) -> None:
 
 
 def _check(values: Any, fields: Mapping[Any, Field], label: str) -> None:
-    """Raise ValueError unless `values` is a mapping that has all fields, each as it must be."""
+    """Raise ValueError unless `values` is a mapping with all fields, each of them valid."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{label} is no mapping of names to values.")
+        raise ValueError(f"{label} is not a mapping of names to values.")
     for name, (wanted, fits) in fields.items():
         if name not in values:
             raise ValueError(f"{label} lacks `{name}`, {wanted}.")
@@ -231,14 +231,14 @@ def _check(values: Any, fields: Mapping[Any, Field], label: str) -> None:
 
 
 def check_decoding(decoding: Any, max_bytes: Any) -> None:
-    """Raise ValueError where there is no such decoding, or its bound is no number of bytes."""
+    """Raise ValueError if the decoding is unknown, or its bound is not a number of bytes."""
     if decoding not in DECODINGS:
         raise ValueError(f"`decoding` is {decoding!r}; it must be one of {', '.join(DECODINGS)}.")
     if max_bytes is None:
         return
     if decoding != "cached":
         raise ValueError(
-            f"`max_bytes` bounds what is kept decoded in floating point, which {decoding!r} does not; use 'cached'."
+            f"`max_bytes` limits the weights kept decoded in floating point, and {decoding!r} keeps none; use 'cached'."
         )
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
-        raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be a whole number of bytes, 0 or more.")
+        raise ValueError(f"`max_bytes` is {max_bytes!r}; it must be an integer number of bytes, 0 or more.")

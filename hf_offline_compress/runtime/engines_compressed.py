@@ -1,4 +1,4 @@
-"""The integer kernels that torch offers on this CPU: found by trying them, and each applied to a matrix of bytes."""
+"""The integer kernels that torch offers on this CPU: found by trying each of them on an int8 matrix."""
 
 import platform
 import threading
@@ -16,10 +16,10 @@ LARGEST = 127
 
 
 class Engine:
-    """A kernel that multiplies activations, which it rounds to bytes itself with one scale for all, by a matrix of bytes.
+    """A kernel that multiplies activations by an int8 matrix; it quantizes the activations itself, with one scale for all.
 
     Attributes:
-        name: how users and benchmarks call it.
+        name: its name for users and in benchmarks.
     """
 
     name = ""
@@ -67,7 +67,7 @@ class FusedEngine(Engine):
 
 
 class PointwiseEngine(Engine):
-    """`onednn::qlinear_pointwise`, which is given activations that are rounded already."""
+    """`onednn::qlinear_pointwise`, which takes activations that are already quantized."""
 
     name = "onednn_pointwise"
 
@@ -95,7 +95,7 @@ class PointwiseEngine(Engine):
 
 
 class PlainEngine(Engine):
-    """`torch._int_mm`, with scales for each token by hand."""
+    """`torch._int_mm`, with per-token scales applied separately."""
 
     name = "int_mm"
 
@@ -116,7 +116,7 @@ class PlainEngine(Engine):
         return product if bias is None else product.add_(bias)
 
 
-# The fastest first, as measured with and without VNNI. The last two are for comparisons: slower than float32 here and there.
+# The fastest first, as measured with and without VNNI. The last two are for comparison: sometimes slower than float32.
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
@@ -136,7 +136,7 @@ _setting = threading.Lock()
 
 @contextmanager
 def _engine_set_to(name: str) -> Iterator[None]:
-    """Have torch pack weights for an engine; what runs them is decided by what they were packed for."""
+    """Have torch pack weights for an engine; packed weights run on the engine that they were packed for."""
     with _setting:
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = name
@@ -148,9 +148,9 @@ def _engine_set_to(name: str) -> Iterator[None]:
 
 @lru_cache
 def saturates(name: str) -> bool | None:
-    """Whether an engine cuts sums of two products off at 16 bits, as AVX2 and AVX-512 without VNNI do; None if it fails.
+    """Whether an engine saturates sums of two products at 16 bits, as AVX2 and AVX-512 without VNNI do; None if it fails.
 
-    It is tried, since what an engine uses depends on CPU, library, and environment variables of both.
+    It is found by trying: what an engine uses depends on the CPU, the library, and environment variables.
     """
     engine, columns = ENGINES[name], 64
     if not engine.offered():
@@ -160,7 +160,7 @@ def saturates(name: str) -> bool | None:
     try:
         with torch.no_grad():
             x = torch.ones(4, columns)
-            # Codes of which no two reach 16 bits must give the right product in any case.
+            # Codes whose pairwise sums stay within 16 bits must give the right product in any case.
             exact = x @ small.float().T
             found = engine.multiply(x, engine.pack(small, torch.ones(8), None))
             if not torch.allclose(found, exact, rtol=1e-2, atol=1.0):
@@ -179,7 +179,7 @@ def fast_engine() -> Engine | None:
 
 
 def has_vnni() -> bool:
-    """Whether this CPU multiplies bytes without saturating, by its own account (x86 with VNNI, or ARM)."""
+    """Whether this CPU multiplies bytes without saturating, by the features that it reports (x86 with VNNI, or ARM)."""
     engine = fast_engine()
     return engine is not None and saturates(engine.name) is False
 
@@ -189,7 +189,7 @@ def rounded(rows: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: [rows, columns], of any float dtype.
-        pairs: keep sums of neighbours so small that, times 255, they fit into 16 bits: then no engine cuts them off. It
+        pairs: keep sums of neighbours so small that, times 255, they fit into 16 bits: then no engine saturates. It
             costs a third of the resolution, where codes of 7 bits would cost half.
     """
     rows = rows.float()

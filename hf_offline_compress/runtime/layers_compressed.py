@@ -75,11 +75,11 @@ globals().update({cls.__name__: cls for cls in (*LINEARS.values(), *EMBEDDINGS.v
 
 
 class FusedLinear(nn.ModuleDict):
-    """Linear layers on the same input, their outputs side by side: GPT-2's c_attn, with parts of their own."""
+    """Linear layers on the same input, outputs concatenated: GPT-2's c_attn, split into its parts."""
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight of all parts, one below the other; see `CompressedWeight.weight`."""
+        """The dense weights of all parts, stacked; see `CompressedWeight.weight`."""
         parts: list[Any] = list(self.values())
         if "initializing" in self.__dict__:
             return nothing_to_fill(sum(part.out_features for part in parts), parts[0].in_features)
@@ -95,13 +95,13 @@ class TiedHead(nn.Module):
     """A language-model head that uses the compressed input embedding; it holds only the bias."""
 
     def __init__(self, embedding: CompressedEmbedding, bias: nn.Parameter | None) -> None:
-        """Make a head on `embedding`, which stays the property of the base model."""
+        """Make a head on `embedding`, which the base model owns."""
         super().__init__()
         self.refer_to(embedding)
         self.bias = bias
 
     def refer_to(self, embedding: Any) -> None:
-        """Use an embedding, which stays the property of the base model: the reference is unregistered."""
+        """Use an embedding that the base model owns: the reference is unregistered."""
         self.__dict__["_embedding"] = embedding
 
     @property

@@ -1,4 +1,4 @@
-"""What was loaded, held against what its config describes; and what of it there still is when it is saved."""
+"""Checks of a loaded model against its config, and the config's `compression` brought up to date when it is saved."""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -14,18 +14,18 @@ Place = tuple[str, str | None, bool]
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], ignore_mismatched_sizes: bool) -> None:
-    """Refuse a compressed model some of whose compressed weights were not in the checkpoint.
+    """Raise ValueError if compressed weights of a model were not in its checkpoint.
 
-    Transformers fills what is missing at random and says so in a note, which is right for a new head, and wrong for a
-    weight of which a part is missing. A head of another size is made anew, dense, where that was asked for.
+    Transformers fills what is missing at random and only warns, which is right for a new head, and wrong for a weight of
+    which a part is missing. A head of another size is replaced by a new dense one, if that was asked for.
 
     Args:
         model: just loaded.
-        info: what `from_pretrained` says of its loading.
+        info: the loading info of `from_pretrained`.
         ignore_mismatched_sizes: whether it was asked for.
 
     Raises:
-        ValueError: the config describes no compressed model, or tensors are missing, too many, or of other shapes.
+        ValueError: the config describes no compressed model, or tensors are missing, unexpected, or of other shapes.
     """
     if model.config.compression is None:
         raise ValueError(
@@ -65,12 +65,12 @@ def check_loaded(model: Any, info: Mapping[str, Any], ignore_mismatched_sizes: b
 
 
 def base_prefix(model: Any) -> str:
-    """Return what names of the base model's modules begin with; empty where the model is one."""
+    """Return the prefix of the base model's modules; empty if the model is a base model."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def remember_groups(model: Any, compression: Mapping[str, Any]) -> None:
-    """Note on every compressed module which group it is of, so that it is known wherever the module is put."""
+    """Record on every compressed module which group it belongs to, so that it is known wherever the module is moved."""
     places = {place: name for name, group in compression["groups"].items() for place in map(_place, group["members"])}
     for name, module in compressed_modules(model).items():
         for place in _places(model, name):
@@ -81,8 +81,8 @@ def remember_groups(model: Any, compression: Mapping[str, Any]) -> None:
 def current_compression(model: Any) -> dict[str, Any]:
     """Return the config's `compression` for the compressed modules that the model has now.
 
-    Layers may have been dropped or moved since it was loaded, and heads that its folder had are none of a base model's.
-    Decoders that no module uses any more are taken out of the model.
+    Layers may have been dropped or moved since it was loaded, and a base model lacks the heads of its folder.
+    Decoders that no module uses any more are removed from the model.
     """
     compression: dict[str, Any] = model.config.compression
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in compression["groups"]}
@@ -117,7 +117,7 @@ def _place(member: Mapping[str, Any]) -> Place:
 
 
 def _places(model: Any, name: str) -> list[Place]:
-    """Return what a module may be called as a member: as a whole, or as a part of a fused module."""
+    """Return the names that a module may have as a member: as a whole, or as a part of a fused module."""
     prefix = base_prefix(model)
     head = not name.startswith(prefix)
     path = name if head else name.removeprefix(prefix)
@@ -128,13 +128,13 @@ def _places(model: Any, name: str) -> list[Place]:
 
 
 def _owner(key: str, modules: Mapping[str, CompressedWeight]) -> str | None:
-    """Return the compressed module that a tensor is of, by its name."""
+    """Return the name of the compressed module that a tensor belongs to."""
     parts = key.split(".")
     return next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in modules), None)
 
 
 def _belongs(key: str, modules: Mapping[str, CompressedWeight], prefix: str) -> bool:
-    """Whether a tensor is of a compressed module of the model, or of a decoder that such modules share."""
+    """Whether a tensor belongs to a compressed module of the model, or to a decoder that such modules share."""
     return _owner(key, modules) is not None or key.removeprefix(prefix).startswith(f"{DECODERS}.")
 
 
@@ -143,7 +143,7 @@ def _has(model: Any, name: str) -> bool:
 
 
 def _make_dense(model: Any, name: str, module: Any) -> None:
-    """Put a dense layer, filled as a new head is, into the place of a compressed one."""
+    """Replace a compressed layer by a dense one, initialised like a new head."""
     like = next(tensor for tensor in module.parameters() if tensor.is_floating_point())
     dense = nn.Linear(module.columns, module.rows, bias=module.bias is not None, device=like.device, dtype=like.dtype)
     model._init_weights(dense)

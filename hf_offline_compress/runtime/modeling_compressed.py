@@ -28,16 +28,16 @@ from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
 
 
 class CompressedModelMixin:
-    """What compressed models do beyond their stock class, which stands behind this one in their bases.
+    """What compressed models add to their stock class, which follows this one in their bases.
 
     Attributes:
-        publish: verifies and publishes a model; the package puts it here, and without the package there is none.
+        publish: verifies and publishes a model; set by the package, None without it.
     """
 
     publish: Any = None
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        """Make the model; some stock heads make their base model by `AutoModel`, which must know this very config class."""
+        """Make the model; some stock heads make their base model by `AutoModel`, which must know this exact config class."""
         known: Any = modeling_auto.MODEL_MAPPING
         if type(config) not in known:
             stock: Any = getattr(transformers, ARCHITECTURES[config.model_type.removeprefix(TYPE_PREFIX)].base)
@@ -47,7 +47,7 @@ class CompressedModelMixin:
     def post_init(self: Any) -> None:
         """Swap the modules that the config names; stock classes call this at the end of their constructor."""
         for module in self.modules():
-            # Models inside must be ours too, or their own initialisation passes over our parameters.
+            # Inner models must be ours too, or their own initialisation skips our parameters.
             if isinstance(module, PreTrainedModel) and not isinstance(module, CompressedModelMixin):
                 module.__class__ = compressed_class(type(module))
         if self.config.compression:
@@ -72,7 +72,7 @@ class CompressedModelMixin:
             args: those of the stock method.
             output_loading_info: as of the stock method.
             ignore_mismatched_sizes: as of the stock method.
-            decoding: how weights are held, as `set_decoding` has it; by default as the folder says.
+            decoding: how weights are held, see `set_decoding`; by default as the folder says.
             kwargs: those of the stock method.
 
         Raises:
@@ -91,9 +91,9 @@ class CompressedModelMixin:
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
-        """Fill what the checkpoint did not; see the stock class."""
+        """Initialise what the checkpoint lacks; see the stock class."""
         if isinstance(module, CompressedWeight | WeightDecoder):
-            std = getattr(self.config, "initializer_range", 0.02)  # OPT calls it otherwise
+            std = getattr(self.config, "initializer_range", 0.02)  # OPT has another name for it
             with init.guard_torch_init_functions():
                 module.reset_parameters(std)
                 module.fill_packed(std)
@@ -111,38 +111,38 @@ class CompressedModelMixin:
         return compressed_modules(self)
 
     def set_decoding(self: Any, decoding: str, max_bytes: int | None = None) -> None:
-        """Choose how weights are held that a structure has to decode, for this model alone: it is not saved.
+        """Choose how decoded weights are held, for this model only: the choice is not saved.
 
         Args:
             decoding: "cached", decoded once, at the first forward pass (as fast and as large as the dense model);
                 "on_the_fly", decoded at every use (slower; memory as on disk); "int8", once, to bytes with a scale for each
                 row, which a CPU's integer kernels multiply (a quarter of the dense layers' memory, rounded; how fast depends on
                 the CPU); "auto", "int8" on a CPU with VNNI or an ARM CPU, else "cached".
-            max_bytes: with "cached", keep decoded weights of so many bytes in all, first come, first kept, and decode the
+            max_bytes: with "cached", keep at most this many bytes of decoded weights, in order of first use, and decode the
                 others at every use; by default all are kept.
 
         Raises:
-            ValueError: there is no such decoding, it is none of this machine's, or `max_bytes` is no number of bytes, or
+            ValueError: the decoding is unknown or not available on this machine, or `max_bytes` is not a number of bytes, or
                 does not go with it.
         """
         check_decoding(decoding, max_bytes)
         if decoding == "int8":
             for kind in sorted({parameter.device.type for parameter in self.parameters()}):
                 if why := why_not_int8(kind):
-                    raise ValueError(f"This model cannot be executed so: {why}")
+                    raise ValueError(f"This model cannot be run this way: {why}")
         set_decoding(self.compressed_modules().values(), decoding, max_bytes)
 
     def forget_decoded(self: Any) -> None:
         """Drop all decoded weights, so that they are decoded anew at the next use.
 
-        Needed after weights were changed in a way that torch does not count, by assigning to their `.data`.
+        Needed after weights were changed in a way that torch does not track, by assigning to their `.data`.
         """
         for module in self.modules():
             if isinstance(module, PackedNumbers):
                 module.forget()
 
     def _replicate_for_data_parallel(self: Any) -> Any:
-        """Return a replica for `nn.DataParallel`, in which references between modules lead to the replica's own."""
+        """Return a replica for `nn.DataParallel`, whose modules refer to the replica's own."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         replica._forward_pre_hooks = replica._forward_pre_hooks.copy()
         replica.register_forward_pre_hook(_refer_to_own)  # its submodules are replicated after it
@@ -225,7 +225,7 @@ class CompressedModelMixin:
             self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
 
     def _upload_modified_files(self: Any, working_dir: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Upload what the stock methods have saved, with the code: they are not done with saving when they call this."""
+        """Upload what the stock methods have saved, with the code; they call this before they have finished saving."""
         if self.config.compression:
             _add_code(Path(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
@@ -236,7 +236,7 @@ class CompressedModelMixin:
         With the package installed, model and files are verified first, and a model card that it was loaded with goes along.
 
         Raises:
-            CompressionError: with the package, where a check fails or the Hub does not take it.
+            CompressionError: with the package, a check fails or the Hub rejects the upload.
         """
         if self.config.compression is None or self.publish is None:
             return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
@@ -244,7 +244,7 @@ class CompressedModelMixin:
         return published
 
     def _narrowed(self: Any, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Return the state dict with factors and all else in their storage dtypes; None where nothing is to be cast."""
+        """Return the state dict with all tensors in their storage dtypes; None if nothing needs a cast."""
         rest = getattr(torch, (self.config.compression or {}).get("rest") or "float32")
         narrow = {
             name: rest
@@ -275,7 +275,7 @@ class CompressedModelMixin:
 
 
 def _add_code(folder: Path) -> None:
-    """Copy the code that loads a model next to it, and drop what was recorded of the model that was there before."""
+    """Copy the code that loads a model next to it, and remove the record of an earlier model."""
     for file in Path(__file__).parent.glob("*_compressed.py"):
         shutil.copyfile(file, folder / file.name)
     (folder / "verification.json").unlink(missing_ok=True)
@@ -288,7 +288,7 @@ def _refer_to_own(replica: Any, inputs: Any) -> None:
 
 @contextmanager
 def _shielded(module: nn.Module) -> Iterator[None]:
-    """Let a stock class initialise a module without writing into weights of its children that are decoded."""
+    """Let a stock class initialise a module without writing into decoded weights of its children."""
     children: list[Any] = [c for c in module.children() if isinstance(c, CompressedWeight | FusedLinear | TiedHead)]
     for child in children:
         child.__dict__["initializing"] = True
@@ -306,7 +306,7 @@ def compressed_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the compressed class of a stock class; made when first asked for.
 
     Raises:
-        KeyError: it is of no architecture in the table.
+        KeyError: its architecture is not in the table.
     """
     if stock not in _MADE:
         config_class: Any = stock.config_class
@@ -322,7 +322,7 @@ def compressed_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> Any:
-    """Return a compressed class by its name, e.g. `CompressedBertModel`; of the stock library, its family alone is imported."""
+    """Return a compressed class by its name, e.g. `CompressedBertModel`; only its own family is imported from transformers."""
     stock = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
         config_class: Any = stock.config_class

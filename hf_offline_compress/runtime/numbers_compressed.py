@@ -1,4 +1,4 @@
-"""Parameters that are kept as whole numbers of few bits, with a scale and a zero for so many of them."""
+"""Parameters kept as integers of few bits, with a scale and a zero for each group of them."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -306,7 +306,7 @@ class PackedNumbers(nn.Module):
         parameters = dict(self.named_parameters())
         for name, width in bits.items():
             if name not in parameters:
-                raise ValueError(f"A {type(self).__name__} has no '{name[:80]}' that could be kept as whole numbers.")
+                raise ValueError(f"A {type(self).__name__} has no '{name[:80]}' that could be kept as integers.")
             path, _, leaf = name.rpartition(".")
             part: Any = self.get_submodule(path)
             part._pack_one(leaf, width, min(sharing, parameters[name].numel()))

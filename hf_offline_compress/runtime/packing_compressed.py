@@ -1,4 +1,4 @@
-"""Whole numbers of a few bits, packed into bytes without gaps between them."""
+"""Integers of a few bits, packed into bytes without gaps."""
 
 import math
 
@@ -26,7 +26,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def spanned_bytes(bits: int, window: int) -> int:
-    """Return in how many bytes the `window` bits lie, at most, that begin where a code of `bits` bits does."""
+    """Return how many bytes `window` bits span at most, if they begin where a code of `bits` bits does."""
     return -(-(8 - math.gcd(8, bits) + window) // 8)
 
 

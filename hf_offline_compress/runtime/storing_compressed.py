@@ -1,16 +1,16 @@
-"""Numbers that are stored narrower than they are held: which dtype still holds them."""
+"""Numbers stored in a narrower dtype than they are held in: which dtypes can represent them."""
 
 import torch
 from torch import Tensor
 
-# Rounding may change a row by so much of its size, twice what bfloat16 does to one number.
+# Rounding may change a row by this share of its norm, twice what bfloat16 does to one number.
 CLOSE = 2.0**-8
-# Rows whose numbers are below this share of the largest one are nothing beside the others.
+# Rows whose numbers are below this share of the largest one are negligible.
 NOTHING = 1e-12
 
 
 def holds(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether rounding a tensor to a dtype leaves it finite and close, each of its rows by itself."""
+    """Return whether rounding a tensor to a dtype leaves each of its rows finite and close."""
     if tensor.dtype == dtype or not tensor.numel():
         return True
     rounded = tensor.to(dtype)
@@ -26,9 +26,9 @@ def holds(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def holding(tensor: Tensor, narrow: torch.dtype) -> torch.dtype:
-    """Return the dtype to store a tensor in: `narrow` or else bfloat16 where that holds it, else its own.
+    """Return the dtype to store a tensor in: `narrow`, or bfloat16, if that can represent it, else its own.
 
-    A dtype that holds it exactly comes first, so that what was rounded once is stored as it is ever after.
+    A dtype that represents it exactly is preferred, so that a tensor is not rounded a second time.
     """
     if narrow.itemsize >= tensor.dtype.itemsize:
         return tensor.dtype

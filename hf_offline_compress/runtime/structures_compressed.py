@@ -1,4 +1,4 @@
-"""One class per structure: how it is kept, and how it becomes the weight that it stands for."""
+"""One class per structure: its tensors, and how they are decoded to the weight."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,7 +13,7 @@ from .packing_compressed import packed_length, round_min_max, unpack
 from .trellis_compressed import TrellisWeight
 from .weights_compressed import CompressedWeight, DecodedWeight, WeightDecoder
 
-# Numbers that are held at once where single rows of a tensor are decoded.
+# Numbers held at once when single rows of a tensor are decoded.
 NUMBERS_AT_ONCE = 2**24
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
@@ -280,12 +280,12 @@ class TuckerDecoder(WeightDecoder):
 
 
 class TuckerWeight(DecodedWeight):
-    """Ŵ as some slices of a tensor in Tucker form, one below the other."""
+    """Ŵ as stacked slices of a tensor in Tucker form."""
 
     decoder_class = TuckerDecoder
 
     def make_tensors(self, group: dict[str, Any]) -> None:
-        """Make what mixes the core's slices; see the base class."""
+        """Make the mixing of the core's slices; see the base class."""
         self.mixing = nn.Parameter(torch.empty(group["blocks"], group["ranks"][0]))
 
     def dense_weight(self) -> Tensor:
@@ -317,7 +317,7 @@ class SparseWeight(DecodedWeight):
             return self.values
         total, values = self.rows * self.columns, self.values
         gaps = unpack(self.gaps, self.gap_bits, len(values))
-        places = ((gaps + 1).cumsum(0) - 1).clamp_max(total - 1)  # zeros that fill up may lie beyond the end
+        places = ((gaps + 1).cumsum(0) - 1).clamp_max(total - 1)  # zeros that pad the gaps may lie beyond the end
         return values.new_zeros(total).index_add(0, places, values).view(self.rows, self.columns)
 
 
@@ -416,7 +416,7 @@ class CodebookWeight(DecodedWeight):
         return rows * scales[..., None].to(rows.dtype)
 
 
-# structure → how it is kept
+# structure → its class
 WEIGHTS: dict[str, type[CompressedWeight]] = {
     "low_rank": LowRankWeight,
     "autoencoder": AutoencoderWeight,

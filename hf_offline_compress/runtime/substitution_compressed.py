@@ -18,14 +18,14 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
     """Swap the modules that `compression` names, in place; nothing is computed, so it works on the meta device.
 
     Names are relative to the base model, or for members with `head` to the model itself. Members of heads that this
-    model does not have are passed over: the same folder serves all heads.
+    model does not have are skipped: the same folder serves all heads.
 
     Args:
         model: a stock model of a supported family, with or without a head.
         compression: the config's field; see `CompressionConfigMixin`.
 
     Raises:
-        ValueError: a module of the base model is not there, or is nothing that can be compressed.
+        ValueError: a module of the base model is missing, or cannot be compressed.
     """
     base = model.base_model
     entry = architecture_of(model.config.model_type)
@@ -66,7 +66,7 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
 
 
 def relink(model: PreTrainedModel) -> None:
-    """Let unregistered references lead to the modules of this very model, where it was copied module by module."""
+    """Point unregistered references at this model's own modules, after it was copied module by module."""
     embedding, base = model.get_input_embeddings(), model.base_model
     for module in model.modules():
         if (name := module.__dict__.get("_decoder_name")) is not None:
@@ -101,7 +101,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 def _swap(
     root: nn.Module, member: dict[str, Any], module: nn.Module, group: dict[str, Any], decoder: nn.Module | None
 ) -> None:
-    """Put a compressed module into the place of one member."""
+    """Replace one member by a compressed module."""
     part = _part(module, member)
     rows, columns = _shape(part)
     new: nn.Module
@@ -150,7 +150,7 @@ def _split(module: nn.Module, parts: tuple[str, ...], config: Any) -> FusedLinea
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Give a tied head the compressed embedding, and drop the tie of the weight that is no more."""
+    """Give a tied head the compressed embedding, and drop the tie of the weight that it replaces."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, CompressedEmbedding) or head is None or not model.config.tie_word_embeddings:
         return

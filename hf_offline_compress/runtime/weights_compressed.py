@@ -1,4 +1,4 @@
-"""A weight that is kept as something smaller: what every structure has in common.
+"""A compressed weight: what all structures have in common.
 
 A weight is always [rows, columns]: rows are outputs, or tokens. What several layers share is a decoder, a module of its own;
 layers that share one hold it *unregistered* and only ever call it, so that it is stored once, and so that offloading
@@ -17,7 +17,7 @@ from .bounds_compressed import check_group
 from .executing_compressed import Execution, execution_of
 from .numbers_compressed import PackedNumbers, SeenSources, is_stuck, make_kept, may_keep, takes_gradient
 
-# Numbers of a weight that are decoded and applied at once where it is not kept: a layer whole, a vocabulary in blocks.
+# Numbers decoded and applied at once if a weight is not kept: a whole layer, or a block of a vocabulary.
 DECODED_AT_ONCE = 2**22
 
 
@@ -46,18 +46,18 @@ class WeightDecoder(PackedNumbers):
 
 
 def nothing_to_fill(rows: int, columns: int) -> Tensor:
-    """Return what a stock class finds where it would initialise a weight that is decoded: no numbers, marked as filled."""
+    """Return what a stock class finds in place of a decoded weight: an empty tensor, marked as initialised."""
     tensor = torch.empty(rows, columns, device="meta")
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     return tensor
 
 
 class CompressedWeight(PackedNumbers):
-    """A weight [rows, columns] that is kept as something smaller. What a structure must provide.
+    """A compressed weight [rows, columns]. What a structure must provide.
 
     Attributes:
         decoding: how the weight is held, one of `DECODINGS`; of no effect where a structure is applied without decoding.
-        asked: whether somebody asked for just that, or a folder says so.
+        asked: whether the caller asked for it, rather than the folder.
     """
 
     # Made as decoder_class.make(group, columns); None where a structure has nothing to share.
@@ -83,7 +83,7 @@ class CompressedWeight(PackedNumbers):
             padding_idx: of an embedding, the row that gets no gradient.
 
         Raises:
-            ValueError: the group's sizes are out of all proportion to the weight's.
+            ValueError: the group's sizes do not fit the weight's.
         """
         super().__init__()
         check_group(group, rows, columns)
@@ -172,7 +172,7 @@ class CompressedWeight(PackedNumbers):
 
 
 class DecodedBudget:
-    """Bytes that the decoded weights of a model may take together: first come, first kept."""
+    """The bytes that a model's decoded weights may take together, in order of first use."""
 
     def __init__(self, max_bytes: int) -> None:
         """Begin with nothing kept."""
@@ -180,7 +180,7 @@ class DecodedBudget:
         self._kept: list[weakref.ref[Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what is kept out of copies, as decoded weights are."""
+        """Exclude what is kept from copies, like decoded weights."""
         return {"max_bytes": self.max_bytes, "_kept": []}
 
     def left(self) -> int:
@@ -331,7 +331,7 @@ class DecodedWeight(CompressedWeight):
             return cache[1], execution
         if cache is None or cache[2] is not execution or not cache[0].unchanged(sources) or is_stuck(cache[1]):
             self._cache = None
-            # Bytes that are few go to layers that need all of their weight.
+            # A small budget goes to layers that need their whole weight.
             size = execution.bytes(self.rows, self.columns, own[0].dtype)
             if self.budget is not None and (x is None or size > self.budget.left()):
                 return None
@@ -344,7 +344,7 @@ class DecodedWeight(CompressedWeight):
         return cache[1], execution
 
     def _is_fresh(self, cache: Any, x: Tensor | None) -> bool:
-        """Whether what is kept may be used as it is, by a quick look; if not, all is looked at."""
+        """Whether what is kept may be used as it is, by a quick check; if not, everything is checked."""
         seen, _, execution, decoding = cache
         if "_hf_hook" in self.__dict__ or "_is_replica" in self.__dict__ or decoding != self.decoding:
             return False
