@@ -150,7 +150,7 @@ def many_languages():
         ("bundled", ("en", "de"), make_tokenizer, "names de;"),
         ("bundled", ("multilingual",), make_tokenizer, "names multilingual;"),
         ("bundled", (), make_tokenizer, None),
-        ("bundled", (), many_languages, "tokenizer is of other languages"),
+        ("bundled", (), many_languages, "tokenizer covers other languages"),
         ("mine.txt", ("de",), many_languages, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""One budget for all groups: each gets the size at which the next byte gains as much as anywhere else."""
+"""One budget for all groups: sizes at which the next byte reduces the error equally everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choices:
-    """What one group may become.
+    """The choices of one group.
 
     Attributes:
         errors: expected loss of each choice, [choices], not negative.
@@ -23,10 +23,10 @@ class Choices:
 
 
 def allocate(groups: Sequence[Choices], budget: float) -> list[int]:
-    """Return for each group the index of its choice: least error in all, at most `budget` bytes in all.
+    """Return the index of each group's choice: the least total error with at most `budget` bytes in total.
 
-    The choices at one price λ of a byte minimise error + λ · cost; λ is found by bisection (Everett 1963), and what is
-    left of the budget then goes, step by step, to whoever gains most a byte with it.
+    At a price λ per byte, the choices minimise error + λ · cost; λ is found by bisection (Everett 1963), and the rest of the
+    budget is then spent, step by step, on the largest error reduction per byte.
 
     Raises:
         ValueError: the cheapest choices together cost more than the budget.
@@ -58,7 +58,7 @@ def allocate(groups: Sequence[Choices], budget: float) -> list[int]:
 
 
 def _filled(groups: Sequence[Choices], chosen: list[int], budget: float) -> list[int]:
-    """Spend what is left, by the gain a byte of the best single change."""
+    """Spend the remaining bytes on single changes with the largest error reduction per byte."""
     chosen = list(chosen)
     left = budget - sum(float(group.costs[i]) for group, i in zip(groups, chosen, strict=True))
     while True:

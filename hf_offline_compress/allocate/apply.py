@@ -1,4 +1,4 @@
-"""Plan + model + statistics → what each group becomes: bytes go where they gain most."""
+"""Plan + model + statistics → what each group becomes: bytes go where they reduce the error most."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..solvers import expected_errors
 from ..structures import Size
 from .allocation import Choices, allocate
 
-# How often the budget is spent anew, and the share of it that is not worth that.
+# How often the budget is spent again at most, and the share left over at which that stops.
 TRIES, NEARLY_NOTHING = 4, 0.002
-# What counts as so many times the worst form is taken only where nothing else fits.
+# A form whose error counts as this many times the worst one is chosen only if nothing else fits.
 STARVED = 1e3
 
 
 @dataclass(frozen=True)
 class Offers:
-    """What every group of a plan may become, and what that costs.
+    """The choices of every group of a plan, and their costs.
 
     Attributes:
         plan: with a budget in its recipe for everything, or with the sizes that the ratios of its rules give.
-        groups: those of its groups whose errors are known beforehand; all others keep what they have.
+        groups: those of its groups whose errors are known in advance; the others keep their sizes.
         gains: of each.
     """
 
@@ -37,19 +37,19 @@ class Offers:
     gains: list[_Gains]
 
     def forecast(self, form: Group) -> float:
-        """Return the error to expect of a form of a group, in the unit of the sensitivity."""
+        """Return the expected error of a form of a group, in the unit of the sensitivity."""
         index = next(i for i, group in enumerate(self.groups) if group.name == form.name)
         return float(self.gains[index].choices.errors[self.gains[index].forms.index(form)])
 
     def sized(self, factors: Mapping[str, float] | None = None, least: Mapping[str, int] | None = None) -> Plan:
-        """Return the plan with the bytes that its groups have in all given to those that gain most from them.
+        """Return the plan with its groups' total bytes distributed for the least total error.
 
         Each group has one of its rule's structures, at one of its sizes; under a budget for everything, it may also stay
         dense.
 
         Args:
-            factors: name of a group → what its errors are multiplied with.
-            least: name of a group → it must have more bytes than these, if it is compressed.
+            factors: name of a group → factor on its errors.
+            least: name of a group → bytes that it must exceed, if it is compressed.
         """
         choices = []
         for group, gains in zip(self.groups, self.gains, strict=True):
@@ -76,7 +76,7 @@ class Offers:
                 best = sized
             if 0 <= left < NEARLY_NOTHING * allowed:
                 break
-            # Other forms, another header of the file. What was within the budget may miss it by a little next time.
+            # Other forms change the header of the file, so a plan within the budget may miss it by a little the next time.
             budget += left if left < 0 else 0.9 * left
             tries += 1
         assert best is not None
@@ -90,7 +90,7 @@ def offers_of(
     progress: bool,
     processes: Processes = ALONE,
 ) -> Offers:
-    """Return what the groups of a plan may become, with the errors that statistics let expect.
+    """Return the choices of a plan's groups, with errors predicted from the statistics.
 
     Args:
         state: the base's tensors.
@@ -101,7 +101,7 @@ def offers_of(
     """
     groups = [group for group in plan.groups if group.structure.known_gains]
     allowed = _allowed(plan)
-    # Where everything would fit as it is, there is nothing to weigh: what is asked for is a compressed model.
+    # If everything would fit uncompressed there is nothing to allocate: a compressed model was asked for.
     may_stay = allowed is not None and plan.reformed(dict.fromkeys([g.name for g in groups])).file_bytes > allowed
     gains = processes.map(
         lambda group: _gains(group, plan, state, statistics, may_stay),
@@ -120,7 +120,7 @@ def _allowed(plan: Plan) -> int | None:
 
 @dataclass(frozen=True)
 class _Gains:
-    """What a group may become, None standing for dense, and what errors and bytes that means."""
+    """The choices of a group, None for dense, with their errors and bytes."""
 
     forms: list[Group | None]
     choices: Choices
@@ -151,7 +151,7 @@ def _gains(
             for form in sizes:
                 add(form, known)
             for size in known:
-                if not isinstance(size, int):  # finer than what the plan knows of
+                if not isinstance(size, int):  # finer than the plan's sizes
                     add(replace(sizes[0], size=size), known)
     if may_stay:
         forms.append(None)

@@ -1,4 +1,4 @@
-"""Bytes go where loss was measured: allocate, code, measure each group by itself, and allocate again.
+"""Allocation by measured loss: allocate, solve, measure each group separately, and allocate again.
 
 A forecast to second order is wrong by a factor that differs from group to group: large errors cost more than it says, small
 ones less, and neighbouring tokens are not independent. So each group is put into the dense model as it was coded, and its
@@ -24,12 +24,12 @@ from .apply import Offers
 
 logger = logging.getLogger(__name__)
 
-# Of what a forecast is off by, in logarithms, this share is believed.
+# The share of a forecast's error, in logarithms, that is corrected.
 BELIEVED = 0.5
-# One group by itself is measured on one in so many batches, all together on all of them: a forecast is off by far more than
-# what few tokens say is, but rounds are close.
+# A single group is measured on one batch in this many, all groups together on all batches: errors of forecasts are much
+# larger than the noise of few tokens, but rounds differ little.
 EVERY = 2
-# Below this nothing is measured but rounding, in the unit of a divergence.
+# Below this divergence, what is measured is rounding error.
 NOTHING = 1e-9
 # What solving gives: tensors by full name, a report of each group, and groups whose storage does not hold them, with the
 # dtypes that do.
@@ -130,7 +130,7 @@ def _by_measure(
 
 
 def _learn(tried: _Tried, factors: dict[str, float], least: dict[str, int]) -> None:
-    """Correct a group's forecast by what was measured; where zeros would have been nearer, ask for more bytes."""
+    """Correct a group's forecast by what was measured; if zeros would have been closer, ask for more bytes."""
     group, report = tried.group, tried.report
     believed = factors.get(group.name, 1.0)
     expected, measured = believed * (report.forecast or 0.0), report.measured or 0.0

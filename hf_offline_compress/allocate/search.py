@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 Solved = tuple[Plan, "PreTrainedModel", list["GroupReport"]]
 
-# Of the calibration texts, each such one is held out where no validation text is given.
+# Every n-th calibration text is held out if no validation text is given.
 HELD_OUT = 8
 # Texts that a model is judged on, at most.
 JUDGED = 256
 BLOCK = 128
-# Ratios closer than this count as one, and no more than so many are tried.
+# Ratios closer than this count as equal; and the most ratios tried.
 PRECISION, TRIALS = 1.03, 8
 
 
@@ -46,7 +46,7 @@ class Trial:
 
 
 def hold_out(texts: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
-    """Return the texts to calibrate on and those to judge by, none of which is both.
+    """Return disjoint texts to calibrate on and to judge by.
 
     Raises:
         CompressionError: there are too few.
@@ -64,7 +64,7 @@ def hold_out(texts: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
 def loss_judge(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: CalibrationText
 ) -> Callable[[Any], float]:
-    """Return what gives a model's loss against the base: relative rise of perplexity, or 1 - agreement without a head."""
+    """Return a function of a model's loss against the base: relative rise of perplexity, or 1 - agreement without a head."""
     chosen = list(texts.texts[:JUDGED])
     if is_language_model(type(base).__name__):
         from ..metrics.perplexity import perplexity
@@ -89,12 +89,12 @@ def largest_ratio(
 
     Args:
         attempt: tries a total ratio.
-        bounds: the least and the largest ratio that there is.
+        bounds: the smallest and the largest possible ratio.
         max_loss: that is allowed.
         start: where to begin.
 
     Raises:
-        CompressionError: even the least ratio loses more.
+        CompressionError: the loss is larger even at the smallest ratio.
     """
     low, high = bounds
     trials: list[Trial] = []
@@ -118,7 +118,7 @@ def largest_ratio(
         least = min(trials, key=lambda trial: trial.total_ratio)
         raise CompressionError(
             f"A loss of at most {max_loss:.2%} was not reached: at total ratio {least.total_ratio:.2f} it is {least.loss:.2%}. "
-            "Allow more, or take a recipe that keeps more bits."
+            "Allow more, or choose a recipe that keeps more bits."
         )
     return best, trials
 
@@ -140,12 +140,12 @@ def searched_on(
         sizes: that were asked for; there must be none.
 
     Raises:
-        CompressionError: there can be no search.
+        CompressionError: no search is possible.
     """
     if not 0 < max_loss < 1:
         raise CompressionError(f"max_loss is {max_loss}; it must be above 0 and below 1, e.g. 0.01 for 1 %.")
     if any(size is not None for size in sizes):
-        raise CompressionError("max_loss and a size exclude each other: the one is searched for, given the other.")
+        raise CompressionError("max_loss and a size exclude each other: with max_loss, the size is searched for.")
     if recipe.budget is None:
         raise CompressionError(
             f"max_loss searches over budgets for all weights, and the recipe '{recipe.name}' has none; take balanced, "
@@ -166,7 +166,7 @@ def search_ratio(
     max_loss: float,
     progress: bool,
 ) -> tuple[Solved, Recipe, list[Trial]]:
-    """Return what has the largest total ratio within the loss, its recipe, and all trials.
+    """Return the solved model of the largest total ratio within the loss, its recipe, and all trials.
 
     Args:
         solved: makes a model by a recipe; returns its plan, itself, and the reports of its groups.

@@ -1,4 +1,4 @@
-"""Back to a stock dense checkpoint: decoded weights, stock class and config, for tools that know only those."""
+"""Export to a stock dense checkpoint: decoded weights, stock class and config, for tools that load only those."""
 
 from __future__ import annotations
 
@@ -217,12 +217,12 @@ def is_export(folder: Path) -> bool:
 
 
 def keep_own(old: Path, new: Path) -> None:
-    """Carry over what users have put into an export that is replaced."""
+    """Keep the user's own files of an export that is replaced."""
     keep_others(old, new, lambda name: bool(name in COMPANIONS or WRITTEN.fullmatch(name)))
 
 
 def _record(source: Path, config: Mapping[str, Any], dense: PreTrainedModel) -> str:
-    """Return what an export says of itself."""
+    """Return the record of an export."""
     from ..version import __version__
 
     content = {

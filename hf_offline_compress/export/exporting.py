@@ -1,4 +1,4 @@
-"""A compressed folder in the form that another tool loads, by the name of the form."""
+"""Export of a compressed folder to a format that other tools load, by the format's name."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _options(name: str, dtype: str | None, weights: str | None, opset: int | Non
         CompressionError: the format is unknown, or one of them is not its own.
     """
     if name not in FORMATS:
-        raise CompressionError(f"The format '{name}' is not known; known are {listing(FORMATS)}.")
+        raise CompressionError(f"The format '{name}' is unknown; known: {listing(FORMATS)}.")
     own: dict[str, Any] = {"dtype": dtype}
     other: dict[str, Any] = {"weights": weights, "opset": opset}
     if name == "onnx":

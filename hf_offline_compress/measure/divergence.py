@@ -1,7 +1,7 @@
-"""How far a model's output really moves when weights are exchanged: what forecasts to second order are checked against.
+"""The measured change of a model's output when weights are replaced; second-order forecasts are checked against it.
 
-The unit is that of the sensitivity: for logits the divergence KL(dense ‖ changed), for all else squared error, a token.
-The dense model's hidden states behind every layer are kept, so that only what lies behind a change is computed again.
+The unit is that of the sensitivity: for logits the divergence KL(dense ‖ changed), for anything else squared error, per token.
+The dense model's hidden states after every layer are kept, so that only what follows a change is recomputed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .sensitivity import has_logits
 from .statistics import CHOICES
 from .texts import Batch
 
-# Distributions that are kept of the dense model take no more room than this.
+# The most memory for the dense model's distributions that are kept.
 KEPT_BYTES = 2**28
-# What skipping layers may change by itself.
+# Tolerance for what skipping layers changes by itself.
 SAME = 1e-6
 
 Replaced = Sequence[tuple[Matrix, Tensor]]
@@ -32,7 +32,7 @@ Replaced = Sequence[tuple[Matrix, Tensor]]
 
 @contextmanager
 def exchanged(model: nn.Module, prefix: str, replaced: Replaced) -> Iterator[None]:
-    """Put other weights [rows, columns] in the places of matrices for the while."""
+    """Replace matrices by other weights [rows, columns] temporarily."""
     state = model.state_dict()
     places = [matrix.dense(state, prefix) for matrix, _ in replaced]  # views: this is the model's own memory
     kept = [place.clone() for place in places]
@@ -48,14 +48,14 @@ def exchanged(model: nn.Module, prefix: str, replaced: Replaced) -> Iterator[Non
 
 @dataclass
 class _Dense:
-    """One batch, and what the dense model makes of it.
+    """One batch, and the dense model's outputs on it.
 
     Attributes:
         ids: [sequences, length].
-        mask: which of them are no padding, of the same shape.
+        mask: which of them are not padding, of the same shape.
         places: where predictions count, of the same shape.
         behind: outputs of the layers.
-        told: what the model says, each [places, …].
+        told: the model's predictions, each [places, …].
     """
 
     ids: Tensor
@@ -66,10 +66,10 @@ class _Dense:
 
 
 class Divergence:
-    """The dense model on some batches, to be compared with itself when weights of it are exchanged.
+    """The dense model's outputs on some batches, for comparison after weights are replaced.
 
     Attributes:
-        of_curvature: what δᵀGδ, as the sensitivity has it, is to be multiplied with to be in the unit of `of`.
+        of_curvature: factor from the sensitivity's δᵀGδ to the unit of `of`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Divergence:
 
         Args:
             model: a stock model in evaluation mode.
-            matrices: all that may be exchanged.
+            matrices: all that may be replaced.
             batches: token ids with attention masks.
             prefix: of parameters of the base model.
             mask_token: of a masked language model; None otherwise.
@@ -99,17 +99,17 @@ class Divergence:
         places = masks if mask_token is None else [m & (i == mask_token) for m, i in zip(masks, ids, strict=True)]
         thin = self._thinned(places)
         self._known = [_Dense(i, m, p) for i, m, p in zip(ids, masks, thin, strict=True)]
-        # A place that is kept stands for several.
+        # Each place that is kept represents several.
         self._stands_for = _count(places) / max(1, _count(thin))
         self._record()
 
     @torch.no_grad()
     def of(self, replaced: Replaced, every: int = 1) -> float:
-        """Return how far the output moves, a token, with these weights in the places of the model's.
+        """Return the change of the output per token with these weights in place of the model's.
 
         Args:
             replaced: matrices and their weights [rows, columns].
-            every: so many batches stand for one that is run.
+            every: run one batch in this many.
         """
         if not replaced:
             return 0.0
@@ -140,7 +140,7 @@ class Divergence:
 
     @torch.no_grad()
     def _record(self) -> None:
-        """Fill in what the dense model makes of the batches, and give up short cuts that do not lead to the same."""
+        """Compute the dense model's outputs, and disable shortcuts that do not reproduce them."""
         calls: list[int] = [0] * len(self._layers)
         here: list[Any] = [None] * len(self._layers)
 
@@ -165,7 +165,7 @@ class Divergence:
             self._layers = []
 
     def _moved(self, known: _Dense, first: int) -> float:
-        """Return by how much the model's output on a batch is away from the dense model's, summed over places."""
+        """Return the difference between the model's and the dense model's output on a batch, summed over places."""
         with _skipped(self._layers[:first], known.behind):
             told = self._told(known)
         total = 0.0
@@ -180,7 +180,7 @@ class Divergence:
         return total
 
     def _told(self, known: _Dense) -> list[tuple[str, Tensor]]:
-        """Return what the model says of a batch: kind and values, log-probabilities for distributions."""
+        """Return the model's output on a batch: kind and values, log-probabilities for distributions."""
         ids, mask = (known.ids[None], known.mask[None]) if self._choices else (known.ids, known.mask)
         if not self._headed:
             output = self._base(input_ids=known.ids, attention_mask=known.mask.long())
@@ -204,7 +204,7 @@ class Divergence:
 
     @contextmanager
     def _narrowed(self, places: Tensor) -> Iterator[None]:
-        """Hand a language model's head only the hidden states of places, as one sequence."""
+        """Give a language model's head only the hidden states of the places, as one sequence."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             output["last_hidden_state"] = output["last_hidden_state"][places][None]
@@ -224,7 +224,7 @@ def _count(places: Sequence[Tensor]) -> int:
 
 @contextmanager
 def _skipped(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let layers give what they gave before, without computing it."""
+    """Let layers return their earlier outputs without computing them."""
     for layer, output in zip(layers, outputs, strict=False):
         layer.forward = lambda *args, given=output, **options: given
     try:

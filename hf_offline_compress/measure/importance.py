@@ -7,8 +7,8 @@ sequences in all, and Σ over the portions,
 - `fisher`: sqrt(Σ g²) / N of a weight, sqrt(Σ_columns Σ g²) / N of a row;
 - `l1_sensitivity`: Σ |g| / N of a weight, Σ_columns Σ |g| / N of a row.
 
-A language model is asked for the tokens of its own text: the masked ones, or each next one. A task's head has no labels
-here, and is asked for the class that it predicts itself.
+A language model predicts tokens of the text: the masked ones, or each next one. For a task's head there are no labels, so
+the class that it predicts itself is used.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def measure_importance(
                         share = _share(matrix.dense(gradients, prefix).float(), kind, parameter_wise)
                         sums.add(matrix.name, share)
                 sums.count("sequences", len(portion.input_ids))
-                del outcomes, gradients  # they are large: gone before the next portion makes its own
+                del outcomes, gradients  # they are large: freed before the next portion
         finally:
             for parameter in parameters.values():
-                parameter.requires_grad_(False)  # _frozen gives the flags back to those that had them
+                parameter.requires_grad_(False)  # _frozen restores the flags
     sequences = sums.numbers.get("sequences", 0)
     if not sequences:
         raise CompressionError(
@@ -140,7 +140,7 @@ def _true_batches(
 
 
 def _probabilities(model: Any, head: str, portion: Batch, truth: Batch, mask_token: int | None) -> list[Tensor]:
-    """Return the mean probability of what is right, a scalar for each output; none where there is nothing to predict."""
+    """Return the mean probability of the correct outcome, a scalar per output; none if there is nothing to predict."""
     device = next(model.parameters()).device
     ids, mask = portion.input_ids.to(device), portion.attention_mask.bool().to(device)
     right = truth.input_ids.to(device)
@@ -181,7 +181,7 @@ def _own_probability(model: Any, name: str, logits: Tensor, mask: Tensor) -> Ten
         return logits.abs().sigmoid().flatten()  # each label by itself: it holds, or it does not
     if logits.shape[-1] == 1:
         raise CompressionError(
-            f"{type(model).__name__} has one label, a regression, so there is no probability whose gradient could tell "
+            f"{type(model).__name__} has one label, a regression, so there is no probability whose gradient could give an  "
             "importance; take another objective."
         )
     return logits.softmax(dim=-1).amax(dim=-1)
@@ -208,7 +208,7 @@ def _share(gradient: Tensor, kind: str, parameter_wise: bool) -> Tensor:
 
 
 def _check(weights: dict[str, Tensor], wanted: list[Matrix], architecture: str, kind: str) -> None:
-    """Refuse weights that say nothing."""
+    """Raise CompressionError for importances that are all zero or not finite."""
     silent = [m.name for m in wanted if m.name not in weights or not weights[m.name].any()]
     if silent:
         raise CompressionError(

@@ -1,4 +1,4 @@
-"""Model + text → the statistics that groups need, first of all second moments of linear layers' inputs."""
+"""Model + text → the statistics that groups need, mainly second moments of linear layers' inputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def collect(
                 return
             x = args[0]
             # [sequences, length, columns] → [tokens, columns]; poolers and classifiers see [sequences, columns]
-            # and relative positions are no places of the text
+            # and relative positions are not positions in the text
             x = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
             sums.add_gram(name, x.float())
             sums.count(name, len(x))
@@ -70,7 +70,7 @@ def collect(
     if head and words is not None:
         handles.append(model.get_output_embeddings().register_forward_pre_hook(observe(words.inputs)))  # type: ignore[operator]
     device = passes.device
-    # A head is run only if its own inputs are wanted, and its logits are not wanted even then.
+    # A head is run only if its own inputs are wanted, and even then its logits are not needed.
     runner = model if head or any(not matrix.in_base for matrix in wanted) else base
 
     def enter(batch: Batch) -> None:
@@ -98,7 +98,7 @@ def collect(
 
 @contextmanager
 def _without_logits(model: Any) -> Iterator[None]:
-    """Let output embeddings give one zero a token for the while: a vocabulary of numbers for each takes memory and time."""
+    """Let output embeddings return one zero per token temporarily: full logits take memory and time."""
     outputs = model.get_output_embeddings()
     if outputs is None:
         yield

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import listing
 from .texts import CalibrationText
 
-# Words of a text that the user says in a chat; the rest is the answer.
+# Words of a text that make the user's turn of a chat; the rest is the answer.
 ASKED_WORDS = 12
 CHAT_SHARE = 0.5
 # Of the tokens with letters, so many with others than those of English; English vocabularies have a few in a hundred.
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def presented(text: CalibrationText, tokenizer: Any, *, prompts: Sequence[str], chat: bool) -> CalibrationText:
-    """Return the text with what the model is to read of it; the given texts stay what its hash and record speak of.
+    """Return the text with what the model is to read; its hash and record remain those of the given texts.
 
     Args:
         text: as it was given.
@@ -51,7 +51,7 @@ def presented(text: CalibrationText, tokenizer: Any, *, prompts: Sequence[str], 
 
 
 def _chat(text: str, tokenizer: Any) -> str:
-    """Return a text as a chat: its beginning is asked, the rest answered."""
+    """Return a text as a chat: its beginning is the question, the rest the answer."""
     words = text.split(" ")
     turns = [("user", words[:ASKED_WORDS]), ("assistant", words[ASKED_WORDS:] or words)]
     messages = [{"role": role, "content": " ".join(said)} for role, said in turns]
@@ -68,11 +68,11 @@ def _adds_first(tokenizer: Any) -> bool:
 
 
 def warn_of_languages(text: CalibrationText, languages: Sequence[str], tokenizer: Any) -> None:
-    """Say in one line where the bundled text, which is English, is not in the languages of the base.
+    """Warn if the bundled text, which is English, is not in the languages of the base.
 
     Args:
         text: of the calibration.
-        languages: that the base's card names; where it names none, its tokens are looked at.
+        languages: that the base's card names; if it names none, its tokens are examined.
         tokenizer: the base's.
     """
     if text.source != "bundled":
@@ -81,20 +81,20 @@ def warn_of_languages(text: CalibrationText, languages: Sequence[str], tokenizer
     if others:
         named = f"the base's card names {listing(others[:4])}{' …' if len(others) > 4 else ''}"
     elif not languages and foreign_share(tokenizer) > FOREIGN:
-        named = "the base's tokenizer is of other languages too"
+        named = "the base's tokenizer covers other languages too"
     else:
         return
     logger.warning(
-        "The bundled calibration text is English, and %s; for these pass text of your own, one a line: --calibration FILE.",
+        "The bundled calibration text is English, and %s; for these pass text of your own, one per line: --calibration FILE.",
         named,
     )
 
 
 def foreign_share(tokenizer: Any) -> float:
-    """Return how many of a tokenizer's tokens with letters have others than English's, in a sample spread over all."""
+    """Return the share of a tokenizer's tokens with letters that have non-English ones, in an evenly spaced sample."""
     ids = range(0, len(tokenizer), max(1, len(tokenizer) // LOOKED_AT))
     words = tokenizer.batch_decode([[i] for i in ids])
-    # Pieces of characters, of byte-level vocabularies, are of no language.
+    # Partial characters, in byte-level vocabularies, belong to no language.
     letters = [[c for c in word if c.isalpha()] for word in words if "\ufffd" not in word]
     letters = [each for each in letters if each]
     return sum(not "".join(each).isascii() for each in letters) / len(letters) if letters else 0.0

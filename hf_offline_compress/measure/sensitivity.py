@@ -4,7 +4,7 @@ For a model f and an error δ at some layer's output, the model's output changes
 in squared length; for logits, as divergence between the predicted distributions, whose second-order form is the Fisher
 matrix F = diag(p) − p pᵀ. Either way the expected change is δᵀ G δ with G = E[g gᵀ], where g is the gradient of ⟨v, f⟩ with
 v of covariance 1, or F: no labels are needed (Martens & Grosse, ICML 2015). F has the root (1 − √p √pᵀ) diag(√p). Normal
-numbers times it spread far less than gradients at drawn labels, which are huge where an unlikely label is drawn.
+vectors times it vary far less than gradients at drawn labels, which are huge if an unlikely label is drawn.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure_sensitivity(
         batches: token ids with attention masks.
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
         seed: of the drawn directions.
-        squares: names of the matrices whose outputs are asked for one by one, which takes much less room.
+        squares: names of the matrices of which only the diagonal is wanted, which takes much less memory.
         processes: that share the parts of the batches.
         passes: how the model is run; through all of it at once by default.
         progress: wraps the parts of the batches, e.g. in a progress bar.
@@ -76,7 +76,7 @@ def measure_sensitivity(
     pooled = any(matrix.kind == "pooler" for matrix in wanted)
     headed = has_logits(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
     portions = _portions(batches)
-    # A seed for each portion, so that no portion waits for what is drawn in those before it.
+    # A seed for each portion, so that no portion depends on earlier draws.
     seeds = torch.randint(2**31, (len(portions),), generator=torch.Generator().manual_seed(seed)).tolist()
     device = passes.device
 
@@ -108,10 +108,10 @@ def measure_sensitivity(
 
 
 class _Gradients:
-    """Hooks that sum what gradients at outputs are.
+    """Hooks that sum moments of gradients at outputs.
 
     Attributes:
-        mask: which places of the portion that runs hold tokens, [sequences, length].
+        mask: which places of the current portion hold tokens, [sequences, length].
     """
 
     def __init__(self, sums: Sums, squares: Collection[str]) -> None:
@@ -135,7 +135,7 @@ class _Gradients:
         return hook
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        # Relative positions are no places of the text, and poolers have none.
+        # Relative positions are not positions in the text, and poolers have none.
         placed = self.mask is not None and gradient.shape[:-1] == self.mask.shape
         flat = gradient[self.mask] if placed else gradient.reshape(-1, gradient.shape[-1])
         if name in self._squares:
@@ -178,7 +178,7 @@ def _probe(
     output = base(input_ids=ids, attention_mask=mask.long())
     hidden = output[0]
     loss = (hidden * torch.randn(hidden.shape, generator=generator).to(hidden))[mask].sum()
-    if pooled:  # only where the pooler is asked about: who does not use it should not pay for it
+    if pooled:  # the pooler is run only on request
         summary = output.pooler_output
         loss = loss + (summary * torch.randn(summary.shape, generator=generator).to(summary)).sum()
     return loss, 0.0
@@ -190,7 +190,7 @@ def has_logits(model: nn.Module) -> bool:
 
 
 def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Let gradients begin at the word embeddings, since no parameter asks for any."""
+    """Make gradients start at the word embeddings, since no parameter requires any."""
     return output.detach().requires_grad_()
 
 

@@ -1,4 +1,4 @@
-"""Sums over the portions of a text, which several processes may share; the same bits however many there are.
+"""Sums over the portions of a text, shared among processes; bit-identical for any number of processes.
 
 Each portion is one process' work. What it adds is handed to all processes, and added there in the order of the portions,
 as one process alone adds it: numbers in floating point depend on the order in which they are summed.
@@ -36,11 +36,11 @@ class Sums:
     def over(
         self, portions: Sequence[Portion], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
     ) -> Iterator[tuple[int, Portion]]:
-        """Give the portions that are this process' work with their places; sums are complete once no more are given.
+        """Yield this process' portions with their indices; sums are complete after the last one.
 
         Args:
             portions: the same in every process.
-            progress: wraps what is gone through, e.g. in a progress bar.
+            progress: wraps the iteration, e.g. in a progress bar.
         """
         count = self._processes.count
         for start in progress(range(0, len(portions), count)):
@@ -79,7 +79,7 @@ class Sums:
             self.numbers[name] = self.numbers.get(name, 0) + number
 
     def _exchange(self) -> None:
-        """Add what all processes have found in their portions, in the order of these."""
+        """Add the results of all processes, in the order of the portions."""
         added, self._added = self._added, []
         device = self._processes.device
         told = [(name, tuple(each.shape) if isinstance(each, Tensor) else each) for name, each in added]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-# How names of heads end that choose among several texts.
+# Suffixes of heads that choose between several texts.
 CHOICES = "ForMultipleChoice"
 
 
@@ -18,7 +18,7 @@ class Sensitivity:
     Attributes:
         output_moments: name of a matrix → E[g gᵀ] of the gradients at its outputs, float32: [rows, rows], or for an
             embedding [columns, columns].
-        output_squares: name of a matrix of which no more was asked → E[g²] [rows], the diagonal of the same.
+        output_squares: name of a matrix of which only this was asked → E[g²] [rows], the diagonal of the same.
         head_share: how much of the loss's curvature lies at the logits: E[Σ g²] over tokens. 0 where there are none.
     """
 
@@ -40,8 +40,8 @@ class Statistics:
     Attributes:
         input_moments: name of the inputs (`Matrix.inputs`) → E[x xᵀ] [columns, columns], float32.
         token_counts: how often each token was looked up, [tokens], float64.
-        place_counts: how many texts have each place, [tokens of the longest], float64.
-        positions: how many places the model has; None where its config does not say.
+        place_counts: how many texts reach each position, [tokens of the longest], float64.
+        positions: how many positions the model has; None if its config does not say.
         sensitivity: what errors at outputs do to the model; measured only if asked for.
         word_embeddings: name of the matrix whose sensitivity is that of every embedding.
         importance: what is asked for (`Objective.importance`, `.parameter_wise`) → name of a matrix → importance of its

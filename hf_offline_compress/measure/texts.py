@@ -19,17 +19,17 @@ from torch import Tensor
 from ..errors import CompressionError, listing, needs_extra
 
 TOKENS = 16_384
-# Counting tokens takes no model, so there may be more of them.
+# Counting tokens needs no model, so more of them are used.
 COUNTED = 2**20
 COUNTED_AT_ONCE = 256
 LENGTH = 128
-# More than a token has, but for runs of one character.
+# Characters: more than any token has, except runs of one character.
 CHARACTERS = 64
 # Texts are tokenized in pieces of at most so many characters: one line may be a whole book.
 PIECE = LENGTH * CHARACTERS
-# Windows are drawn from so many times the tokens that are asked for, lest one long text be all that is seen.
+# Windows are drawn from this many times the tokens asked for, so that one long text is not all that is used.
 DRAWN_FROM = 4
-# Of all that is drawn, at most this share is kept apart from what is measured on, to judge by.
+# At most this share of what is drawn is held out from measuring, to judge by.
 KEPT_APART = 8
 MOST_BYTES = 2**30
 BATCH_SIZE = 16
@@ -37,7 +37,7 @@ MASKED = 0.15
 MOSTLY = 0.5
 # With fewer tokens nothing can be measured; with fewer than these, not much: results vary with the seed.
 LEAST_TOKENS, FEW_TOKENS = 256, 4_000
-# So many lines say whether a text is a table or JSON.
+# Lines examined to tell whether a text is a table or JSON.
 LOOKED_AT = 64
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "document", "review")
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Texts, and what a report says of them.
+    """Texts, and what a report records of them.
 
     Attributes:
         texts: at least one, none empty.
@@ -64,13 +64,13 @@ class CalibrationText:
 
     @property
     def sha256(self) -> str:
-        """Hash of the texts, one a line."""
+        """Hash of the texts, one per line."""
         return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What of a calibration is written down.
+    """The record of a calibration.
 
     Attributes:
         source: see `CalibrationText`.
@@ -108,10 +108,10 @@ class Batch:
 
 
 def load_texts(calibration: str | Path | Iterable[str] | None, purpose: str = "calibration") -> CalibrationText | None:
-    """Return the texts that a user means, or None for no calibration.
+    """Return the texts that the user chose, or None for no calibration.
 
     Args:
-        calibration: "bundled" (the package's own text), None or "none", texts, a local file with one text a line, or the
+        calibration: "bundled" (the package's own text), None or "none", texts, a local file with one text per line, or the
             name of a `datasets` data set ("name", "name:config" or "name:config:split").
 
         purpose: what errors call the text.
@@ -147,7 +147,7 @@ def load_texts(calibration: str | Path | Iterable[str] | None, purpose: str = "c
         or path.suffix in (".txt", ".text", ".csv", ".json", ".jsonl", ".md")
         or path.is_dir()
     ):
-        raise CompressionError(f"There is no {purpose} file '{calibration}'; pass a text file with one text a line.")
+        raise CompressionError(f"There is no {purpose} file '{calibration}'; pass a text file with one text per line.")
     return _texts(_from_datasets(calibration, purpose), calibration, purpose)
 
 
@@ -173,8 +173,8 @@ def make_batches(
         seed: of the choice of texts and of masked places.
         batch_size: sequences a batch.
         vocabulary: tokens that the model has; the tokenizer may have more, for padding.
-        wanted: so many tokens, about.
-        apart: tokens that are left to `batches_apart`.
+        wanted: approximate number of tokens.
+        apart: tokens that are held out for `batches_apart`.
 
     Raises:
         CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
@@ -217,7 +217,7 @@ def batches_apart(
     wanted: int = TOKENS,
     apart: int = 0,
 ) -> list[Batch]:
-    """Return the tokens that `make_batches`, called with the same, does not: at most `apart`, and fewer of little text."""
+    """Return the tokens that `make_batches` with the same arguments leaves out: `apart`, or fewer of little text."""
     drawn = _drawn(text, tokenizer, positions, seed, wanted)
     padding = padding_of(tokenizer, vocabulary)
     return _batches(_apart(drawn, apart), tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)
@@ -225,11 +225,11 @@ def batches_apart(
 
 @dataclass(frozen=True)
 class Counts:
-    """How often is looked up what a text needs, float64.
+    """How often tokens and positions are looked up, float64.
 
     Attributes:
         tokens: each token, [rows].
-        places: each place from the beginning of a text on, [tokens of the longest text].
+        places: each position in a text, [tokens of the longest text].
     """
 
     tokens: Tensor
@@ -237,7 +237,7 @@ class Counts:
 
 
 def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positions: int, rows: int) -> Counts:
-    """Return what is looked up by all texts, or by the first `COUNTED` tokens of them.
+    """Return the counts over all texts, or over their first `COUNTED` tokens.
 
     Args:
         text: what to tokenize.
@@ -273,7 +273,7 @@ def count_tokens(text: CalibrationText, tokenizer: Any, *, masked: bool, positio
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens that are run at once: their ids, which of them the tokenizer added, and the number of the text."""
+    """A window of tokens: their ids, which of them the tokenizer added, and the number of the text."""
 
     ids: list[int]
     special: list[int]
@@ -309,7 +309,7 @@ def _drawn(text: CalibrationText, tokenizer: Any, positions: int, seed: int, wan
 
 
 def _first(windows: Sequence[_Window], wanted: int) -> list[_Window]:
-    """Return windows from the first one on, until they have so many tokens."""
+    """Return windows from the first one on, until they have this many tokens."""
     chosen, tokens = [], 0
     for window in windows:
         if tokens >= wanted:
@@ -320,7 +320,7 @@ def _first(windows: Sequence[_Window], wanted: int) -> list[_Window]:
 
 
 def _apart(drawn: Sequence[_Window], apart: int) -> list[_Window]:
-    """Return the windows that are kept apart: so many tokens, but no more than a share of all that there are."""
+    """Return the windows that are held out: this many tokens, but at most a share of all."""
     return _first(drawn, min(apart, sum(len(window.ids) for window in drawn) // KEPT_APART))
 
 
@@ -336,7 +336,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def cut(text: str, tokens: int) -> str:
-    """Return the beginning of a text, enough for so many tokens.
+    """Return the beginning of a text, enough for this many tokens.
 
     Tokenizers cut what they have tokenized whole, and one line may be a whole book.
     """
@@ -344,17 +344,17 @@ def cut(text: str, tokens: int) -> str:
 
 
 def padding_of(tokenizer: Any, vocabulary: int | None) -> int:
-    """Return the token to pad with, one that a model with so many has: the attention mask hides it, but it is looked up."""
+    """Return the token to pad with, one within the model's vocabulary: the attention mask hides it, but it is looked up."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(i) for i in known if i is not None and (vocabulary is None or i < vocabulary)), 0)
 
 
 def _check_amount(text: CalibrationText, words: int, empty: int) -> None:
-    """Raise CompressionError where there is too little text, and warn of what is nearly nothing.
+    """Raise CompressionError if there is too little text, and warn if there is little.
 
     Args:
         text: as it was given.
-        words: tokens of it that are used, but for those that the tokenizer puts around each text.
+        words: tokens of it that are used, except those that the tokenizer adds around each text.
         empty: of these, special tokens, which stand for no text.
     """
     if words < LEAST_TOKENS:
@@ -375,7 +375,7 @@ def _check_amount(text: CalibrationText, words: int, empty: int) -> None:
 
 
 def _check_known(tokens: Tensor, tokenizer: Any, vocabulary: int) -> None:
-    """Raise CompressionError where a text has tokens that the model does not."""
+    """Raise CompressionError if a text has tokens that the model lacks."""
     if unknown := tokens[tokens >= vocabulary].unique().tolist():
         raise CompressionError(
             f"The tokenizer makes tokens of the calibration text that the model does not have: it has {vocabulary:,}, and "
@@ -426,20 +426,20 @@ def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> C
 
 
 def warn_of_overlap(text: CalibrationText | None, validation: CalibrationText | None) -> None:
-    """Warn where a validation text is, in good part, the calibration text: it would judge by what was measured on it."""
+    """Warn where a validation text is, in good part, the calibration text: it would judge by text that was calibrated on."""
     if text is None or validation is None:
         return
     known = set(text.texts)
     if sum(line in known for line in validation.texts) > MOSTLY * len(validation.texts):
         logger.warning(
-            "The validation text '%s' is part of the calibration text '%s', so it judges too kindly; pass held-out text.",
+            "The validation text '%s' is part of the calibration text '%s', so its results are too good; pass held-out text.",
             validation.source,
             text.source,
         )
 
 
 def _doubt(texts: Sequence[str]) -> str | None:
-    """Return what makes texts unlike those that a model reads, as the end of a sentence; None for nothing."""
+    """Return what makes texts unusual input for a model, as the end of a sentence; None if nothing does."""
     if len(texts) > 1 and len(set(texts)) == 1:
         return "is one line over and over; pass texts of many kinds."
     some = texts[:LOOKED_AT]
@@ -448,9 +448,9 @@ def _doubt(texts: Sequence[str]) -> str | None:
     if times > MOSTLY * words.total() and words.total() > 1:
         return f"is mostly one word, '{word[:40]}'; pass texts of many kinds."
     if sum(map(_is_json, some)) > MOSTLY * len(some):
-        return "looks like JSON lines; pass the texts alone, one a line."
+        return "looks like JSON lines; pass only the texts, one per line."
     if len(some) >= 5 and any(_is_table(some, mark) for mark in "\t,;"):
-        return "looks like a table (CSV); pass the column of texts alone, one a line."
+        return "looks like a table (CSV); pass only the column of texts, one per line."
     return None
 
 

@@ -1,1 +1,1 @@
-"""What becomes of every matrix, and in how many bytes, before any weight is read."""
+"""What each matrix becomes, and its exact bytes, before any weight is read."""

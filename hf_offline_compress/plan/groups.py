@@ -1,4 +1,4 @@
-"""Groups of matrices with their sizes, and the plan: what becomes of every parameter, in exact bytes."""
+"""Groups of matrices with their sizes, and the plan: what each parameter becomes, in exact bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECODERS = "compression_decoders"
 
 FLOAT32 = 4
 
-# What safetensors files call dtypes. Tensors lie there by their dtypes, the last of these first, and then by their names.
+# Names of dtypes in safetensors files, which order tensors by dtype, the last of these first, and then by name.
 DTYPES = {"uint8": "U8", "int16": "I16", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
@@ -32,7 +32,7 @@ class Group:
         rule: the recipe's rule that made it.
         matrices: the members, of one kind and one number of columns.
         size: rank, latent width, or whatever the structure counts.
-        storage: how its numbers are kept.
+        storage: how its numbers are stored.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Group:
 
     @property
     def shown_size(self) -> float:
-        """The size as reports have it."""
+        """The size as shown in reports."""
         return self.structure.shown(self.size, self.shape)
 
     @property
@@ -93,7 +93,7 @@ class Group:
         return {**self.structure.runtime(self.size, self.shape), **self.storage.runtime(*tensors)}
 
     def member_tensors(self, matrix: Matrix, prefix: str) -> dict[str, Stored]:
-        """Return the tensors of one member's own, by full name."""
+        """Return one member's own tensors, by full name."""
         at = matrix.full_name(prefix)
         own = self.storage.kept(self.structure.member_tensors(self.size, self.shape))
         return {f"{at}.{name}": tensor for name, tensor in own.items()}
@@ -133,7 +133,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of every parameter of a model.
+    """What each parameter of a model becomes.
 
     Attributes:
         model_type: of the base, e.g. "bert".
@@ -144,8 +144,8 @@ class Plan:
         groups: what is compressed.
         dense: what is not.
         rest: dtype that all else is stored in.
-        wider: names of groups, and full names of tensors of all else, whose numbers the planned dtype does not hold → the
-            dtype that they have instead.
+        wider: names of groups, and full names of tensors of all else, whose values the planned dtype cannot
+            represent → the dtype that is used instead.
     """
 
     model_type: str
@@ -201,7 +201,7 @@ class Plan:
         return 8 + length + -length % 8 + end
 
     def rest_tensors(self) -> dict[str, tuple[Shape, str]]:
-        """Return full name → shape and dtype of every tensor that is stored for all else; parts of fused layers apart."""
+        """Return full name → shape and dtype of every other tensor that is stored; fused layers by parts."""
         chosen = [matrix for group in self.groups for matrix in group.matrices]
         prefix = self.layout.prefix
         gone = {f"{matrix.full_module(prefix)}.weight" for matrix in chosen}
@@ -239,12 +239,12 @@ class Plan:
 
     def storage(self, name: str | None, group: str) -> Storage:
         """Return a group's storage by the name that a recipe has for it; without one, that of all else."""
-        # Scales are few beside what they scale, but not so few that half precision would not pay.
+        # There are few scales, but enough for half precision to save bytes.
         storage = Storage.named(name or self.rest, "float16" if self.dtype == "float32" else self.dtype)
         return replace(storage, dtype=self.wider[group]) if group in self.wider else storage
 
     def forms(self, group: Group) -> list[Group]:
-        """Return a group in every structure and storage, and at every whole size, that its rule allows."""
+        """Return a group in every structure and storage, and at every integer size, that its rule allows."""
         rule, forms = group.rule, []
         for structure in (s for s in rule.structures if group.shape.rows >= s.least_rows):
             sizes = range(structure.minimum, structure.limit(group.shape) + 1)
@@ -267,7 +267,7 @@ class Plan:
         return replace(self, groups=kept, dense=(*others, *dense, everything_else))
 
     def runtime(self) -> dict[str, Any]:
-        """Return the plan as the config carries it: plain JSON, all that the runtime needs to build the modules."""
+        """Return the plan as the config stores it: plain JSON with all that the runtime needs to build the modules."""
         groups = {}
         for group in self.groups:
             members = []

@@ -21,7 +21,7 @@ from .groups import FLOAT32, Dense, Group, Plan, shape_of
 # Heads that predict only from several inputs at once.
 SEVERAL_INPUTS = ("MultipleChoice", "DoubleHeadsModel")
 _TOO_SMALL = "would not shrink"
-# Between these the ratio is looked for at which everything together fits into a budget.
+# Bounds of the search for the one ratio at which everything fits into a budget.
 RATIOS = (1.0, 4096.0)
 
 
@@ -34,13 +34,13 @@ def make_plan(
     wider: Mapping[str, str] | None = None,
     layout: ParameterLayout | None = None,
 ) -> Plan:
-    """Return what `recipe` makes of the model that `config` describes.
+    """Return the plan of `recipe` for the model that `config` describes.
 
     Args:
         config: the contents of the base's config.json.
         recipe: what is asked for.
         architecture: stock class of the base; by default the one that the config names.
-        dtype: of the compressed model; by default the config's, and float32 where that says nothing.
+        dtype: of the compressed model; by default the config's, or float32 if it names none.
         wider: what needs a wider dtype than planned, known once the weights are; see `Plan`.
         layout: of the base, where the model is at hand; by default that of the config.
 
@@ -65,7 +65,7 @@ def make_plan(
     for rule, matrices in grouped:
         for structure in rule.structures:
             structure.check(shape_of(matrices))
-    # Numbers that a float32 model's tensors have beyond half precision say little, where all else is kept in few bits.
+    # What half precision loses of the other tensors is negligible if most weights are kept in few bits.
     rest = recipe.rest or ("float16" if recipe.budget and dtype == "float32" else dtype)
     draft = Plan(family.model_type, architecture, dtype, recipe, layout, (), (), rest, wider or {})
     if recipe.budget:
@@ -78,7 +78,7 @@ def _sized_plan(
 ) -> Plan:
     """Return the draft with each group as large as its rule's ratio allows, or one ratio for all.
 
-    Where there is one for all, groups that would be too small have their smallest size.
+    With one ratio for all, groups that would be too small get their smallest size.
 
     Raises:
         CompressionError: nothing would shrink.
@@ -162,14 +162,14 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
 
 
 def _check_importance(recipe: Recipe, architecture: str, base_class: str) -> None:
-    """Raise if gradients of predictions are asked for where nothing is predicted."""
+    """Raise if an importance is asked for and the model predicts nothing."""
     asked = [r.objective.importance for r in recipe.rules if r.structure and r.objective.importance != "none"]
     if asked and (architecture == base_class or architecture.endswith(SEVERAL_INPUTS)):
         raise no_head(asked[0], architecture)
 
 
 def no_head(importance: str, architecture: str) -> CompressionError:
-    """Return the error that a stock class predicts nothing that the importance could be taken from."""
+    """Return the error for a stock class that predicts nothing to take an importance from."""
     return CompressionError(
         f"The importance '{importance}' needs a language model's head or a task's, and {architecture} has none that "
         "predicts on plain text; pass a checkpoint with such a head, choose one with auto_class, or take another objective."
@@ -188,7 +188,7 @@ def _grouped(recipe: Recipe, layout: ParameterLayout) -> tuple[list[tuple[Rule, 
             dense.append(Dense(matrix.name, matrix.rows * matrix.columns, reason))
             continue
         layers = rule.grouping.layers
-        # What lies outside the layers has no neighbours of its kind and shape: it is a group by itself.
+        # Matrices outside the layers have no others of their kind and shape: each is a group of its own.
         block = matrix.name if matrix.layer is None else (matrix.layer // layers if layers else 0)
         found.setdefault((index, matrix.kind, block), []).append(matrix)
     return [(recipe.rules[key[0]], tuple(matrices)) for key, matrices in found.items()], dense
@@ -197,7 +197,7 @@ def _grouped(recipe: Recipe, layout: ParameterLayout) -> tuple[list[tuple[Rule, 
 def _sized(rule: Rule, matrices: tuple[Matrix, ...], draft: Plan, ratio: float | None) -> Group | str:
     """Return the largest group within the rule's ratio, or the reason for which the matrices stay dense.
 
-    With a `ratio` for all groups, what is too large for it at its smallest gets that.
+    With a `ratio` for all groups, groups that are too large for it even at their smallest size get that size.
     """
     structure = rule.structure
     assert structure is not None

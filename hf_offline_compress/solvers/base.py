@@ -17,7 +17,7 @@ class Problem:
 
     Attributes:
         structure: the structure and its options.
-        objective: what close means.
+        objective: the error measure.
         size: rank, latent width, or whatever the structure counts.
         weights: the members, each [rows, columns].
         input_moments: E[x xᵀ] [columns, columns] of the inputs (pooled over members), or None.
@@ -28,10 +28,10 @@ class Problem:
         parameter_weights: importance of each parameter's error, for each member [rows, columns]; or None.
         heads: attention heads that the rows of each member are cut into.
         embedding: whether rows are looked up.
-        judge: rows of all members as they would be [rows, columns] → how bad the model is with them; what training
-            chooses among its steps by. None: by its loss.
+        judge: decoded rows of all members [rows, columns] → the model's loss with them, by which training chooses among its
+            steps. None: by its own loss.
         seed: of whatever is random.
-        progress: called with the share that is done, in 0..1, now and then.
+        progress: called from time to time with the share that is done, 0 to 1.
     """
 
     structure: Structure
@@ -67,7 +67,7 @@ class Factors:
 
     Attributes:
         members: for each member, tensor name → tensor (e.g. `latents` [rows, rank]).
-        decoder: tensor name → tensor of what decodes them all.
+        decoder: tensor name → tensor of the shared decoder.
         notes: what a report should say of how it went, e.g. the loss reached.
     """
 

@@ -1,6 +1,6 @@
 """Codebooks: k-means for the tables, codes one after the other with error feedback, tables again by least squares.
 
-In the metric of a layer's inputs, H = E[x xᵀ], an error in one column can be made good by the columns that are still to be
+In the metric of a layer's inputs, H = E[x xᵀ], an error in one column can be compensated by the columns that are still to be
 coded (GPTQ: Frantar et al., ICLR 2023; for sub-vectors GPTVQ: van Baalen et al., 2024). With H⁻¹ = Uᵀ U, U upper
 triangular, a sub-vector's error e costs ‖e U_bb⁻¹‖², and the later columns absorb it by subtracting e U_bb⁻¹ U_b,later.
 """
@@ -83,7 +83,7 @@ def _importance(problem: Problem) -> Tensor:
 
 
 def _start(rows: Tensor, importance: Tensor, structure: Codebook, problem: Problem) -> Tensor:
-    """Return tables [books, entries, width] by k-means of sub-vectors, each book of what the ones before leave."""
+    """Return tables [books, entries, width] by k-means of sub-vectors, each book of the residual of those before."""
     generator = torch.Generator().manual_seed(problem.seed)
     points = rows.unflatten(2, (-1, structure.width))
     weights = importance[..., None].expand(points.shape[:-1]).flatten()
@@ -100,7 +100,7 @@ def _start(rows: Tensor, importance: Tensor, structure: Codebook, problem: Probl
 
 
 def _k_means(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` centres of weighted points (Lloyd); empty ones move to the points that are worst off."""
+    """Return `count` centres of weighted points (Lloyd); empty ones move to the points of largest error."""
     start = torch.randint(len(points), (count,), generator=generator)
     if len(points) >= count:
         start = torch.randperm(len(points), generator=generator)[:count]
@@ -129,7 +129,7 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
 def _encode(rows: Tensor, tables: Tensor, metric: _Metric) -> Tensor:
     """Return codes [members, rows, sub-vectors, books] of scaled rows [members, rows, columns].
 
-    Without a metric each sub-vector gets its nearest entries; with one, its error is handed on to the columns behind it:
+    Without a metric each sub-vector gets its nearest entries; with one, its error is passed on to the columns after it:
     within a block of columns at once, to all others when the block is done.
     """
     books, _, width = tables.shape
@@ -180,7 +180,7 @@ def _decode(codes: Tensor, tables: Tensor) -> Tensor:
 def _refine(
     rows: Tensor, codes: Tensor, tables: Tensor, scales: Tensor, importance: Tensor, metric: _Metric
 ) -> tuple[Tensor, Tensor]:
-    """Return tables and scales of least error for given codes: conjugate gradients for the ones, a quotient for the others.
+    """Return tables and scales of least error for given codes: conjugate gradients for tables, a quotient for scales.
 
     The error is quadratic in the tables: Σ gᵢ (sᵢ ĉᵢ − wᵢ) H (sᵢ ĉᵢ − wᵢ)ᵀ, ĉᵢ the entries of row i.
     """

@@ -39,8 +39,8 @@ class _Sine(nn.Module):
 def train_by_epochs(problem: Problem, rows: Tensor, keep: Tensor) -> tuple[Tensor, list[nn.Linear], float]:
     """Return latents of all rows, the decoder's layers, and what the kept epoch was judged by.
 
-    A linear autoencoder starts from the closed form (the singular vectors of the rows, of unit length where the loss looks
-    at direction), and so never ends worse than that.
+    A linear autoencoder starts from the closed form (the singular vectors of the rows, of unit length if the loss measures
+    direction), and so never ends worse than that.
 
     Args:
         problem: structure, objective, weights of rows or parameters, seed; its judge chooses the epoch, if it has one.

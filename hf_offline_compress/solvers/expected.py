@@ -1,6 +1,6 @@
-"""What structures leave of a group at every size, and what storages add to that, known without solving for it.
+"""The errors to expect of structures at every size, and what storages add to them, without solving.
 
-Steps between integers leave a twelfth of their square.
+Rounding to integers leaves a twelfth of the step's square.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _rounded_low_rank(problem: Problem, storages: Sequence[Storage]) -> list[dic
     zero = of_latents.new_zeros(1)
     missed = torch.cat([zero, (of_latents * of_basis).flip(0).cumsum(0)]).flip(0)
     columns = undetermined(replace(problem, member_moments=None)).to(basis.device)
-    # Latents are fitted to the basis as it has become: of its errors, what lies in its own directions is made good.
+    # Latents are fitted to the basis as it has become: its errors in its own directions are compensated.
     left = 1 - torch.arange(1, full + 1, device=basis.device, dtype=basis.dtype) / len(columns)
     shapes = {"latents": Stored(tuple(latents.shape)), "weight": Stored(tuple(basis.shape))}
     errors: list[dict[Size, float]] = []
@@ -94,7 +94,7 @@ def _added_to_scales(problem: Problem, storage: Storage) -> float:
         return 0.0
     away = _steps(spans, max(storage.bits or 0, DELICATE_BITS)).square() / 12
     squares = torch.nn.functional.pad(columns, (0, -len(columns) % width)).view(-1, width) * parts.square()
-    # Of a group of zeros nothing is lost, whatever its scale.
+    # A group of zeros loses nothing, whatever its scale.
     shares = squares.sum(dim=2) / spans.square().clamp_min(torch.finfo(spans.dtype).tiny)
     return float(((shares * away).sum(dim=1) * row_importance(problem).to(shares)).sum())
 

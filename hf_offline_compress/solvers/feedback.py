@@ -1,6 +1,6 @@
 """Error feedback in the metric of a layer's inputs: what codebooks, quantization and trellises have in common.
 
-In the metric H = E[x xᵀ], an error in one column can be made good by the columns that are still to be coded (GPTQ: Frantar
+In the metric H = E[x xᵀ], an error in one column can be compensated by the columns that are still to be coded (GPTQ: Frantar
 et al., ICLR 2023). With H⁻¹ = Uᵀ U, U upper triangular, an error e in column j costs (e / U_jj)², and the columns k > j
 absorb it by subtracting e U_jk / U_jj.
 """
@@ -23,7 +23,7 @@ ONE_BY_ONE = 8
 
 
 def metric_of(problem: Problem) -> tuple[Tensor, ...] | None:
-    """Return H of each member [columns, columns], one tensor where members share it; None where errors count alike."""
+    """Return H of each member [columns, columns], one tensor where members share it; None where all errors count equally."""
     if problem.member_moments is not None:
         return problem.member_moments
     if problem.input_moments is not None:
@@ -39,8 +39,8 @@ def row_importance(problem: Problem) -> Tensor:
 def undetermined(problem: Problem, root: Tensor | None = None) -> Tensor:
     """Return how much of each column's square the columns before it leave undetermined, [columns], float64, unscaled.
 
-    That is 1 / U_jj², what a squared error in it costs once the columns behind it have absorbed what they can. For a group
-    of one member. Where columns count alike, all are 1.
+    That is 1 / U_jj², what a squared error in it costs after later columns have absorbed what they can. For a group
+    of one member. Where all columns count equally, all are 1.
 
     Args:
         problem: a group.
@@ -104,17 +104,17 @@ def feed_back(
     enter: Callable[[int, int], None],
     code: Callable[[int, Tensor], Tensor],
 ) -> None:
-    """Code the columns from first to last, each with the errors of those before it made good in it.
+    """Code the columns from first to last, each compensating for the errors of those before it.
 
-    Errors are handed on by halves: within a half at once, to the other half when it is done, in one product. So what a part
-    of the columns looks like is known when it is entered, and nearly all work is matrix products.
+    Errors are passed on by halves: within a half at once, to the other half when it is done, in one product. So a part of the
+    columns is up to date when it is entered, and nearly all work is matrix products.
 
     Args:
         left: the weights, columns before rows [members, columns, rows]; changed: each column becomes what was to be coded.
         roots: of `inverse_roots` [members, columns, columns].
         starts: first columns of the parts, 0 the first of them.
         enter: called with first column and end of a part when `left` is up to date there, before it is coded.
-        code: column and what it should be [members, rows] → what it is coded as, of the same shape.
+        code: column and its target [members, rows] → what it is coded as, of the same shape.
     """
     ends = [*starts[1:], left.shape[1]]
     errors = torch.empty_like(left)

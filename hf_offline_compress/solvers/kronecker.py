@@ -10,7 +10,7 @@ from .base import Factors, Problem
 from .low_rank import leading_vectors
 from .polishing import polish
 
-# Where A and B reach beyond the matrix, what they give there is free: it is filled in so many times.
+# Entries of A ⊗ B beyond the matrix are free: they are filled in this many times.
 FILLINGS = 3
 
 

@@ -1,6 +1,6 @@
 """Training without an encoder: latents and decoder themselves, many rows at a time, groups of equal shape together.
 
-The start is the closed form, and what ends worse than it is dropped for it. A residual decoder's hidden layer begins with
+The start is the closed form, which is kept if training ends worse. A residual decoder's hidden layer begins with
 random frequencies and no effect: sin(U z + u) are random Fourier features of the latents (Rahimi & Recht 2007), of which
 training finds those latents whose features add what the linear part lacks.
 """
@@ -72,7 +72,7 @@ class _Batch:
         Args:
             structure: what is trained.
             objective: its loss.
-            rows: what is to be met, [groups, rows, columns].
+            rows: the targets, [groups, rows, columns].
             size: latent width.
             problems: for seeds, and importances of rows and parameters.
         """
@@ -107,7 +107,7 @@ class _Batch:
             self.decoder["bias"] = rows.new_zeros(groups, 1, columns)
 
     def train(self, problems: Sequence[Problem], roots: Sequence[Tensor | None]) -> list[float]:
-        """Train, keep of every group the best that was seen, and return what that was judged by.
+        """Train, keep the best factors of every group, and return their losses or the judges' values.
 
         Args:
             problems: for seeds, progress and judges.
@@ -245,7 +245,7 @@ class _Batch:
         latents: Tensor,
         decoder: dict[str, Tensor],
     ) -> list[float]:
-        """Return for each group its loss on all rows, or what its judge says."""
+        """Return for each group its loss on all rows, or its judge's value."""
         if problems[0].judge is None:
             return [float(value) for value in self._loss(latents, decoder, slice(None), ANNEALED_TO)]
         decoded, _ = self._scaled(self._decode(latents, decoder), slice(None))

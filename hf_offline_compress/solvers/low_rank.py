@@ -54,7 +54,7 @@ class LeadingFactors:
 
 
 def leading_factors(problem: Problem, rank: int) -> LeadingFactors:
-    """Return the factors that `solve_low_rank` speaks of, in float64.
+    """Return the factors of `solve_low_rank`, in float64.
 
     Of M = D W L the leading left or right singular vectors are computed, whichever are fewer:
 
@@ -87,7 +87,7 @@ def leading_factors(problem: Problem, rank: int) -> LeadingFactors:
 
 @torch.no_grad()
 def low_rank_errors(problem: Problem) -> dict[Size, float]:
-    """Return the squared error ‖D (W − Ŵ) L‖² that the best answer has at every rank from 0 on."""
+    """Return the squared error ‖D (W − Ŵ) L‖² of the best solution at every rank from 0 on."""
     weight = _stacked(problem)
     root = _input_root(problem, weight)
     scaled = left_metric(problem, weight).apply(weight if root is None else weight @ root)

@@ -1,6 +1,6 @@
 """Which rows of an embedding get more bits than others.
 
-By the theory of rate and distortion, what matters twice as much in the mean square is worth half a bit more a weight
+By the theory of rate and distortion, what matters twice as much in the mean square is worth half a bit more per weight
 ("reverse water-filling"; Cover & Thomas, Elements of Information Theory, ch. 10). Rows matter by their variance and their
 importance, which for tokens spans orders of magnitude. So they fall into classes a factor of two apart, each half a bit
 above the next.
@@ -36,7 +36,7 @@ def mixtures(energies: Tensor, run: int) -> dict[Mixture, float]:
     found: dict[Mixture, float] = {}
     for way in _ways(energies.double(), run):
         for base in range(1, top + 1):
-            # Nothing is left out: a token that the text lacks may occur, and without its row its text is not understood.
+            # No row is dropped: a token that the text lacks may still occur.
             if base + way.offsets[0] <= top and base + way.offsets[-1] >= 1:
                 steps = [base + offset for offset in way.offsets]
                 found[Mixture(tuple(zip(steps, way.streams, strict=True)))] = float((way.sums * left[steps]).sum())

@@ -1,4 +1,4 @@
-"""Training from a start: the factors move, the loss on all rows decides, and the start is kept if nothing is better."""
+"""Training from a start: factors are trained by the loss on all rows, and the start is kept if nothing is better."""
 
 from __future__ import annotations
 
@@ -77,13 +77,12 @@ def _normalized(weights: Tensor, how: str) -> Tensor:
 
 
 def polish(problem: Problem, factors: list[Tensor], decode: Callable[[list[Tensor]], Tensor], steps: int) -> float:
-    """Train factors in place by the problem's loss, by Adam on all rows at once; return what the end was judged by.
+    """Train factors in place by the problem's loss, by Adam on all rows at once; return the loss or the judge's value.
 
-    What is compared is the loss with the annealed exponent at its end, or what the problem's judge says; the best that was
-    seen is kept, the start included.
+    Steps are compared by the loss with the final exponent, or by the problem's judge; the best is kept, the start included.
 
     Args:
-        problem: its weights are what is to be met.
+        problem: its weights are the targets.
         factors: the start, float32.
         decode: factors → rows of all members [rows, columns].
         steps: of the optimizer.

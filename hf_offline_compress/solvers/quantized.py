@@ -23,8 +23,8 @@ SHRINK = [1 - 0.03 * i for i in range(21)]
 def solve_quantized(problems: Sequence[Problem]) -> list[Factors]:
     """Return codes, scales and zeros of problems of equal shape, bits and options.
 
-    Where the inputs' second moments are known, columns are rounded one after the other, and those to come make good the
-    errors so far. A group's scale is fixed when its first column is reached, for what the errors before have made of it.
+    Where the inputs' second moments are known, columns are rounded one after the other, and later ones compensate for
+    the errors so far. A group's scale is fixed when its first column is reached, from its values at that time.
     """
     results: dict[int, Factors] = {}
     metrics = [metric_of(problem) for problem in problems]
@@ -75,7 +75,7 @@ def _rounded(weights: Tensor, roots: Tensor | None, problem: Problem) -> list[Fa
     def enter(start: int, end: int) -> None:
         """Fix scale and zero of a group; without feedback, its codes too."""
         part, at = left[:, start:end], start // width
-        # What an error in a column costs that the columns behind it make good as far as they can.
+        # The cost of an error in a column after later columns have compensated for it.
         cost = None if roots is None else roots.diagonal(dim1=1, dim2=2)[:, start:end, None].square().reciprocal()
         scales[:, at], zeros[:, at] = _grid(part, cost, bits, structure.clip)
         for first in range(start, end, COLUMNS_ROUNDED) if roots is None else ():

@@ -14,7 +14,7 @@ from .feedback import DAMPING, feed_back, inverse_roots
 from .low_rank import damped_root
 from .quantized import decoded_codes, nearest_codes
 
-# Of the metric that one factor induces on the other, which is exact: only what keeps it from being singular.
+# Damping of the metric that one factor induces on the other. It is exact, so this only keeps it from being singular.
 INDUCED_DAMPING = 1e-6
 
 
@@ -22,9 +22,9 @@ INDUCED_DAMPING = 1e-6
 def rounded_to_integers(problem: Problem, factors: Factors, storage: Storage) -> Factors:
     """Return factors with their numbers as codes, scales and zeros, by the names that `Storage.kept` gives them.
 
-    Of low rank, the basis is rounded first, with error feedback in the metric H of the inputs; the latents are then fitted
-    anew to what the basis has become, in closed form, and rounded in the metric B H Bᵀ that it induces. Everything else is
-    rounded to the nearest.
+    Of low rank, the basis is rounded first, with error feedback in the metric H of the inputs; the latents are then
+    refitted to the rounded basis, in closed form, and rounded in the metric B H Bᵀ that it induces. Everything else
+    is rounded to the nearest.
 
     Args:
         problem: what was solved.
@@ -99,7 +99,7 @@ def _fed_back(
     """Return codes, scales and zeros of a factor, and what they stand for, both in the factor's own layout.
 
     Args:
-        tensor: [dimensions of the metric, others]; errors in one are made good in those after it.
+        tensor: [dimensions of the metric, others]; errors in one are compensated in those after it.
         moments: the metric; None where there is none.
         bits: of a code.
         damping: of the metric.

@@ -27,7 +27,7 @@ def solve_sparse(problem: Problem) -> Factors:
         kept[order[: problem.integer_size]] = weight.flatten()[order[: problem.integer_size]]
         return Factors(({"values": kept.view_as(weight)},), {}, {"kept": min(problem.integer_size, len(order))})
     longest = 2 ** structure.gap_bits(problem.integer_size, shape)
-    # Long gaps cost stored zeros, so fewer weights than `size` may fit; how many is found by halving.
+    # Long gaps cost stored zeros, so fewer weights than `size` may fit; how many is found by bisection.
     low, high = 0, min(problem.integer_size, len(order))
     while low < high:
         middle = (low + high + 1) // 2

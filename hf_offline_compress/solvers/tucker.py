@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 def solve_tucker(problem: Problem) -> Factors:
     """Return the mixing of each member, and the core and factors that they share.
 
-    The start is least in L2 (HOOI: De Lathauwer et al. 2000); after it the loss decides, and what is never worse is kept.
+    The start is least in L2 (HOOI: De Lathauwer et al. 2000); from there it is trained by the loss, and never made worse.
     """
     structure, shape = problem.structure, problem.shape
     assert isinstance(structure, Tucker)

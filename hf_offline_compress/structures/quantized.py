@@ -17,7 +17,7 @@ MIN_BITS, MAX_BITS = 2, 8
 class Quantized(Structure):
     """Rounding to 2ᵇ evenly spaced values, between the least and the largest of a group: ŵ = (code − zero / 2) · scale.
 
-    The zero is a whole number of half steps, of b + 1 bits: at equal bytes that is closer than a minimum kept as a number.
+    The zero is an integer number of half steps, of b + 1 bits: at equal bytes that is closer than a minimum kept as a number.
 
     Attributes:
         group_size: columns that share a scale and a zero; 0 for the whole row.
