@@ -37,6 +37,7 @@ from hf_offline_compress.evaluate.alternatives import int8
 from hf_offline_compress.plan.make import Group, make_plan
 from hf_offline_compress.registration import register
 from hf_offline_compress.request.reading import load_recipe
+from hf_offline_compress.runtime.layers_compressed import CompressedLinear
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.weights_compressed import DecodedWeight
 from hf_offline_compress.structures import Mixture, Trellis
@@ -219,6 +220,35 @@ def memory_table(models: dict[str, PreTrainedModel], folder: Path, bound: int, t
     print(f"\nof the resident memory, {statistics.median(imports):.0f} MB are there before a model is loaded")
 
 
+def decoding_speed(model: PreTrainedModel, rounds: int, clock: Callable[[], float]) -> float:
+    """Return how many weights of the linear layers are decoded in a second, in the best of some rounds."""
+    layers = [layer for layer in model.compressed_modules().values() if isinstance(layer, DecodedWeight)]
+    layers = [layer for layer in layers if isinstance(layer, CompressedLinear)]
+    taken = []
+    for _ in range(rounds):
+        start = clock()
+        with torch.no_grad():
+            for layer in layers:
+                layer.dense_weight()
+        taken.append(clock() - start)
+    return sum(layer.rows * layer.columns for layer in layers) / max(min(taken), 1e-9)
+
+
+def agreement(models: dict[str, PreTrainedModel]) -> dict[str, float]:
+    """Return the mean cosine of each token's hidden state to that of the weights as they are stored.
+
+    Of the dense variants there is none, since their weights are others.
+    """
+    ids = inputs_for(models["cached"], 8, 64)
+    found = {}
+    for name, model in models.items():
+        if hasattr(model, "compressed_modules"):
+            with torch.no_grad():
+                found[name] = model(ids)[0].flatten(0, 1)
+    expected = found["cached"]
+    return {name: float(torch.cosine_similarity(own, expected).mean()) for name, own in found.items()}
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,7 +278,12 @@ def main() -> None:
         print(
             f"{type(models['dense']).__name__} {what}; {options.threads} threads, bound {options.bound / 1e6:.0f} MB\n"
         )
-        speed_table(models, options.rounds, time.process_time if options.cpu_time else time.perf_counter)
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        speed_table(models, options.rounds, clock)
+        shares = ", ".join(f"{name} {share:.5f}" for name, share in agreement(models).items())
+        print(f"\nagreement with the weights as stored (mean cosine of hidden states): {shares}")
+        speed = decoding_speed(models["on_the_fly"], options.rounds, clock)
+        print(f"decoding: {speed / 1e9:.3f} thousand million weights a second", flush=True)
         memory_table(models, folder, options.bound, options.threads)
 
 

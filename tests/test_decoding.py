@@ -409,8 +409,8 @@ def test_where_rows_and_outliers_are_is_found_once_and_never_stale():
 
 @torch.no_grad()
 def test_decoding_makes_nothing_larger_than_a_block_beside_the_weight():
-    group = Trellis(outliers=0).runtime(4, GroupShape(1, 1024, 512, heads=1))
-    layer = filled(LINEARS["trellis"](1024, 512, {**group, "storage": "float32"}))
+    group = Trellis(outliers=0).runtime(4, GroupShape(1, 2048, 512, heads=1))
+    layer = filled(LINEARS["trellis"](2048, 512, {**group, "storage": "float32"}))
     made = []
 
     class Watch(TorchDispatchMode):
@@ -421,6 +421,6 @@ def test_decoding_makes_nothing_larger_than_a_block_beside_the_weight():
 
     with Watch():
         layer.dense_weight()
-    weight = 1024 * 512 * 4
+    weight = 2048 * 512 * 4
     assert max(made) == weight
     assert max(size for size in made if size < weight) <= 4 * trellis_compressed.WEIGHTS_AT_ONCE

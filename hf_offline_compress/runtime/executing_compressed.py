@@ -93,6 +93,8 @@ class Decoded(Execution):
 
     def apply(self, held: Tensor, x: Tensor, source: Source) -> Tensor:
         """See the base class."""
+        if not torch.is_grad_enabled():
+            return F.linear(x, held, source.bias)
         return F.linear(x, with_gradient(held, source.dense_weight, source.forget, source.sources), source.bias)
 
     def look_up(self, held: Tensor, ids: Tensor, source: Source) -> Tensor:

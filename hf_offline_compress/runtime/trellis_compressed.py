@@ -22,8 +22,9 @@ TURNS = (0.5698402909980532, 0.4142135623730951)
 # they stand for; where most of the choice is in the path, less so. Single weights have codes of 5 and 6 bits.
 SPREAD = {1: 0.95, 2: 0.97, 3: 1.0, 4: 1.04, 5: 1.1, 6: 1.12, 7: 1.15, 8: 1.17}
 SPREAD_OF_SINGLES = {5: 1.38, 6: 1.4}
-# Weights that are decoded at once on a CPU: what is on the way stays in its cache, and operations are few.
-WEIGHTS_AT_ONCE = 2**17
+# Weights that are decoded at once on a CPU: few operations, of which what is on the way takes a few MB. With fewer, the
+# operations themselves were measured to take as long as what they do.
+WEIGHTS_AT_ONCE = 2**19
 # Bits of the numbers that codes are read as.
 HALF = 16
 # Bytes of an entry of the table → the numbers that it is moved as: one lookup moves all weights of a code.
@@ -329,8 +330,9 @@ class TrellisWeight(DecodedWeight):
     def _part(self, kind: RowClass, first: int, last: int, scales: Tensor) -> Tensor:
         """Return rows `first` to before `last` of a class [rows, columns], times scales [rows]."""
         begin, end = first // self.run, -(-last // self.run)  # streams
-        before = first - begin * self.run
-        scales = torch.nn.functional.pad(scales, (before, end * self.run - last))
+        before, behind = first - begin * self.run, end * self.run - last
+        if before or behind:
+            scales = torch.nn.functional.pad(scales, (before, behind))
         return kind.streams_of(self.codes, begin, end, scales)[before : before + last - first]
 
     def _order(self) -> Tensor | None:

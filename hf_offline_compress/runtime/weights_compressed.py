@@ -315,7 +315,7 @@ class DecodedWeight(CompressedWeight):
             return None
         compiling = torch.compiler.is_compiling()
         cache = self._cache
-        if cache and not compiling and self._is_fresh(cache, x):
+        if cache is not None and not compiling and self._is_fresh(cache, x):
             return cache[1], cache[2]
         own = self.sources()
         if compiling and cache is None:
