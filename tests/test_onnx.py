@@ -12,13 +12,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from common import TEXTS, error_of, make_model, make_tokenizer, run_cli
+from common import TEXTS, error_of, make_model, make_tokenizer, run_cli, save_base
 from inputs import inputs_for
 from transformers import AutoConfig
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder, write_card
 from hf_offline_compress.artifact.reading import is_part
 from hf_offline_compress.card.snippets import with_model_id
+from hf_offline_compress.evaluate.evaluation import evaluate_folder
+from hf_offline_compress.evaluate.text_evaluation import TextSettings
 from hf_offline_compress.export.onnx.folder import check_head
 from hf_offline_compress.structures import LowRank, Quantized, Trellis
 from hf_offline_compress.verifying import check_files
@@ -201,3 +203,41 @@ def test_files_in_the_compressed_folder_itself(folders, tmp_path, monkeypatch):
 def test_an_export_has_one_place(folders, tmp_path, out, options, sentence):
     with pytest.raises(CompressionError, match=sentence):
         export_folder(folders[0], tmp_path / out if out else None, **options)
+
+
+def test_a_file_is_evaluated_beside_the_base(folders, tmp_path):
+    small, out, _ = folders
+    folder, base = tmp_path / "small", tmp_path / "base"
+    shutil.copytree(small, folder)
+    save_base(base, "bert", "BertForMaskedLM", layers=1)
+    options = {"base": base, "text": TEXTS[:20], "progress": False, "text_settings": TextSettings(min_tokens=2)}
+    weights = evaluate_folder(folder, **options)
+    exact = evaluate_folder(folder, onnx=out / "onnx/model.onnx", **options)
+    rounded = evaluate_folder(folder, onnx=out / "onnx/model_quantized.onnx", **options)
+    for by_weights, by_file, by_int8 in zip(weights, exact, rounded, strict=True):
+        assert by_file.id == f"{by_weights.id}:model.onnx" and by_file.settings["onnx"] == "model.onnx"
+        numbers = {metric.name: metric.compressed for metric in by_weights.metrics}
+        for metric in by_file.metrics:  # this file has a head, and no hidden states to compare
+            assert metric.compressed == pytest.approx(numbers[metric.name], rel=1e-4, abs=1e-6)
+        assert any(m.compressed != n.compressed for m, n in zip(by_file.metrics, by_int8.metrics, strict=True))
+    assert {metric.name for item in exact for metric in item.metrics} == {
+        "perplexity",
+        "kl_divergence",
+        "top_1_agreement",
+    }
+    stored = json.loads((folder / "evaluation.json").read_text())["evaluations"]
+    assert len(stored) == 3 * len(weights)
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        ({"onnx": "nowhere.onnx"}, "There is no file 'nowhere.onnx'"),
+        ({"onnx": __file__, "dtype": "bfloat16"}, "computes as it was exported, not in bfloat16"),
+        ({"onnx": __file__}, "ONNX Runtime does not load 'test_onnx.py'"),
+    ],
+)
+def test_files_that_cannot_be_evaluated(folders, tmp_path, options, sentence):
+    save_base(tmp_path / "base", "bert", "BertForMaskedLM", layers=1)
+    with pytest.raises(CompressionError, match=sentence):
+        evaluate_folder(folders[0], base=tmp_path / "base", text=TEXTS[:20], progress=False, write=False, **options)

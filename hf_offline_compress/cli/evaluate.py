@@ -23,6 +23,12 @@ TUNING = "of fine-tuning"
 def evaluate(
     folder: Folder,
     base: BaseOption = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            help="an ONNX file exported from FOLDER, to evaluate in the place of its weights", show_default=False
+        ),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -135,6 +141,7 @@ def evaluate(
             found = evaluate_folder(
                 folder,
                 base=base,
+                onnx=onnx,
                 text=text,
                 task=task,
                 data=data,

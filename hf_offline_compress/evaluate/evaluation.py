@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CompressionError, listing
@@ -11,7 +12,8 @@ from ..foundation.processes import launched_processes
 from ..measure.texts import load_texts
 from ..metrics.scores import require
 from .linear_probe import check_linear_probe, evaluate_linear_probe, is_linear_probe
-from .pair import find_pair
+from .onnx_model import check_onnx
+from .pair import Pair, find_pair
 from .records import Evaluation, check_writable, saving, with_evaluations, write_evaluations
 from .reporting import check_report, write_report
 from .retrieval import evaluate_retrieval, is_retrieval
@@ -26,6 +28,7 @@ def evaluate_folder(
     folder: str | Path,
     *,
     base: str | Path | None = None,
+    onnx: str | Path | None = None,
     text: str | Path | Sequence[str] | None = None,
     task: str | None = None,
     data: str | Path | None = None,
@@ -52,6 +55,8 @@ def evaluate_folder(
     Args:
         folder: that this package has written. Its weights are read; code in it is never run.
         base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
+        onnx: an ONNX file that was exported from the folder, to evaluate in the place of its weights, in ONNX Runtime; what is
+            found stands beside the weights' own evaluations.
         text: to measure perplexity and agreement on: a file with one text per line, a data set's name, or texts.
         task: one of `tasks.TASKS`, e.g. "sst2" or "squad"; "nanobeir", or one of its sets, e.g. "nanobeir:NFCorpus";
             "classification", by a logistic regression on embeddings, or with a data set, e.g. "classification:banking77".
@@ -91,7 +96,8 @@ def evaluate_folder(
     if text is not None and loaded is None:
         raise CompressionError("The evaluation text cannot be 'none'; pass a file with one text per line.")
     seed = seed_of(seed)
-    pair = find_pair(folder, base, revision=revision)
+    check_onnx(onnx, fine_tune, dtype)
+    pair = find_pair(folder, base, revision=revision, onnx=onnx)
     if write:
         check_writable(pair.folder)
     chosen = choose_measures(measures, pair.architecture) if loaded else ()
@@ -157,6 +163,7 @@ def evaluate_folder(
             progress=progress,
         )
         found.append(item)
+    found = _of_file(found, pair)
     try:
         if write and processes.is_main:
             with saving(found):
@@ -167,6 +174,22 @@ def evaluate_folder(
     finally:
         processes.wait()
     return found
+
+
+def _of_file(found: list[Evaluation], pair: Pair) -> list[Evaluation]:
+    """Return evaluations; of an ONNX file, told apart from those of the weights by their ids and titles."""
+    if pair.onnx is None:
+        return found
+    name = pair.onnx.name
+    return [
+        replace(
+            item,
+            id=f"{item.id}:{name}",
+            task={**item.task, "name": f"{item.task['name']} ({name})"},
+            settings={**item.settings, "onnx": name},
+        )
+        for item in found
+    ]
 
 
 def _check_request(

@@ -51,6 +51,7 @@ class Pair:
         architecture: stock class that both were saved from.
         tokenizer: of the compressed model; it pads, with the end token if need be.
         base_tokenizer: of the base; the same one, unless the compressed model's vocabulary was pruned.
+        onnx: a file that was exported from the compressed model, to be evaluated in the place of its weights.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Pair:
     architecture: str
     tokenizer: Any
     base_tokenizer: Any
+    onnx: Path | None = None
 
     @property
     def tokenizers(self) -> dict[str, Any]:
@@ -83,7 +85,21 @@ class Pair:
         from ..runtime.modeling_compressed import compressed_class
 
         stock = getattr(transformers, architecture or self.architecture)
+        if self.onnx is not None:
+            return self._load_onnx(stock)
         return load(compressed_class(stock), self.folder, dtype, **options)
+
+    def _load_onnx(self, stock: Any) -> Any:
+        """Return the ONNX file as a model, of a class that is named as the stock one, which evaluations go by."""
+        from ..runtime.modeling_compressed import compressed_class
+        from .onnx_model import OnnxModel
+
+        assert self.onnx is not None
+        config = compressed_class(stock).config_class.from_pretrained(self.folder)
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id
+        with stage(f"loading {self.onnx.name}"):
+            return type(stock.__name__, (OnnxModel,), {})(self.onnx, config).eval()
 
 
 def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, **options: Any) -> Any:
@@ -127,13 +143,16 @@ def load(model_class: Any, folder: Path, dtype: str, *, new_head: bool = False, 
     return model.eval()
 
 
-def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: str | None = None) -> Pair:
+def find_pair(
+    folder: str | Path, base: str | Path | None = None, *, revision: str | None = None, onnx: str | Path | None = None
+) -> Pair:
     """Return a compressed folder with its base and their tokenizer.
 
     Args:
         folder: that this package has written.
         base: folder or Hub id; by default what the folder's report names, if that is on the Hub.
         revision: of a base on the Hub; by default what the report says.
+        onnx: a file that was exported from the folder, to be evaluated in the place of its weights.
 
     Raises:
         CompressionError: there is no such folder or base, the base is another model, or there is no tokenizer.
@@ -173,7 +192,8 @@ def find_pair(folder: str | Path, base: str | Path | None = None, *, revision: s
                 "its own in its folder with save_pretrained."
             )
         tokenizer, base_tokenizer = _asking(tokenizer, contents.config), _asking(whole, resolved.config)
-    return Pair(Path(folder), contents, resolved, contents.architecture, tokenizer, base_tokenizer)
+    file = Path(onnx) if onnx is not None else None
+    return Pair(Path(folder), contents, resolved, contents.architecture, tokenizer, base_tokenizer, file)
 
 
 def _asking(tokenizer: Any, config: dict[str, Any]) -> Any:
