@@ -56,10 +56,12 @@ def in_whole_numbers(stock):
 
     def rounded(_, arguments):
         x = arguments[0].numpy()
+        largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+        x = x / largest
         low, high = min(x.min(), np.float32(0)), max(x.max(), np.float32(0))
         step = (high - low) / np.float32(255)
         zero = np.rint(-low / step)
-        return (torch.from_numpy((np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step),)
+        return (torch.from_numpy((np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step * largest),)
 
     for module in stock.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):

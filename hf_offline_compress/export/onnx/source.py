@@ -109,10 +109,17 @@ class Fused(Source):
 
 
 def int8_product(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Value:
-    """Return x · Ŵᵀ where x is rounded to 8 bits as it comes: what ONNX Runtime makes one operator of."""
-    numbers, scale, zero = graph.outputs("DynamicQuantizeLinear", 3, x)
+    """Return x · Ŵᵀ where x is rounded to 8 bits as it comes: what ONNX Runtime makes one operator of.
+
+    That operator has one scale for all of x. So each row, which is a token, is divided by its largest number first: else
+    one token's outliers, which causal models have at the first place, leave nothing of the others, and what is said of a
+    text depends on those beside it.
+    """
+    largest = graph("ReduceMax", graph("Abs", x), integers(-1), keepdims=1)
+    largest = graph("Max", largest, float32(np.finfo(np.float32).tiny))
+    numbers, scale, zero = graph.outputs("DynamicQuantizeLinear", 3, graph("Div", x, largest))
     product = graph.cast(graph("MatMulInteger", numbers, weight.numbers, zero), FLOAT)
-    return graph("Mul", product, graph("Mul", scale, weight.scales))
+    return graph("Mul", graph("Mul", product, graph("Mul", scale, weight.scales)), largest)
 
 
 def rounded(graph: GraphBuilder, weight: ir.Value | Array) -> Int8Matrix:
