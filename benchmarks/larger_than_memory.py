@@ -1,6 +1,6 @@
 """A model larger than the memory that it is compressed within: peak memory and seconds.
 
-usage: python benchmarks/larger_than_memory.py [--size large] [--recipe small] [--max-memory 2.5GB] [--folder FOLDER]
+usage: python benchmarks/larger_than_memory.py [--size large] [--vocabulary N] [--recipe small] [--max-memory 2.5GB]
 
 A GPT-2 of the given size, of random parameters in float16 shards, is written shard by shard, compressed by the command line
 with `--max-memory` in a process of its own, and loaded again by AutoModel in another one, which decodes on use.
@@ -30,7 +30,6 @@ SIZES = {
     "large": (36, 1280, 20),
     "xl": (48, 1600, 25),
 }
-VOCABULARY = 50257
 LOAD = """
 import sys, torch, hf_offline_compress
 from transformers import AutoModelForCausalLM
@@ -43,10 +42,10 @@ print(f"loaded: {type(model).__name__}, {sum(p.numel() for p in model.parameters
 """
 
 
-def write_base(folder: Path, size: str) -> int:
+def write_base(folder: Path, size: str, vocabulary: int) -> int:
     """Write a checkpoint with a shard a layer, and return the number of its parameters."""
     layers, width, heads = SIZES[size]
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=VOCABULARY, dtype="float16")
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, dtype="float16")
     config.architectures = ["GPT2LMHeadModel"]
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
@@ -100,15 +99,17 @@ def main() -> None:
     parser.add_argument("--size", default="large", choices=SIZES)
     parser.add_argument("--recipe", default="small")
     parser.add_argument("--max-memory", default="2.5GB", help="none to hold it whole")
+    parser.add_argument("--vocabulary", type=int, default=50257, help="8000 or more tokens")
     parser.add_argument("--folder", type=Path, help="where base and result are kept")
     parser.add_argument("more", nargs="*", help="further options of compress, behind --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
-        base, out = folder / f"gpt2-{options.size}", folder / f"gpt2-{options.size}-{options.recipe}"
+        base = folder / f"gpt2-{options.size}-{options.vocabulary}"
+        out = folder / f"{base.name}-{options.recipe}"
         if not base.exists():
             base.mkdir(parents=True)
-            count = write_base(base, options.size)
+            count = write_base(base, options.size, options.vocabulary)
             print(f"{base.name}: {count:,} parameters, {4 * count / 1e9:.2f} GB in float32", flush=True)
         bound = [] if options.max_memory == "none" else ["--max-memory", options.max_memory]
         arguments = ["--recipe", options.recipe, "--effort", "fast", "--overwrite", *bound, *options.more]
