@@ -12,7 +12,7 @@ from hf_offline_compress.base.shards import Shards
 from hf_offline_compress.foundation.processes import Processes
 from hf_offline_compress.foundation.spilled import Spilled
 from hf_offline_compress.measure.passes import LayerPasses, Passes
-from hf_offline_compress.solve.limit import check_alone
+from hf_offline_compress.solve.limit import check_alone, tell_peak
 
 # What every statistic is for: moments at inputs and outputs, and counts of tokens.
 MIXED = """
@@ -136,6 +136,13 @@ def test_too_little_names_what_would_do(base, mixed, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     enough = re.search(r"pass (\S+GB)\.", str(told.value))
     assert compress(base, mixed, max_memory=enough[1], **options).model.compressed_modules()
+
+
+def test_a_run_that_took_more_says_so(caplog):
+    tell_peak(2**60)
+    assert not caplog.records
+    tell_peak(10**6)
+    assert re.search(r"Memory reached \d+\.\d\d GB, more than the max_memory of 0\.00 GB", caplog.text)
 
 
 def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):

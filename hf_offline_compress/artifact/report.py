@@ -18,7 +18,7 @@ from ..request.recipe import STORAGES
 from ..solvers import Problem
 
 # Numbers of a weight that are compared at a time; an embedding is large, and comparing takes several times as much room.
-NUMBERS_AT_ONCE = 2**23
+NUMBERS_AT_ONCE = 2**21
 VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
 # Numba compiles the search for codes; sums are rounded otherwise without it.
 VERSIONED_IF_INSTALLED = ("numba",)

@@ -14,6 +14,7 @@ from ..base.checkpoint import clamp_length, copy_companions
 from ..errors import CompressionError
 from ..foundation import files
 from ..foundation.files import read_json, whole_folder
+from ..foundation.memory import release_memory
 from ..foundation.preflight import check_room, shard_bytes
 from ..foundation.progress import stage
 from ..foundation.tokenizer_files import compact_tokenizer
@@ -66,6 +67,7 @@ def save_folder(
     check_target(folder, overwrite, [source] if source else (), resume=run is not None)
     shard = shard_bytes(max_shard_size)
     check_room(folder, int(report.totals["stored_bytes"]))
+    release_memory()  # the base may have gone just now
     with whole_folder(folder, is_compressed if overwrite else None, _keep) as partial:
         with stage(f"saving {folder.name}"):
             model.save_pretrained(partial, max_shard_size=shard)
@@ -83,6 +85,7 @@ def save_folder(
             (partial / REPORT_FILE).write_text(text + "\n", "utf-8")
         with stage("loading the saved model to check it"):
             write_record(partial, model)
+            release_memory()  # what was decoded is not needed for the other
             check_saved(partial, model)
         with _accessory("No model card was written; `hf-offline-compress card` writes one later"):
             if write_card is not None:

@@ -112,6 +112,12 @@ class TiedHead(nn.Module):
             return nothing_to_fill(embedding.rows, embedding.columns)
         return embedding.weight
 
+    def fit_bias(self) -> None:
+        """Give the bias as many numbers as the embedding has rows, new ones of 0."""
+        if self.bias is not None:
+            more = self.__dict__["_embedding"].rows - self.bias.shape[0]
+            self.bias.data = nn.functional.pad(self.bias.data, (0, more))
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits, [..., width] → [..., tokens]."""
         logits: Tensor = self.__dict__["_embedding"](hidden, as_logits=True)

@@ -89,6 +89,13 @@ class CompressedModelMixin:
             model.set_decoding(decoding)
         return (model, info) if output_loading_info else model
 
+    def _adjust_bias(self: Any, output_embeddings: nn.Module, input_embeddings: Any) -> None:
+        """Fit a tied head's bias, which the stock method does by decoding its weight, twice, to count its rows."""
+        if isinstance(output_embeddings, TiedHead):
+            output_embeddings.fit_bias()
+        else:
+            super()._adjust_bias(output_embeddings, input_embeddings)  # type: ignore[misc]
+
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
         """Initialise what the checkpoint lacks; see the stock class."""

@@ -24,7 +24,7 @@ ALL_OTHERS = 8.0
 # Times that a layer's are, with the activations of one portion of the text.
 LAYER_COPIES = 3
 # What small tensors, and memory that is freed but not given back, take beside.
-BESIDE = 300_000_000
+BESIDE = 400_000_000
 
 
 def check_possible(recipe: Recipe, options: CompressionOptions) -> None:
