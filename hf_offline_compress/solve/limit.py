@@ -10,17 +10,20 @@ from ..errors import CompressionError
 from ..foundation.memory import peak_memory, resident_memory
 from ..foundation.processes import Processes
 from ..measure.passes import LayerPasses
-from ..plan.groups import FLOAT32, Plan
+from ..plan.groups import FLOAT32, Group, Plan
 from ..request.effort import EFFORTS
 from ..request.options import CompressionOptions
 from ..request.recipe import Recipe
 from ..structures import Shape
+from .groups import METRICS_AT_ONCE, WEIGHTS_AT_ONCE
 
 logger = logging.getLogger(__name__)
 # Times that the numbers of a group that is solved are held at once, as they are, as they become, and on the way; by the
 # structure, as measured of large embeddings.
 COPIES = {"quantized": 4.0}
 ALL_OTHERS = 8.0
+# Bytes a number of a metric while it is factorized, in double precision; and how often the metrics of a batch are held.
+FACTORIZED, OF_METRICS = 40, 3
 # Times that a layer's are, with the activations of one portion of the text.
 LAYER_COPIES = 3
 # What small tensors, and memory that is freed but not given back, take beside.
@@ -80,13 +83,25 @@ def check_enough(limit: int, plan: Plan, passes: LayerPasses | None) -> None:
 def needed_memory(plan: Plan, passes: LayerPasses | None) -> int:
     """Return about how many bytes this process will have resident at its peak; see `check_enough`."""
     shapes = plan.layout.parameters
-    solving = [COPIES.get(group.structure.name, ALL_OTHERS) * group.parameters * FLOAT32 for group in plan.groups]
-    stages: list[float] = [*solving, plan.total_stored_bytes]
+    stages = [plan.total_stored_bytes, *map(_solving, plan.groups)]
     if passes:
         layer = max(_bytes(own, shapes) for own in passes.of_layers)
         # Embeddings and heads are there together with the largest of the layers' statistics, or by themselves.
         stages += [LAYER_COPIES * layer, _bytes(passes.outside, shapes) + LAYER_COPIES * layer]
-    return resident_memory() + plan.total_stored_bytes + int(max(stages)) + BESIDE
+    return resident_memory() + plan.total_stored_bytes + max(stages) + BESIDE
+
+
+def _solving(group: Group) -> int:
+    """Return about how many bytes it takes to solve a group, with those that are solved with it."""
+    copies = COPIES.get(group.structure.name, ALL_OTHERS) * FLOAT32 * max(group.parameters, WEIGHTS_AT_ONCE)
+    if not group.rule.objective.calibrated:
+        return int(copies)
+    square, embedding = group.columns**2, group.matrices[0].embedding
+    return (
+        int(copies)
+        + FACTORIZED * square
+        + OF_METRICS * FLOAT32 * (square if embedding else max(square, METRICS_AT_ONCE))
+    )
 
 
 def tell_peak(limit: int) -> None:
