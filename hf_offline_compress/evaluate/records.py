@@ -44,7 +44,7 @@ class Data:
         config: of a data set on the Hub.
         split: of a data set on the Hub.
         revision: its commit.
-        sha256: of a local file, or of texts, one a line.
+        sha256: of a local file, or of texts, one per line.
         examples: how many were used.
     """
 

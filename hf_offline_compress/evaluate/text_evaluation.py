@@ -1,4 +1,4 @@
-"""A text, put to a compressed model and to its base: perplexity, pseudo-perplexity, and how far they agree."""
+"""A compressed model and its base on a text: perplexity, pseudo-perplexity, and agreement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEASURES = ("perplexity", "pseudo_perplexity", "agreement")
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How a text is put to a model.
+    """How a model is evaluated on a text.
 
     Attributes:
         seed: of the choice of masked words.
@@ -45,7 +45,7 @@ class TextSettings:
     max_length: int = 128
 
     def of(self, kind: str, positions: int) -> dict[str, Any]:
-        """Return those that a measure takes, with numbers in the place of None.
+        """Return the settings of a measure, with None replaced by its default.
 
         Args:
             kind: "masked", "causal" or "pseudo".
@@ -93,7 +93,7 @@ def evaluate_text(
     """Return base and compressed model on a text, an evaluation for each measure; see `evaluate_folder`.
 
     Raises:
-        CompressionError: the text does not do, e.g. since all lines are too short.
+        CompressionError: the text is unsuitable, e.g. since all lines are too short.
     """
     texts = text.texts[:limit] if limit else text.texts
     models = {"base": pair.load_base(dtype=dtype), "compressed": pair.load_compressed(dtype=dtype)}
@@ -161,14 +161,14 @@ def _perplexity_by_units(
     kind: str,
     shared: dict[str, Any],
 ) -> Outcome:
-    """Return perplexities of models with different tokens, by what both have: bytes, or words masked as a whole.
+    """Return perplexities of models with different tokens, in units that both share: bytes, or words masked as a whole.
 
     Raises:
         CompressionError: tokens are to be masked one at a time.
     """
     if kind == "pseudo":
         raise CompressionError(
-            f"The vocabulary of '{pair.contents.name}' was pruned, so that its tokens are others than the base's, and "
+            f"The vocabulary of '{pair.contents.name}' was pruned, so its tokens differ from the base's, and  "
             "pseudo_perplexity, which masks one token at a time, would not compare; choose perplexity, by whole words."
         )
     tokenizers = pair.tokenizers

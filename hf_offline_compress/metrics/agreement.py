@@ -1,4 +1,4 @@
-"""Agreement of sentence embeddings: do a compressed encoder and its base say the same of a text?"""
+"""Agreement of sentence embeddings: how similar are a compressed encoder's and its base's?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sentence_embeddings(
         encoded = tokenizer(
             [cut(texts[i], limit) for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(base.device)
-        # A tokenizer may have a token for padding that the model has not.
+        # A tokenizer may have a padding token that the model lacks.
         padding = padding_of(tokenizer, model.config.vocab_size)
         ids = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, padding)
         hidden = base(input_ids=ids, attention_mask=encoded["attention_mask"])[0].float()

@@ -1,4 +1,4 @@
-"""Perplexity of language models: how well a model foretells the tokens of a text.
+"""Perplexity of language models: how well a model predicts the tokens of a text.
 
 Masked language models are measured as in arXiv 2302.04045: line by line, 15 % of the words masked as a whole, with a fixed
 seed. Causal ones in strided windows over the joined text. What is masked and where windows lie depends on the tokenizer,
@@ -51,12 +51,12 @@ class Perplexity:
 
 
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> Perplexity:
-    """Return a language model's perplexity, by `masked_perplexity` or `causal_perplexity` as its head demands.
+    """Return a language model's perplexity, by `masked_perplexity` or `causal_perplexity`, depending on its head.
 
     Args:
         model: stock or compressed.
         tokenizer: the model's.
-        texts: what is to be foretold.
+        texts: to predict.
         **options: of the one function or the other.
 
     Raises:
@@ -91,7 +91,7 @@ def masked_perplexity(
         texts: one or several lines each.
         seed: of the choice of words.
         share: of a line's tokens that are masked, at least one word a line.
-        block: lines are cut at so many tokens, or at the model's positions if these are fewer.
+        block: lines are truncated to this many tokens, or to the model's positions if these are fewer.
         min_tokens: lines of fewer tokens are dropped; special tokens do not count.
         batch_size: lines in one forward pass, at most.
         progress: show a progress bar.
@@ -113,7 +113,7 @@ def check_masked(model: Any, tokenizer: Any, block: int) -> int:
     """Return how many tokens a line may have: `block`, or the model's positions if these are fewer.
 
     Raises:
-        CompressionError: the model or the tokenizer has nothing to do with masks.
+        CompressionError: the model is not a masked one, or the tokenizer lacks what masking needs.
     """
     if is_causal(model):
         raise CompressionError(f"{type(model).__name__} is not a masked language model; use causal_perplexity.")
@@ -152,7 +152,7 @@ def tokenized_lines(
 ) -> list[tuple[Tensor, list[list[int]]]]:
     """Return the lines that are long enough: true tokens [length], and the places of each word's tokens.
 
-    Words with a special token in them, such as unknown words, are left out: nobody should have to foretell them.
+    Words with a special token in them, such as unknown words, are left out: they cannot be predicted fairly.
 
     Args: see `masked_perplexity`.
 
@@ -237,7 +237,7 @@ def causal_perplexity(
     Args:
         model: with the head of a causal language model.
         tokenizer: the model's.
-        texts: in their order; empty ones are passed over.
+        texts: in their order; empty ones are skipped.
         block: tokens of a window, or the model's positions if these are fewer.
         stride: tokens between the beginnings of windows, fewer than a window has; by default half a window.
         batch_size: windows in one forward pass, at most.
@@ -256,7 +256,7 @@ def causal_perplexity(
 def causal_windows(
     model: Any, tokenizer: Any, texts: Sequence[str], *, block: int, stride: int | None
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """Return the windows' tokens and which of them are foretold there, both [length], and the number of texts.
+    """Return the windows' tokens and which of them are predicted there, both [length], and the number of texts.
 
     Args: see `causal_perplexity`.
 
@@ -323,13 +323,13 @@ def summed_loss(
     """Return the sum of −log p over the asked tokens, and their number.
 
     Args:
-        model: a language model; it is put into evaluation mode for the while.
+        model: a language model; it is put into evaluation mode temporarily.
         tokenizer: the model's.
         sequences: true tokens and which of them are asked for, both [length]; those of like length side by side.
         batch_size: sequences in one forward pass, at most.
         progress: show a progress bar.
         processes: that share the work.
-        masked: whether the mask token stands in the place of asked tokens, or each is foretold by the one before it.
+        masked: whether asked tokens are replaced by the mask token, or each is predicted from the tokens before it.
     """
 
     def batch_loss(batch: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
@@ -348,7 +348,7 @@ def summed_loss(
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Put models into evaluation mode for the while."""
+    """Put models into evaluation mode temporarily."""
     were_training = [model.training for model in models]
     for model in models:
         model.eval()
@@ -395,10 +395,10 @@ def batches_of(
 
 
 def is_causal(model: Any) -> bool:
-    """Return whether the model foretells the next token, rather than masked ones.
+    """Return whether the model predicts the next token, rather than masked ones.
 
     Raises:
-        CompressionError: it has no language model's head, or its causal head sees the tokens that it should foretell.
+        CompressionError: it has no language model's head, or its causal head sees the tokens that it should predict.
     """
     name, config = type(model).__name__, model.config
     if name.endswith("DoubleHeadsModel") or model.get_output_embeddings() is None:

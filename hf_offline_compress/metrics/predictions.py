@@ -20,7 +20,7 @@ class PredictionAgreement:
 
     Attributes:
         kl_divergence: mean of KL(base ‖ compressed) = Σ p log(p / q), in nats; 0 for equal models.
-        top_1: share of places where both find the same answer the likeliest.
+        top_1: share of places where both have the same most likely answer.
         places: how many predictions were compared: tokens of language models, texts of classifiers.
     """
 
@@ -105,5 +105,5 @@ def _compared(reference: Tensor, other: Tensor) -> Tensor:
 
 def _summed(found: list[Tensor]) -> PredictionAgreement:
     divergence, equal, places = sum(found, torch.zeros(3, dtype=torch.float64)).tolist()
-    # Rounding can leave the divergence of equal models a hair below zero.
+    # Rounding can leave the divergence of equal models slightly below zero.
     return PredictionAgreement(max(0.0, divergence / places), equal / places, int(places))

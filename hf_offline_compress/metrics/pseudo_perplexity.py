@@ -24,16 +24,16 @@ def pseudo_perplexity(
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> Perplexity:
-    """Return exp of the mean of −log p over all tokens, each masked in turn with all others in sight.
+    """Return exp of the mean of −log p over all tokens, each masked in turn with all others visible.
 
     Lines are those of `masked_perplexity`. It has no random choices, and costs a forward pass of a line for each of the
-    line's tokens. Since the other tokens of a word stay in sight, it is lower than with whole words masked.
+    line's tokens. Since the other tokens of a word stay visible, it is lower than with whole words masked.
 
     Args:
         model: with the head of a masked language model.
         tokenizer: the model's, a fast one.
         texts: one or several lines each.
-        block: lines are cut at so many tokens, or at the model's positions if these are fewer.
+        block: lines are truncated to this many tokens, or to the model's positions if these are fewer.
         min_tokens: lines of fewer tokens are dropped; special tokens do not count.
         batch_size: lines in one forward pass, at most.
         progress: show a progress bar.

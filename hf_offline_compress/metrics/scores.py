@@ -1,4 +1,4 @@
-"""What predictions are worth, by scikit-learn and scipy; of SQuAD, as its official script has it."""
+"""Metrics of predictions, by scikit-learn and scipy; for SQuAD, as in its official script."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def byte_perplexity(
     Args:
         model: with the head of a causal language model.
         tokenizer: the model's, a fast one.
-        texts: in their order; empty ones are passed over.
+        texts: in their order; empty ones are skipped.
         block: tokens of a window.
         stride: tokens between the beginnings of windows.
         **options: of `summed_loss`: batch_size, progress, processes.
@@ -62,15 +62,15 @@ def shared_word_lines(
 ) -> tuple[list[Sequences], int]:
     """Return for each tokenizer the lines' true tokens and which are masked, both [length], and the number of masked words.
 
-    The same words are masked for all, each as a whole: of those that no tokenizer cuts off or leaves unknown, so many that
-    they have a share of the first one's tokens.
+    The same words are masked for all, each as a whole: of those that no tokenizer truncates or leaves unknown, enough
+    to make up a share of the first one's tokens.
 
     Args:
         texts: one or several lines each.
         tokenizers: fast ones that find the same words.
         seed: of the choice of words.
         share: of the first tokenizer's tokens that are masked, at least one word a line.
-        block: lines are cut at so many tokens.
+        block: lines are truncated to this many tokens.
         min_tokens: lines with fewer of the first tokenizer's tokens are dropped.
 
     Raises:

@@ -41,8 +41,8 @@ def solve_groups(
 ) -> tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]:
     """Return the tensors that stand for all groups, by full name and in storage dtype, and a report of each.
 
-    Last come the names of groups whose storage does not hold their numbers, with the dtypes that do: what was solved is of
-    no use then, and they are to be planned anew.
+    Last come the names of groups whose storage does not hold their numbers, with the dtypes that do: what was solved is
+    of no use then, and they must be planned again.
 
     Args:
         plan: what is to be solved.
@@ -50,7 +50,7 @@ def solve_groups(
         statistics: of calibration; moments are dropped after their last use.
         seed: of everything random.
         progress: show a progress bar.
-        judge: group → (rows → how bad the model is with them); chooses among the steps of training.
+        judge: group → (rows → the model's loss with them); chooses among the steps of training.
         run: keeps what is solved, and knows what was solved before a cut; None keeps nothing.
         processes: that share the groups; all get all of them.
 
@@ -85,7 +85,7 @@ def solve_groups(
             for name in {m.inputs for _, group in batch for m in group.matrices}:
                 if last_use[name] == number:  # moments of wide layers are large
                     statistics.input_moments.pop(name, None)
-            release_memory()  # what this batch took is gone; the next one is of another shape
+            release_memory()  # free the memory of this batch; the next one has another shape
             step(1.0)
     found = [solved for each in processes.gather(found) for solved in each]
     tensors = {name: tensor for solved in found for name, tensor in solved.tensors.items()}

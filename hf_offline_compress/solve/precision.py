@@ -1,4 +1,4 @@
-"""What a planned dtype does not hold: which tensors and groups are kept in a wider one, and which."""
+"""Tensors and groups whose values a planned dtype cannot represent, and the wider dtypes that they are kept in."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def wider_storage(group: Group, dtype: str, factors: Factors, rounded: Callable[
 
 
 def tell(plan: Plan) -> None:
-    """Say what is kept in another dtype than the rest of its kind."""
+    """Log what is kept in another dtype than the rest of its kind."""
     there = {*plan.rest_tensors(), *(group.name for group in plan.groups)}
     wider = {name: dtype for name, dtype in plan.wider.items() if name in there}
     for dtype in sorted(set(wider.values())):

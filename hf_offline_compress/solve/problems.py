@@ -12,10 +12,10 @@ from ..measure.statistics import Statistics
 from ..plan.groups import Group
 from ..solvers import Problem
 
-# Rows of an embedding count by how often their token occurs, and each as if so many times more: a token that the text lacks
-# may well occur in use, the less likely the more text there is (additive smoothing; Laplace's rule has 1).
+# Additive smoothing of token counts, which weigh the rows of an embedding (Laplace's rule has 1): a token that the text lacks
+# may still occur in use, less likely the more text there is.
 TIMES_MORE = 3.0
-# Rows that the text says nothing of are not given up: they weigh this share of the mean.
+# Rows that the text does not use weigh this share of the mean.
 LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
 # Positions that no text of calibration reaches weigh this share of those that all do: longer texts must stay readable.
 LEAST_OFTEN = 0.03
@@ -64,7 +64,7 @@ def _embedding_problem(group: Group, problem: Problem, statistics: Statistics) -
     if sensitivity and group.rule.objective.sensitive:
         moments = sensitivity.output_moments[str(statistics.word_embeddings)]
     if matrix.kind != "word_embeddings" or counts is None:
-        if moments is None:  # nothing to weigh positions by
+        if moments is None:  # nothing to weight positions by
             return replace(problem, objective=replace(problem.objective, calibrated=False, sensitive=False))
         return replace(problem, row_weights=_position_shares(matrix.rows, statistics), input_moments=moments)
     shares = (counts + TIMES_MORE) / (counts + TIMES_MORE).sum()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STATISTICS = "statistics"
-# Fields of a problem that have no part in what it is.
+# Fields of a problem that its digest leaves out.
 CALLED = ("progress", "judge")
 Measured = tuple[Statistics, CalibrationRecord | None]
 
@@ -119,8 +119,8 @@ def kept_solution(
 ) -> Solved:
     """Return what a run has kept of these groups, or solve them and keep it.
 
-    They are known by a digest of all that is put to the solver, so that whoever makes the problems, and from what, need
-    not be asked: another weight, moment, size or storage is another problem.
+    They are identified by a digest of everything that the solver is given, however the problems were made:
+    another weight, moment, size or storage is another problem.
     """
     if run is None:
         return solve()

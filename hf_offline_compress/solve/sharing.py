@@ -9,7 +9,7 @@ from ..structures import Trellis
 
 
 def owners(works: Sequence[float], count: int) -> list[int]:
-    """Return for each piece of work the process that does it: the largest piece first, to whoever has least to do."""
+    """Return for each piece of work the process that does it: the largest piece first, to the process with the least work."""
     loads, chosen = [0.0] * count, [0] * len(works)
     for i in sorted(range(len(works)), key=lambda i: -works[i]):
         chosen[i] = min(range(count), key=lambda process: loads[process])
