@@ -207,6 +207,31 @@ def test_copies_dtypes_and_threads_of_use(tmp_path):
     assert low.dtype == torch.bfloat16 and error(low.float(), exact) < 2 * TOLERANCE
 
 
+class Run(torch.utils.data.Dataset):
+    """What a model says of single texts."""
+
+    def __init__(self, model, ids):
+        self.model, self.ids = model, ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    @torch.no_grad()
+    def __getitem__(self, i):
+        return self.model(self.ids[i : i + 1]).logits[0]
+
+
+@here
+@pytest.mark.parametrize("decoding", ["int8", "on_the_fly"])
+def test_workers_of_a_data_loader_run_it(decoding):
+    model, ids = model_of(Rule(Trellis(), ratio=8.0)), torch.randint(5, 80, (2, 12))
+    model.set_decoding(decoding)
+    texts = Run(model, ids)
+    expected = [texts[i] for i in range(2)]
+    loader = torch.utils.data.DataLoader(texts, batch_size=None, num_workers=1, timeout=60)
+    torch.testing.assert_close(list(loader), expected)
+
+
 @here
 @torch.no_grad()
 def test_a_model_compiles_in_one_graph():
