@@ -51,8 +51,15 @@ def test_no_family_and_no_kind_of_head_is_left_out():
     assert {kind_of(*pair) for pair in TRIED} == {kind_of(*pair) for pair in ENCODERS}
 
 
-def in_whole_numbers(stock):
+def in_whole_numbers(stock, parts=1):
     """Give a stock model products of whole numbers, as the file has them: weights by rows, inputs as they come."""
+
+    def in_two_parts(_, arguments):
+        x = arguments[0].numpy()
+        largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+        first = np.rint(x / largest * 127) / np.float32(127)
+        rest = np.rint((x / largest - first) * 254 * 127) / np.float32(254 * 127)
+        return (torch.from_numpy((first + rest) * largest),)
 
     def rounded(_, arguments):
         x = arguments[0].numpy()
@@ -69,7 +76,7 @@ def in_whole_numbers(stock):
             scales = weight.abs().amax(dim=0 if isinstance(module, Conv1D) else 1, keepdim=True) / LARGEST
             scales = scales.clamp(min=1e-30)
             module.weight = torch.nn.Parameter(torch.round(weight / scales) * scales)
-            module.register_forward_pre_hook(rounded)
+            module.register_forward_pre_hook(rounded if parts == 1 else in_two_parts)
     return stock
 
 

@@ -31,9 +31,14 @@ class GraphBuilder:
     such as a table, is so without anybody having to think of it.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
-        """Begin with nothing added."""
-        self.graph = graph
+    def __init__(self, graph: ir.Graph, in_two_parts: bool = False) -> None:
+        """Begin with nothing added.
+
+        Args:
+            graph: that is added to.
+            in_two_parts: whether inputs of products of whole numbers keep 16 bits, as two parts of 8.
+        """
+        self.graph, self.in_two_parts = graph, in_two_parts
         self._constants: dict[Any, ir.Value] = {}
         self._made: dict[Any, tuple[ir.Value, ...]] = {}
         self._nodes: list[ir.Node] = []

@@ -41,7 +41,7 @@ def onnx_models(
     models = {}
     for kind in weights:
         model = program if kind == weights[-1] else program.clone()
-        builder = GraphBuilder(model.graph)
+        builder = GraphBuilder(model.graph, in_two_parts=cached)
         substitution = Substitution(builder, kind == "int8")
         for matrix in [value for value in model.graph.inputs if str(value.name).endswith(".weight")]:
             name = str(matrix.name).removesuffix(".weight")

@@ -117,9 +117,27 @@ def int8_product(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Val
     """
     largest = graph("ReduceMax", graph("Abs", x), integers(-1), keepdims=1)
     largest = graph("Max", largest, float32(np.finfo(np.float32).tiny))
+    if graph.in_two_parts:
+        return graph("Mul", _product_in_two_parts(graph, graph("Div", x, largest), weight), largest)
     numbers, scale, zero = graph.outputs("DynamicQuantizeLinear", 3, graph("Div", x, largest))
     product = graph.cast(graph("MatMulInteger", numbers, weight.numbers, zero), FLOAT)
     return graph("Mul", graph("Mul", product, graph("Mul", scale, weight.scales)), largest)
+
+
+def _product_in_two_parts(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Value:
+    """Return x · Ŵᵀ for x within ±1, of 8 bits and of 8 bits of what they leave, in one product.
+
+    Tokens of causal models have numbers 40 times as large as the rest: 8 bits leave 3 for most of them.
+    """
+    steps, finer, zero = float32(127), float32(254), np.array(128, np.uint8)
+    first = graph("Div", graph("Round", graph("Mul", x, steps)), steps)
+    rest = graph("Mul", graph("Sub", x, first), finer)
+    both = graph.concat([graph("Unsqueeze", part, integers(0)) for part in (first, rest)], 0)
+    numbers = graph("QuantizeLinear", both, float32(1 / 127), zero)
+    product = graph.cast(graph("MatMulInteger", numbers, weight.numbers, zero), FLOAT)
+    product = graph("Mul", product, graph("Div", weight.scales, steps))
+    coarse, fine = (graph("Gather", product, np.array(part), axis=0) for part in (0, 1))
+    return graph("Add", coarse, graph("Div", fine, finer))
 
 
 def rounded(graph: GraphBuilder, weight: ir.Value | Array) -> Int8Matrix:
