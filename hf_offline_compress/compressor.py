@@ -527,7 +527,7 @@ def _measurable(model: PreTrainedModel, device: str | torch.device | None, *, ou
     ]
     for module, _ in chunked:
         module.chunk_size_feed_forward = 0
-    if home.type == "meta":
+    if home is not None and home.type == "meta":
         home = None  # its weights are read where they are needed
     try:
         yield model.to(torch.device(device or home)).eval() if home else model.eval()  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ class OnnxModel(torch.nn.Module):
         """Return something if it gives logits, else None."""
         return next((name for name in self.outputs if name.endswith("logits")), None)
 
-    def to(self, *_: Any, **__: Any) -> OnnxModel:  # type: ignore[override]
+    def to(self, *_: Any, **__: Any) -> OnnxModel:
         """Return itself: it stays where it is."""
         return self
 

@@ -95,7 +95,8 @@ class Pair:
         from .onnx_model import OnnxModel
 
         assert self.onnx is not None
-        config = compressed_class(stock).config_class.from_pretrained(self.folder)
+        config: Any = compressed_class(stock).config_class
+        config = config.from_pretrained(self.folder)
         if config.pad_token_id is None:
             config.pad_token_id = config.eos_token_id
         with stage(f"loading {self.onnx.name}"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,9 @@ class LayerPasses(Passes):
             CompressionError: the model computes something between its layers.
         """
         text = _Text(portions, run, enter, backward, Spilled(self._scratch))
-        forwards: list[Callable[[], None]] = [lambda i=i: self._forward(text, i) for i in range(len(self._layers))]
-        backwards: list[Callable[[], None]] = [lambda i=i: self._backward(text, i) for i in range(len(self._layers))]
-        steps = [lambda: self._record(text), *forwards, lambda: self._end(text)]
+        forwards = [partial(self._forward, text, i) for i in range(len(self._layers))]
+        backwards = [partial(self._backward, text, i) for i in range(len(self._layers))]
+        steps: list[Callable[[], None]] = [lambda: self._record(text), *forwards, lambda: self._end(text)]
         if backward:
             steps += [*reversed(backwards), lambda: self._begin(text)]
         for step in progress(steps) if portions else ():

@@ -41,6 +41,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 _version = attrgetter("_version")
+_held: Callable[[dict[str, Any], str], Any] = dict.get
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -82,7 +83,9 @@ class SeenSources:
         self._quick = len(places) == len(sources) and not self._key[1][0]
         self._device_type = sources[0].device.type
         # Column by column, so that `untouched` is a few loops in C.
-        self._holders, self._names, self._tensors = [[place[i] for place in places] for i in range(3)]
+        self._holders: list[dict[str, Any]] = [holder for holder, _, _ in places]
+        self._names: list[str] = [name for _, name, _ in places]
+        self._tensors: list[Tensor] = [tensor for _, _, tensor in places]
         self._seen: Any = self._look() if self._quick else None
 
     def untouched(self) -> bool:
@@ -98,7 +101,7 @@ class SeenSources:
         """Return which tensors are where they were, their versions and addresses, and numbers of some of them."""
         tensors = self._tensors
         return (
-            list(map(id, map(dict.get, self._holders, self._names))),
+            list(map(id, map(_held, self._holders, self._names))),
             list(map(_version, tensors)),
             list(map(Tensor.data_ptr, tensors)),
             [sample.tobytes() for sample in self._samples],

@@ -378,7 +378,8 @@ class TrellisWeight(DecodedWeight):
         at, last = torch.arange(len(ids), device=ids.device), len(ids) - 1
         # Of rows that are asked for more than once, one is filled and then copied.
         taker = torch.full((self.rows,), last, device=ids.device).scatter(0, ids[:-1], at[:-1])
-        into, values = taker[rows], self.outlier_values
+        into = taker[rows]
+        values: Tensor = self.outlier_values
         if not torch.compiler.is_compiling():  # a graph's sizes must not depend on the ids
             here = (into < last).nonzero().flatten()
             into, columns, values = into[here], columns[here], values[here]
