@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..runtime.packing_compressed import pack
 from ..runtime.trellis_compressed import decode_scales, trellis_table
-from ..structures import Mixture, Size, Trellis
+from ..structures import GroupShape, Mixture, Size, Trellis
 from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
 from .columns import Code, Streams, code_columns
@@ -29,39 +29,39 @@ COSTS_AT_ONCE = 2**22
 # In standard deviations of a row; values beyond are what outliers are looked for among.
 OUTLYING = 3.0
 TINY = 1e-12
+# Rows that are summed over at a time.
+ROWS_AT_ONCE = 4096
 
 
 @torch.no_grad()
 def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
-    """Return codes, scales, classes and outliers for each problem; all are of one shape, objective and options."""
+    """Return codes, scales, classes and outliers for each problem; all are of one shape, objective and options.
+
+    An embedding may be most of a model: little of its size is held at a time.
+    """
     task = _task(problems)
-    outliers, places = _outliers(task, task.structure.outlier_count(problems[0].shape))
-    rest = task.weights - outliers
-    del outliers  # an embedding is large, and so is what stands for it on the way
-    scales, _, _ = _rounded_scales(rest.square().mean(dim=2).sqrt())
-    task = _in_classes(task, rest)
-    rest = task.sorted(rest)
+    total = (_row_products(*[task.shaped(task.weights)] * 2) * task.importance).sum(dim=1)
+    outliers = _take_outliers(task, task.structure.outlier_count(problems[0].shape))
+    scales, _, _ = _rounded_scales(_row_squares(task.weights).sqrt())
+    task = _in_classes(task)
     weights = task.importance * scales.square()
     weights = weights / weights.mean(dim=1, keepdim=True).clamp_min(TINY)
-    streams = _encode(rest / task.sorted(scales)[..., None], task.sorted(weights), task)
-    wanted = task.shaped(rest)
-    del rest
-    decoded = [_decoded(own, mixture, task) for own, mixture in zip(streams, task.mixtures, strict=True)]
-    reached = task.shaped(torch.stack(decoded))
-    del decoded
-    best = (reached * wanted).sum(dim=2) / reached.square().sum(dim=2).clamp_min(TINY)
+    streams = _encode(task.sorted(task.weights / scales[..., None]), task.sorted(weights), task)
+    wanted = task.shaped(task.sorted(task.weights))
+    reached = task.shaped(_decoded(streams, task))
+    best = _row_products(reached, wanted) / _row_products(reached, reached).clamp_min(TINY)
     best = torch.where(best > 0, best, task.sorted(scales))
     scales, codes, bounds = _rounded_scales(torch.empty_like(best).scatter_(1, task.order, best))
-    lost = task.total(wanted.sub_(reached.mul_(task.sorted(scales)[..., None])))
-    del reached, wanted
-    total = task.total(task.shaped(task.sorted(task.weights)))
+    left = reached.mul_(task.sorted(scales)[..., None]).sub_(wanted)
+    lost = (_row_products(left, left) * task.sorted(task.importance)).sum(dim=1)
+    del reached, wanted, left
     found = []
     for i, problem in enumerate(problems):
         mixture = task.mixtures[i]
         tensors = {"codes": _packed(streams[i], mixture, task), "scales": codes[i], "scale_range": bounds[i]}
         tensors |= _packed_classes(mixture, task.order[i], task.run)
-        if places is not None:
-            tensors |= _packed_outliers(task.weights[i], places[i])
+        if outliers is not None:
+            tensors |= _packed_outliers(problem.shape, outliers[0][i], outliers[1][i])
         found.append(
             Factors((tensors,), {}, {"error": float((lost[i] / total[i].clamp_min(TINY)).clamp_min(0).sqrt())})
         )
@@ -77,8 +77,8 @@ def trellis_errors(problem: Problem) -> dict[Size, float]:
     column is what the columns before it leave undetermined, 1 / U_jj².
     """
     task = _task([replace(problem, size=1)])
-    outliers, _ = _outliers(task, task.structure.outlier_count(problem.shape))
-    variances = (task.weights[0] - outliers[0]).square().mean(dim=1).double()
+    _take_outliers(task, task.structure.outlier_count(problem.shape))
+    variances = _row_squares(task.weights)[0].double()
     columns = undetermined(problem, None if task.roots is None else task.roots[0]).cpu().sum()
     energies = (variances * row_importance(problem).to(variances)).cpu() * columns
     found: dict[Size, float] = {size: float(energies.sum()) * DISTORTIONS[size] for size in sorted(DISTORTIONS)}
@@ -92,7 +92,7 @@ class _Task:
 
     Attributes:
         structure: its options.
-        weights: [members, rows, columns], float32.
+        weights: [members, rows, columns], float32; a copy, from which outliers are taken out.
         importance: of each row's squared error, of mean 1, [members, rows].
         diagonals: of the damped metric H of each member [members, columns]; None where all columns count alike.
         roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None.
@@ -125,10 +125,6 @@ class _Task:
             return rows
         return torch.linalg.solve_triangular(self.roots, rows, upper=True, left=False)
 
-    def total(self, shaped: Tensor) -> Tensor:
-        """Return the weighted sum of squares of shaped rows in the order of the streams, [members]."""
-        return (shaped.square().sum(dim=2) * self.sorted(self.importance)).sum(dim=1)
-
 
 def _task(problems: Sequence[Problem]) -> _Task:
     """Return the problems as one task, rows still in their own order."""
@@ -151,30 +147,43 @@ def _task(problems: Sequence[Problem]) -> _Task:
     return _Task(structure, weights, importance, diagonals, roots, run, mixtures, order, problems)
 
 
-def _in_classes(task: _Task, rest: Tensor) -> _Task:
+def _in_classes(task: _Task) -> _Task:
     """Return the task with its rows in the order of their classes."""
-    energies, order = rest.square().mean(dim=2) * task.importance, task.order.clone()
+    if all(len(mixture.classes) == 1 for mixture in task.mixtures):
+        return task
+    energies, order = _row_squares(task.weights) * task.importance, task.order.clone()
     for i, mixture in enumerate(task.mixtures):
         if len(mixture.classes) > 1:
             order[i] = by_class(energies[i], [task.run * streams for _, streams in mixture.classes])
     return replace(task, order=order)
 
 
-def _outliers(task: _Task, count: int) -> tuple[Tensor, Tensor | None]:
-    """Return what is kept apart as matrices of zeros else, and its flat places [members, count] in their order.
+def _take_outliers(task: _Task, count: int) -> tuple[Tensor, Tensor] | None:
+    """Take the outliers out of the task's weights: return their flat places in order, and their values [members, count].
 
     These are the weights that a scaled normal distribution would hardly reach, by what that would cost.
     """
     if not count:
-        return torch.zeros_like(task.weights), None
-    spread = task.weights.square().mean(dim=2, keepdim=True).sqrt()
-    beyond = (task.weights.abs() - OUTLYING * spread).clamp_min(0).square() * task.importance[..., None]
+        return None
+    beyond = task.weights.abs().sub_(OUTLYING * _row_squares(task.weights).sqrt()[..., None]).clamp_min_(0).square_()
+    beyond *= task.importance[..., None]
     if task.diagonals is not None:
-        beyond = beyond * task.diagonals[:, None, :]
+        beyond *= task.diagonals[:, None, :]
     places = beyond.flatten(1).topk(count, dim=1).indices.sort(dim=1).values
     values = task.weights.flatten(1).gather(1, places)
-    kept = torch.zeros_like(task.weights).flatten(1).scatter(1, places, values)
-    return kept.view_as(task.weights), places
+    task.weights.view(len(places), -1).scatter_(1, places, 0.0)
+    return places, values
+
+
+def _row_products(first: Tensor, second: Tensor) -> Tensor:
+    """Return the inner products of the rows of two tensors [members, rows, columns], with a few rows at a time."""
+    pairs = zip(first.split(ROWS_AT_ONCE, dim=1), second.split(ROWS_AT_ONCE, dim=1), strict=True)
+    return torch.cat([(one * other).sum(dim=2) for one, other in pairs], dim=1)
+
+
+def _row_squares(rows: Tensor) -> Tensor:
+    """Return the mean squares of rows [members, rows, columns]."""
+    return _row_products(rows, rows) / rows.shape[2]
 
 
 def _rounded_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +213,9 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
     streams = task.structure.streams(task.progress[0].shape)
     # Rows that fill the last stream up count nothing.
     filling = streams * task.run - rows.shape[1]
-    left = torch.nn.functional.pad(rows, (0, 0, 0, filling)).unflatten(1, (streams, task.run))
+    left = torch.nn.functional.pad(rows, (0, 0, 0, filling)) if filling else rows
+    del rows
+    left = left.unflatten(1, (streams, task.run))
     weights = torch.nn.functional.pad(weights, (0, filling), value=TINY).unflatten(1, (streams, task.run))
     # Streams of one rate are coded together, whichever matrix they are of.
     alike: dict[int, list[tuple[int, int]]] = {}
@@ -279,13 +290,18 @@ def _encode_streams(
     return torch.cat(states, dim=1)
 
 
-def _decoded(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:
-    """Return scaled rows [rows, columns] of a member's states, in the order of the streams."""
-    rows = []
-    for own, (step, _) in zip(states, mixture.classes, strict=True):
-        values = _code(step, task).table[own.long()]  # [streams, blocks, run, width]
-        rows.append(values.transpose(1, 2).flatten(2).flatten(0, 1)[:, : task.weights.shape[2]])
-    return torch.cat(rows)[: task.weights.shape[1]]
+def _decoded(streams: list[list[Tensor]], task: _Task) -> Tensor:
+    """Return the rows that states of all members stand for, unscaled, in the order of the streams."""
+    rows = torch.empty_like(task.weights)
+    for own, mixture, into in zip(streams, task.mixtures, rows, strict=True):
+        first = 0
+        for states, (step, _) in zip(own, mixture.classes, strict=True):
+            table = _code(step, task).table
+            for stream in states:  # [blocks, run]
+                part = into[first : first + task.run]
+                part.copy_(table[stream.long()].transpose(0, 1).flatten(1)[: len(part), : part.shape[1]])
+                first += len(part)
+    return rows
 
 
 def _packed(states: list[Tensor], mixture: Mixture, task: _Task) -> Tensor:
@@ -307,10 +323,9 @@ def _packed_classes(mixture: Mixture, order: Tensor, run: int) -> dict[str, Tens
     return {"classes": pack(classes, index_bits(len(mixture.classes)))}
 
 
-def _packed_outliers(weight: Tensor, places: Tensor) -> dict[str, Tensor]:
-    rows, columns = weight.shape
+def _packed_outliers(shape: GroupShape, places: Tensor, values: Tensor) -> dict[str, Tensor]:
     return {
-        "outlier_rows": pack(places // columns, index_bits(rows)),
-        "outlier_columns": pack(places % columns, index_bits(columns)),
-        "outlier_values": weight.flatten()[places],
+        "outlier_rows": pack(places // shape.columns, index_bits(shape.rows)),
+        "outlier_columns": pack(places % shape.columns, index_bits(shape.columns)),
+        "outlier_values": values,
     }
