@@ -20,7 +20,7 @@ from .groups import METRICS_AT_ONCE, WEIGHTS_AT_ONCE
 logger = logging.getLogger(__name__)
 # Times that the numbers of a group that is solved are held at once, as they are, as they become, and on the way; by the
 # structure, as measured of large embeddings.
-COPIES = {"quantized": 4.0}
+COPIES = {"quantized": 4.0, "trellis": 5.5}
 ALL_OTHERS = 8.0
 # Bytes a number of a metric while it is factorized, in double precision; and how often the metrics of a batch are held.
 FACTORIZED, OF_METRICS = 40, 3

@@ -31,6 +31,8 @@ OUTLYING = 3.0
 TINY = 1e-12
 # Rows that are summed over at a time.
 ROWS_AT_ONCE = 4096
+# Numbers of which the largest are looked for at a time.
+NUMBERS_AT_ONCE = 2**22
 
 
 @torch.no_grad()
@@ -169,10 +171,21 @@ def _take_outliers(task: _Task, count: int) -> tuple[Tensor, Tensor] | None:
     beyond *= task.importance[..., None]
     if task.diagonals is not None:
         beyond *= task.diagonals[:, None, :]
-    places = beyond.flatten(1).topk(count, dim=1).indices.sort(dim=1).values
+    places = _largest(beyond.flatten(1), count).sort(dim=1).values
     values = task.weights.flatten(1).gather(1, places)
     task.weights.view(len(places), -1).scatter_(1, places, 0.0)
     return places, values
+
+
+def _largest(numbers: Tensor, count: int) -> Tensor:
+    """Return the places of the largest numbers [members, numbers]; of one part after the other, as finding them takes memory."""
+    kept, places = [], []
+    for start in range(0, numbers.shape[1], NUMBERS_AT_ONCE):
+        part = numbers[:, start : start + NUMBERS_AT_ONCE]
+        found = part.topk(min(count, part.shape[1]), dim=1)
+        kept.append(found.values)
+        places.append(found.indices + start)
+    return torch.cat(places, dim=1).gather(1, torch.cat(kept, dim=1).topk(count, dim=1).indices)
 
 
 def _row_products(first: Tensor, second: Tensor) -> Tensor:
