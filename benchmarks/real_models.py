@@ -1,7 +1,7 @@
 """A multilingual sentence encoder and a chat model, compressed and saved: bytes, quality beside dense, speed, answers.
 
-usage: python benchmarks/real_models.py --data FOLDER --encoder FOLDER [--recipes tiny] [--out FOLDER]
-       python benchmarks/real_models.py --data FOLDER --chat FOLDER [--recipes small tiny] [--out FOLDER]
+usage: python benchmarks/real_models.py --data FOLDER --encoder FOLDER [--recipes tiny] [--effort fast] [--out FOLDER]
+       python benchmarks/real_models.py --data FOLDER --chat FOLDER [--recipes small tiny] [--effort fast] [--out FOLDER]
 
 --data holds stsb-LANGUAGE-dev.csv (sentence 1, sentence 2, similarity), multilingual.txt (calibration) and test.txt.
 --encoder is a sentence encoder with mean pooling, judged by Spearman correlation (x 100) of cosines on the first 400 pairs
@@ -66,16 +66,16 @@ def folder_bytes(folder: Path) -> dict[str, float]:
     return {"weights MB": weights / 1e6, "folder MB": sum(file.stat().st_size for file in files) / 1e6}
 
 
-def made(base: Path, folder: Path, recipe: str, calibration: str) -> float:
+def made(base: Path, folder: Path, recipe: str, calibration: str, effort: str | None) -> float:
     """Compress `base` into `folder`, unless it is there, and return the seconds that it took."""
     if not folder.exists():
         started = time.perf_counter()
-        hf_offline_compress.compress(base, recipe, calibration=calibration, progress=False).save(folder)
+        hf_offline_compress.compress(base, recipe, calibration=calibration, effort=effort, progress=False).save(folder)
         return time.perf_counter() - started
     return float(sum(json.loads((folder / "compression_report.json").read_text("utf-8"))["seconds"].values()))
 
 
-def encoder(base: Path, data: Path, recipes: list[str], out: Path, prefix: str) -> None:
+def encoder(base: Path, data: Path, recipes: list[str], out: Path, prefix: str, effort: str | None) -> None:
     """Print the table of an encoder."""
     columns = {"model": "", "calibration": "", "weights MB": ".2f", "folder MB": ".2f"}
     columns |= dict.fromkeys(LANGUAGES, ".2f") | {"agreement": ".4f", "seconds": ".0f"}
@@ -87,8 +87,8 @@ def encoder(base: Path, data: Path, recipes: list[str], out: Path, prefix: str) 
     del dense
     for recipe in recipes:
         for label, calibration in (("bundled", "bundled"), ("multilingual", str(data / "multilingual.txt"))):
-            folder = out / f"{base.name}-{recipe}-{label}"
-            seconds = made(base, folder, recipe, calibration)
+            folder = out / "-".join(filter(None, (base.name, recipe, effort, label)))
+            seconds = made(base, folder, recipe, calibration, effort)
             model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
             judged = judged_encoder(model, AutoTokenizer.from_pretrained(folder), data, prefix, reference)
             table.add(model=recipe, calibration=label, **folder_bytes(folder), **judged, seconds=seconds)
@@ -110,15 +110,15 @@ def answers(model: Any, tokenizer: Any) -> tuple[list[str], float]:
     return texts, tokens / started
 
 
-def chat(base: Path, data: Path, recipes: list[str], out: Path) -> None:
+def chat(base: Path, data: Path, recipes: list[str], out: Path, effort: str | None) -> None:
     """Print the table of a chat model, and its answers."""
     columns = {"model": "", "weights MB": ".2f", "folder MB": ".2f", "perplexity": ".3f", "tokens/s": ".1f"}
     table = Table(None, "chat", columns | {"seconds": ".0f"}, ("model",))
     lines = (data / "test.txt").read_text("utf-8").splitlines()[:LINES]
     said = {}
     for name in ("dense", *recipes):
-        folder = base if name == "dense" else out / f"{base.name}-{name}"
-        seconds: float | str = "" if name == "dense" else made(base, folder, name, "bundled")
+        folder = base if name == "dense" else out / "-".join(filter(None, (base.name, name, effort)))
+        seconds: float | str = "" if name == "dense" else made(base, folder, name, "bundled", effort)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         said[name], speed = answers(model, tokenizer)
@@ -139,14 +139,15 @@ def main() -> None:
     parser.add_argument("--prefix", default="query: ", help="before each sentence that is embedded")
     parser.add_argument("--chat", type=Path)
     parser.add_argument("--recipes", nargs="*", default=["tiny"])
+    parser.add_argument("--effort")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with TemporaryDirectory() as scratch:
         out = options.out or Path(scratch)
         if options.encoder:
-            encoder(options.encoder, options.data, options.recipes, out, options.prefix)
+            encoder(options.encoder, options.data, options.recipes, out, options.prefix, options.effort)
         if options.chat:
-            chat(options.chat, options.data, options.recipes, out)
+            chat(options.chat, options.data, options.recipes, out, options.effort)
 
 
 if __name__ == "__main__":
