@@ -18,10 +18,11 @@ from transformers import AutoConfig
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder, write_card
 from hf_offline_compress.artifact.reading import is_part
+from hf_offline_compress.artifact.record import weight_files
 from hf_offline_compress.card.snippets import with_model_id
 from hf_offline_compress.evaluate.evaluation import evaluate_folder
 from hf_offline_compress.evaluate.text_evaluation import TextSettings
-from hf_offline_compress.export.onnx.folder import check_head
+from hf_offline_compress.export.onnx.folder import _written, check_head
 from hf_offline_compress.structures import LowRank, Quantized, Trellis
 from hf_offline_compress.verifying import check_files
 
@@ -165,6 +166,47 @@ def test_the_search_example_needs_no_torch(folders, tmp_path):
     assert TEXTS[7] in done.stdout.splitlines()[0]
 
 
+def onnx_problem(folder):
+    """Return what `verify` says of the ONNX files in a folder that it finds changed."""
+    found = next(check for check in check_files(folder).checks if check.name == "onnx")
+    assert found.status == "failed"
+    return found.sentence
+
+
+def as_exported(small, folder):
+    """Copy a compressed folder, and put stand-ins of an export into it, recorded as the export records them."""
+    shutil.copytree(small, folder)
+    onnx = folder / "onnx"
+    onnx.mkdir()
+    (onnx / "config.json").write_text('{"model_type": "gpt2", "activation_function": "gelu_new"}')
+    (onnx / "model.onnx").write_bytes(b"\x08\x0a")
+    (onnx / "export.json").write_text(json.dumps({"weights": weight_files(folder), "files": _written(onnx)}))
+    return folder
+
+
+def test_what_was_changed_beside_onnx_files_is_found(folders, tmp_path):
+    folder = as_exported(folders[0], tmp_path / "small")
+    checks = {check.name: check.status for check in check_files(folder).checks}
+    assert checks["onnx"] == checks["code"] == "passed"  # the stock name of an activation is no code
+    (folder / "onnx/model.onnx").unlink()
+    assert "onnx/model.onnx is missing" in onnx_problem(folder)  # what is left would be published
+    (folder / "onnx/model.onnx").symlink_to("nowhere")
+    assert "onnx/model.onnx is missing" in onnx_problem(folder)
+    (folder / "onnx/config.json").write_text("{}")
+    assert "onnx/config.json is not what was exported" in onnx_problem(folder)
+
+
+def test_an_export_into_the_folder_stays_in_it_and_keeps_own_files(folders, tmp_path):
+    folder = as_exported(folders[0], tmp_path / "small")
+    (folder / "onnx/notes.md").write_text("own")
+    export_folder(folder, format="onnx", into_folder=True, overwrite=True)
+    assert (folder / "onnx/notes.md").read_text() == "own" and not (folder / "onnx/model.onnx").exists()
+    shutil.move(folder / "onnx", tmp_path / "elsewhere")
+    (folder / "onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CompressionError, match="'onnx' in '.*' is a link"):
+        export_folder(folder, format="onnx", into_folder=True, overwrite=True)
+
+
 def test_files_in_the_compressed_folder_itself(folders, tmp_path, monkeypatch):
     folder = tmp_path / "small"
     shutil.copytree(folders[0], folder)
@@ -188,8 +230,7 @@ def test_files_in_the_compressed_folder_itself(folders, tmp_path, monkeypatch):
     assert 'model_id = "small"' in page and 'pipeline("fill-mask", model_id, { config, dtype: "q8" })' in page
 
     (folder / "onnx/model_quantized.onnx").write_bytes(b"\x08\x0a")
-    found = next(check for check in check_files(folder).checks if check.name == "onnx")
-    assert found.status == "failed" and "onnx/model_quantized.onnx is not what was exported" in found.sentence
+    assert "onnx/model_quantized.onnx is not what was exported" in onnx_problem(folder)
 
 
 @pytest.mark.parametrize(

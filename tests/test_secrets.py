@@ -200,6 +200,7 @@ def test_texts_are_no_code(tmp_path, index):
         ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Tanh"}, []),
         ("2_Dense/config.json", {"activation_function": "os.abort"}, ["os.abort"]),
         ("config.json", {"activation_function": "gelu_new"}, []),
+        ("onnx/config.json", {"activation_function": "gelu_new"}, []),
         ("config.json", {"custom_pipelines": {"x": {"impl": "a.B"}}}, ["{'x': {'impl': 'a.B'}}"]),
     ],
 )

@@ -14,7 +14,8 @@ from .checks import Check, outcome
 RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
 _STEP = re.compile(r"checkpoint-\d+/[^/]+$")
 _MODULE = re.compile(r"sentence_transformers\.[\w.]+")
-_ACTIVATION = re.compile(r"torch\.nn\.[\w.]+")
+# A name without a dot imports nothing: so transformers' own configs call their activations.
+_ACTIVATION = re.compile(r"torch\.nn\.[\w.]+|\w+")
 _OURS = re.compile(r"(configuration|modeling)_compressed\.Compressed\w+")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...architectures.families import objective_of
-from ...artifact.reading import ADVICE, ONNX_FOLDER, REPORT_FILE, compressed_config
+from ...artifact.reading import ADVICE, ONNX_FOLDER, REPORT_FILE, compressed_config, is_part
 from ...artifact.record import fingerprint, weight_files
 from ...base.checkpoint import copy_companions
 from ...errors import CompressionError, listing, needs_extra
@@ -70,7 +70,8 @@ def export_onnx(
         cached = generates(config)
         token_types = not cached and _has_token_types(source)
         models = onnx_models(compressed, stock, kinds, opset=opset, token_types=token_types, cached=cached)
-    with whole_folder(target, is_export if overwrite else None, keep_own if out is not None else None) as partial:
+    keep = keep_own if out is not None else _keep_beside
+    with whole_folder(target, is_export if overwrite else None, keep) as partial:
         with stage(f"saving {target.name}"):
             for kind, model in models.items():
                 save(model, partial / (Path(FILES[kind]).name if out is None else FILES[kind]))
@@ -109,6 +110,8 @@ def check_onnx_export(
     check_head(config)
     check_packages()
     if out is None:
+        if (Path(folder) / ONNX_FOLDER).is_symlink():  # what is written there would not be in the folder
+            raise CompressionError(f"'{ONNX_FOLDER}' in '{folder}' is a link; remove it, or pass an output folder.")
         files.check_target(Path(folder) / ONNX_FOLDER, overwrite, is_export, "an export", ())
     else:
         check_target(Path(folder), Path(out), overwrite)
@@ -155,9 +158,14 @@ def _has_token_types(folder: Path) -> bool:
     return "token_type_ids" in names
 
 
+def _keep_beside(old: Path, new: Path) -> None:
+    """Keep the user's own files beside those of an export into a compressed folder that is replaced."""
+    files.keep_others(old, new, lambda name: is_part(f"{ONNX_FOLDER}/{name}"))
+
+
 def _written(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return name → bytes and sha256 of the ONNX files of a folder."""
-    return {file.name: fingerprint(file) for file in sorted(folder.glob("*.onnx"))}
+    """Return name → bytes and sha256 of the files of a folder."""
+    return {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
 
 
 def _record(
