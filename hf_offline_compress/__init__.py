@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .artifact.report import Report
     from .card import write_card
     from .compressor import CompressionResult, compress
-    from .evaluate import evaluate_folder
+    from .evaluate import EvaluationOptions, evaluate_folder
     from .export.exporting import export_folder
     from .hub.push import Pushed, push_folder
     from .plan.groups import Plan
@@ -33,6 +33,7 @@ __all__ = [
     "CompressionError",
     "CompressionOptions",
     "CompressionResult",
+    "EvaluationOptions",
     "Grouping",
     "Objective",
     "Plan",
@@ -56,6 +57,7 @@ __all__ = [
 _LAZY = {
     "compress": "compressor",
     "CompressionResult": "compressor",
+    "EvaluationOptions": "evaluate",
     "evaluate_folder": "evaluate",
     "export_folder": "export.exporting",
     "inspect_folder": "artifact.reading",

@@ -97,6 +97,17 @@ def test_inspect_needs_no_torch(compressed):
     assert run.returncode == 0, run.stderr
 
 
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['x', 'evaluate', '--help']\n"
+        "from hf_offline_compress.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "--measure" in run.stdout, run.stderr
+
+
 def test_plan_as_json_is_what_compress_does(base, compressed):
     planned = json.loads(run_cli("plan", base, "--recipe", "calibrated-svd", "--ratio", 3, "--json").stdout)
     report = json.loads((compressed[0] / "compression_report.json").read_text())

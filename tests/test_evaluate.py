@@ -1,13 +1,14 @@
 """Evaluation: every number as a naive loop or a hand has it, base beside compressed, files of every form, one record."""
 
 import csv
+import inspect
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import datasets
@@ -20,11 +21,18 @@ from torch.nn import functional as F
 from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.architectures.families import family_of
 from hf_offline_compress.base.checkpoint import BaseCheckpoint
-from hf_offline_compress.evaluate import classification, evaluate_folder, pair, records, sentence_embeddings
+from hf_offline_compress.evaluate import (
+    EvaluationOptions,
+    TextSettings,
+    classification,
+    evaluate_folder,
+    pair,
+    records,
+    sentence_embeddings,
+)
 from hf_offline_compress.evaluate.question_answering import answers, best_span, make_windows, training_features
 from hf_offline_compress.evaluate.task_data import Example, load_splits, load_training
 from hf_offline_compress.evaluate.tasks import TASKS, TaskSettings, find_task
-from hf_offline_compress.evaluate.text_evaluation import TextSettings
 from hf_offline_compress.foundation.processes import Processes
 from hf_offline_compress.metrics.agreement import agreement
 from hf_offline_compress.metrics.perplexity import masked_lines, masked_perplexity
@@ -182,6 +190,21 @@ def test_measures_and_settings(clean):
     assert kept == {"seed": 5, "share": 0.5, "block": 24, "min_tokens": 10}
     other = evaluated(clean, "masked", **{**options, "seed": 6})
     assert numbers(other[0]) == numbers(pseudo) and numbers(other[1]) != numbers(masked)
+
+
+def test_options_in_one_object_are_what_keywords_are(clean):
+    folder, base = clean("body")
+    asked = EvaluationOptions(base=base, text=LINES[:2], limit=1, write=False, progress=False)
+    (one,) = evaluate_folder(folder, asked)
+    (two,) = evaluate_folder(folder, base=base, text=LINES[:2], limit=1, write=False, progress=False)
+    assert (one.id, one.settings, one.metrics) == (two.id, two.settings, two.metrics) and one.data.examples == 1
+    (more,) = evaluate_folder(folder, asked, limit=2)
+    assert more.data.examples == 2 and asked.limit == 1
+    with pytest.raises(TypeError, match="unexpected keyword argument 'texts'; known are base, onnx, text"):
+        evaluate_folder(folder, texts=LINES)
+    keywords = inspect.signature(evaluate_folder).parameters
+    assert {field.name for field in fields(EvaluationOptions)} == set(keywords) - {"folder", "options"}
+    assert "train_data: the same as `data`" in evaluate_folder.__doc__
 
 
 # Metrics

@@ -20,8 +20,8 @@ from hf_offline_compress import CompressionError, Recipe, Rule, compress, export
 from hf_offline_compress.artifact.reading import is_part
 from hf_offline_compress.artifact.record import weight_files
 from hf_offline_compress.card.snippets import with_model_id
+from hf_offline_compress.evaluate import TextSettings
 from hf_offline_compress.evaluate.evaluation import evaluate_folder
-from hf_offline_compress.evaluate.text_evaluation import TextSettings
 from hf_offline_compress.export.onnx.folder import _written, check_head
 from hf_offline_compress.structures import LowRank, Quantized, Trellis
 from hf_offline_compress.verifying import check_files

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, load_recipe
-from hf_offline_compress.evaluate.text_evaluation import TextSettings
+from hf_offline_compress.evaluate import TextSettings
 from hf_offline_compress.foundation.processes import ALONE
 from hf_offline_compress.measure.texts import CalibrationText
 from hf_offline_compress.metrics.perplexity import causal_perplexity

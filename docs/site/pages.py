@@ -43,7 +43,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Say where the options are that docstrings take from the dataclass when the package is imported."""
-    return re.sub(r"<p>\{options\}</p>|\{options\}", "Options are the fields of <code>CompressionOptions</code>.", html)
+    return re.sub(
+        r"<p>\{options\}</p>|\{options\}", "They are the fields of the class of <code>options</code>, below.", html
+    )
 
 
 def _without_metadata(text: str) -> str:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from ..foundation.progress import stage
-from .evaluate import BaseOption
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, megabytes, print_json, print_table, run
 
@@ -15,7 +14,10 @@ from .output import calm, megabytes, print_json, print_table, run
 @app.command()
 def benchmark(
     folder: Folder,
-    base: BaseOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="the base, a Hub id or a folder; by default the Hub id in its report", show_default=False),
+    ] = None,
     batch: Annotated[str, typer.Option(help="sequences per forward pass, comma-separated")] = "1,32",
     length: Annotated[str, typer.Option(help="tokens per sequence, comma-separated")] = "128",
     models: Annotated[

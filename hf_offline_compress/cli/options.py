@@ -49,44 +49,48 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")
 
 
 def takes(
-    kind: type[Any], names: Collection[str] | None = None
+    kind: type[Any], names: Collection[str] | None = None, *, behind: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command the fields of an options dataclass in place of its argument `options`.
 
     Args:
         kind: the dataclass; of its fields, those that the command line knows.
         names: of fields, if not all of them.
+        behind: field that the command's arguments left of `options` stand behind in the help, rather than before all fields.
     """
     known = [item for item in fields(kind) if item.metadata["cli"] and (names is None or item.name in names)]
+    spelled = [item.metadata.get("name", item.name) for item in known]
+    first = spelled.index(behind) + 1 if behind else 0
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         place = list(signature.parameters).index("options")
-        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+        # All by keyword: only so may arguments without a default stand behind those with one.
+        only = inspect.Parameter.KEYWORD_ONLY
+        own = [parameter.replace(kind=only) for name, parameter in signature.parameters.items() if name != "options"]
         shown = [
-            inspect.Parameter(
-                item.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=item.default, annotation=_typed(item)
-            )
-            for item in known
+            inspect.Parameter(name, only, default=item.default, annotation=_typed(item, name))
+            for name, item in zip(spelled, known, strict=True)
         ]
+        order = [*shown[:first], *own[:place], *shown[first:], *own[place:]]
 
         @functools.wraps(command)
         def called(**given: Any) -> None:
-            asked = {item.name: given.pop(item.name) for item in known}
+            asked = {item.name: given.pop(name) for name, item in zip(spelled, known, strict=True)}
             command(**given, options=kind(**asked))
 
-        called.__signature__ = signature.replace(parameters=[*own[:place], *shown, *own[place:]])  # type: ignore[attr-defined]
-        called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shown)}
+        called.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in order}
         return called
 
     return decorate
 
 
-def _typed(item: Any) -> Any:
+def _typed(item: Any, name: str) -> Any:
     """Return the annotation that Typer makes an option of."""
     said = item.metadata
     kind = said["cli"]
-    names = [f"--{item.name.replace('_', '-')}"] if kind is bool else []
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []
     limits = {"min": said["min"]} if "min" in said else {}
     shown = typer.Option(*names, help=said.get("help", said["text"]), show_default=item.default is not None, **limits)
     return Annotated[kind if item.default is not None else kind | None, shown]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.agreement import agreement, sentence_embeddings
-
 if TYPE_CHECKING:
+    from ..metrics.agreement import agreement, sentence_embeddings
     from .benchmarking import benchmark_folder
     from .evaluation import evaluate_folder
+    from .options import EvaluationOptions
     from .tasks import TaskSettings
-    from .text_evaluation import TextSettings
+    from .text_settings import TextSettings
 
 __all__ = [
+    "EvaluationOptions",
     "TaskSettings",
     "TextSettings",
     "agreement",
@@ -22,10 +23,13 @@ __all__ = [
 ]
 
 _LAZY = {
-    "TaskSettings": "tasks",
-    "TextSettings": "text_evaluation",
-    "benchmark_folder": "benchmarking",
-    "evaluate_folder": "evaluation",
+    "EvaluationOptions": ".options",
+    "TaskSettings": ".tasks",
+    "TextSettings": ".text_settings",
+    "agreement": "..metrics.agreement",
+    "benchmark_folder": ".benchmarking",
+    "evaluate_folder": ".evaluation",
+    "sentence_embeddings": "..metrics.agreement",
 }
 
 
@@ -33,5 +37,5 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +18,7 @@ from ..foundation.processes import Processes
 from ..foundation.progress import stage
 from ..metrics.agreement import sentence_embeddings
 from ..metrics.scores import require
+from .options import EvaluationOptions
 from .pair import Pair
 from .records import Data, Evaluation, metric
 from .task_data import Row, find_columns, rows_from_file, rows_from_hub
@@ -62,10 +62,9 @@ def is_linear_probe(task: str | None) -> bool:
     return task is not None and task.partition(":")[0].lower() == TASK
 
 
-def check_linear_probe(
-    task: str, data: str | Path | None, train_data: str | Path | None, settings: TaskSettings
-) -> None:
+def check_linear_probe(task: str, options: EvaluationOptions) -> None:
     """Raise CompressionError unless both files are given, or a data set; or if a setting makes no sense."""
+    data, train_data, settings = options.data, options.train_data, options.task_settings or TaskSettings()
     for name in ("length", "limit"):
         value = getattr(settings, name)
         if value is not None and value <= 0:
@@ -80,22 +79,7 @@ def check_linear_probe(
         )
 
 
-def evaluate_linear_probe(
-    pair: Pair,
-    task: str,
-    *,
-    data: str | Path | None,
-    train_data: str | Path | None,
-    columns: Sequence[str] | None,
-    length: int | None,
-    per_class: int | None,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    dtype: str,
-    processes: Processes,
-    progress: bool,
-) -> Evaluation:
+def evaluate_linear_probe(pair: Pair, task: str, options: EvaluationOptions, processes: Processes) -> Evaluation:
     """Return base and compressed model on classification by a logistic regression on their embeddings.
 
     `DRAWS` training sets of a few examples of each class are drawn, the same for both models, and metrics are means over
@@ -104,41 +88,30 @@ def evaluate_linear_probe(
     Args:
         pair: base and compressed model.
         task: see `is_linear_probe`.
-        data: CSV or JSON file to test on; None for a data set on the Hub.
-        train_data: the same, to train on.
-        columns: of these files, of text and label.
-        length: tokens of a text, at most; `LENGTH` by default.
-        per_class: training examples of each class; by default MTEB's number for the data set, else `PER_CLASS`.
-        limit: so many test examples at most, from the beginning.
-        seed: of the draws.
-        batch_size: texts in one forward pass.
-        dtype: to compute in.
+        options: of `task_settings`, `length` is `LENGTH` by default, and `limit`, of training examples of each class, MTEB's
+            number for the data set, else `PER_CLASS`; the other `limit` is of test examples.
         processes: that share the work.
-        progress: show progress bars.
 
     Raises:
         CompressionError: there is no such data set, or its examples do not fit.
     """
-    require("sklearn", *(("datasets",) if data is None else ()))
+    settings = options.task_settings or TaskSettings()
+    require("sklearn", *(("datasets",) if options.data is None else ()))
     with stage("reading the task's data"):
-        training, test, drawn = _load(task, data, train_data, columns, limit)
-    per_class = per_class or drawn
-    sets = draws(training.labels, per_class, seed)
+        training, test, drawn = _load(task, options)
+    per_class, length = settings.limit or drawn, settings.length or LENGTH
+    sets = draws(training.labels, per_class, options.seed)
     used = sorted({index for each in sets for index in each})
     prompt = classification_prompt(pair.base.folder)
-    options: dict[str, Any] = {
-        "max_length": length or LENGTH,
-        "batch_size": batch_size,
-        "processes": processes,
-        "progress": progress,
-    }
     texts = [prompt + text for text in (*(training.texts[index] for index in used), *test.texts)]
     embedded: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     for name, loader in (("base", pair.load_base), ("compressed", pair.load_compressed)):
         started = time.perf_counter()
-        model = loader(dtype=dtype).to(processes.device)
-        embedded[name] = sentence_embeddings(model, pair.tokenizers[name], texts, **options)
+        model = loader(dtype=options.dtype).to(processes.device)
+        embedded[name] = sentence_embeddings(
+            model, pair.tokenizers[name], texts, max_length=length, **options.forward(processes)
+        )
         seconds[name] = round(time.perf_counter() - started, 3)
     places = {index: place for place, index in enumerate(used)}
     rows = [[places[index] for index in each] for each in sets]
@@ -150,12 +123,12 @@ def evaluate_linear_probe(
     metrics.append(metric("accuracy (classifier of the base)", "higher", reference["accuracy"], kept["accuracy"]))
     record = {
         "method": "logistic regression on embeddings",
-        "length": options["max_length"],
-        "dtype": dtype,
-        "limit": limit,
+        "length": length,
+        "dtype": options.dtype,
+        "limit": options.limit,
         "per_class": per_class,
         "draws": DRAWS,
-        "seed": seed,
+        "seed": options.seed,
         "prompt": prompt,
         "training": asdict(training.data),
     }
@@ -221,14 +194,9 @@ def classification_prompt(folder: Path) -> str:
     return str(known.get(TASK) or known.get(str(config.get("default_prompt_name")).lower()) or "")
 
 
-def _load(
-    task: str,
-    data: str | Path | None,
-    train_data: str | Path | None,
-    columns: Sequence[str] | None,
-    limit: int | None,
-) -> tuple[LabelledTexts, LabelledTexts, int]:
+def _load(task: str, options: EvaluationOptions) -> tuple[LabelledTexts, LabelledTexts, int]:
     """Return training and test texts, and how many examples of each class are drawn by default."""
+    data, train_data, columns, limit = options.data, options.train_data, options.columns, options.limit
     name = task.partition(":")[2]
     per_class = PER_CLASS
     if data is not None and train_data is not None:

@@ -20,6 +20,7 @@ from ..foundation.processes import Processes
 from ..foundation.progress import stage
 from ..metrics.agreement import sentence_embeddings
 from ..metrics.scores import require
+from .options import EvaluationOptions
 from .pair import Pair
 from .records import Data, Evaluation, metric
 
@@ -57,17 +58,7 @@ def is_retrieval(task: str | None) -> bool:
     return task is not None and task.partition(":")[0].lower() == TASK
 
 
-def evaluate_retrieval(
-    pair: Pair,
-    task: str,
-    *,
-    data: str | Path | None,
-    limit: int | None,
-    batch_size: int,
-    dtype: str,
-    processes: Processes,
-    progress: bool,
-) -> list[Evaluation]:
+def evaluate_retrieval(pair: Pair, task: str, options: EvaluationOptions, processes: Processes) -> list[Evaluation]:
     """Return base and compressed model on retrieval, an evaluation for each set.
 
     Besides both models with their own documents, compressed queries search the base's documents: an index that was built
@@ -76,27 +67,24 @@ def evaluate_retrieval(
     Args:
         pair: base and compressed model.
         task: see `is_retrieval`.
-        data: a folder with `FILES`, as BEIR has them; None for the sets on the Hub.
-        limit: so many queries at most, from the beginning; all documents are searched.
-        batch_size: texts in one forward pass.
-        dtype: to compute in.
+        options: `data` is a folder with `FILES`, as BEIR has them, or None for the sets on the Hub; `limit` is of queries,
+            and all documents are searched.
         processes: that share the work.
-        progress: show progress bars.
 
     Raises:
         CompressionError: there is no such set, or its data cannot be read.
     """
+    data, limit, dtype = options.data, options.limit, options.dtype
     require(*(("datasets",) if data is None else ()))
     with stage("reading the task's data"):
         sets = [_from_folder(Path(data), limit)] if data is not None else [_from_hub(n, limit) for n in _names(task)]
     prompts = query_and_document_prompts(pair.base.folder)
-    options: dict[str, Any] = {"batch_size": batch_size, "processes": processes, "progress": progress}
     embedded: dict[str, list[tuple[Tensor, Tensor]]] = {}
     seconds: dict[str, float] = {}
     for name, loader in (("base", pair.load_base), ("compressed", pair.load_compressed)):
         started = time.perf_counter()
         model = loader(dtype=dtype).to(processes.device)
-        embedded[name] = [_embed(model, pair.tokenizer, each, prompts, options) for each in sets]
+        embedded[name] = [_embed(model, pair.tokenizer, each, prompts, options.forward(processes)) for each in sets]
         seconds[name] = round(time.perf_counter() - started, 3)
     found = []
     for i, each in enumerate(sets):

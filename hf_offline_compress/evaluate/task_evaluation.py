@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..architectures.families import family_of
@@ -16,6 +15,7 @@ from ..metrics.agreement import sentence_embeddings
 from ..metrics.scores import require, score, squad_scores
 from .classification import class_order, classifier_logits, predictions, texts_of
 from .fine_tuning import train
+from .options import EvaluationOptions
 from .pair import Pair
 from .question_answering import answers, make_windows, training_features
 from .records import Evaluation, metric
@@ -27,27 +27,13 @@ HEADS["question answering"] = "ForQuestionAnswering"
 Scores = dict[str, float]
 
 
-def evaluate_task(
-    pair: Pair,
-    task: Task,
-    *,
-    data: str | Path | None,
-    train_data: str | Path | None,
-    columns: Sequence[str] | None,
-    task_settings: TaskSettings,
-    fine_tune: bool,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    dtype: str,
-    processes: Processes,
-    progress: bool,
-) -> Evaluation:
-    """Return base and compressed model on a task; see `evaluate_folder` for the arguments.
+def evaluate_task(pair: Pair, task: Task, options: EvaluationOptions, processes: Processes) -> Evaluation:
+    """Return base and compressed model on a task.
 
     Raises:
         CompressionError: neither model has a head for the task and there is no fine-tuning, or the data do not fit.
     """
+    data, train_data, fine_tune, dtype = options.data, options.train_data, options.fine_tune, options.dtype
     require("sklearn", "scipy", *(("datasets",) if data is None else ()), *(("accelerate",) if fine_tune else ()))
     if fine_tune and data is not None and train_data is None:
         raise CompressionError("Fine-tuning on a file of your own needs --train-data (train_data=) beside --data.")
@@ -57,28 +43,36 @@ def evaluate_task(
         )
     if fine_tune and dtype != "float32":
         raise CompressionError(f"Fine-tuning is done in float32, not {dtype}; leave --dtype out.")
-    settings = task_settings.for_task(task, pair.tokenizer.model_max_length)
+    settings = (options.task_settings or TaskSettings()).for_task(task, pair.tokenizer.model_max_length)
     method = "fine-tuned" if fine_tune else _zero_shot_method(pair, task)
     with stage("reading the task's data"):
-        splits = load_splits(task, data, columns, limit)
-    training = load_training(task, train_data, columns, settings.limit) if fine_tune else None
+        splits = load_splits(task, data, options.columns, options.limit)
+    training = load_training(task, train_data, options.columns, settings.limit) if fine_tune else None
     found: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     for name, loader in (("base", pair.load_base), ("compressed", pair.load_compressed)):
         started, tokenizer = time.perf_counter(), pair.tokenizers[name]
-        model = _model(pair, task, loader, fine_tune, dtype, seed).to(processes.device)
+        model = _model(pair, task, loader, options).to(processes.device)
         if training:
             features = _features(task, training.examples, tokenizer, settings)
-            train(model, tokenizer, features, settings, seed=seed, processes=processes, progress=progress)
+            train(
+                model,
+                tokenizer,
+                features,
+                settings,
+                seed=options.seed,
+                processes=processes,
+                progress=options.progress,
+            )
         shown = pair.base.name if name == "base" else pair.contents.name
-        found[name] = _scores(model, tokenizer, task, splits, method, shown, settings, batch_size, processes, progress)
+        found[name] = _scores(model, tokenizer, task, splits, method, shown, settings, options.forward(processes))
         seconds[name] = round(time.perf_counter() - started, 3)
-    record: dict[str, Any] = {"method": method, "length": settings.length, "dtype": dtype, "limit": limit}
+    record: dict[str, Any] = {"method": method, "length": settings.length, "dtype": dtype, "limit": options.limit}
     if task.kind == "question answering":
         record["stride"] = settings.stride
     if training:
         record |= {
-            "seed": seed,
+            "seed": options.seed,
             "processes": processes.count,
             "fine_tuning": asdict(settings),
             "training": asdict(training.data),
@@ -110,27 +104,27 @@ def _zero_shot_method(pair: Pair, task: Task) -> str:
     )
 
 
-def _model(pair: Pair, task: Task, loader: Callable[..., Any], fine_tune: bool, dtype: str, seed: int) -> Any:
+def _model(pair: Pair, task: Task, loader: Callable[..., Any], options: EvaluationOptions) -> Any:
     """Return the model to evaluate or to fine-tune, on the CPU; a new head is drawn from the seed."""
-    if not fine_tune:
-        return loader(dtype=dtype)
+    if not options.fine_tune:
+        return loader(dtype=options.dtype)
     from transformers import set_seed
 
     family = family_of(pair.base.config)
-    architecture = next(head for head in family.heads if head.endswith(HEADS[task.kind]))
+    architecture = next(name for name in family.heads if name.endswith(HEADS[task.kind]))
     labels = dict(enumerate(task.labels or ("score",)))
-    options: dict[str, Any] = {}
+    head: dict[str, Any] = {}
     if task.kind != "question answering":
         problem = "single_label_classification" if task.labels else "regression"
-        options = {
+        head = {
             "id2label": labels,
             "label2id": {name: i for i, name in labels.items()},
             "problem_type": problem,
             "ignore_mismatched_sizes": True,
         }
-    set_seed(seed)
+    set_seed(options.seed)
     try:
-        return loader(architecture, dtype, new_head=True, **options)
+        return loader(architecture, options.dtype, new_head=True, **head)
     except RuntimeError as error:
         raise CompressionError(
             f"'{pair.contents.name}' cannot be given a new head for {task.name}: its own is compressed, and of another size."
@@ -161,12 +155,9 @@ def _scores(
     method: str,
     name: str,
     settings: Settings,
-    batch_size: int,
-    processes: Processes,
-    progress: bool,
+    options: dict[str, Any],
 ) -> Scores:
     """Return the metrics of one model on all splits."""
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
     found: Scores = {}
     for split in splits:
         examples = split.examples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,44 +18,12 @@ from ..metrics.predictions import PredictionAgreement, class_agreement, language
 from ..metrics.pseudo_perplexity import pseudo_perplexity
 from ..metrics.shared_units import byte_perplexity, word_perplexities
 from .classification import classifier_logits
+from .options import EvaluationOptions
 from .pair import Pair, language_model_kind
 from .records import Data, Evaluation, Metric, metric
+from .text_settings import TextSettings
 
 MEASURES = ("perplexity", "pseudo_perplexity", "agreement")
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How a model is evaluated on a text.
-
-    Attributes:
-        seed: of the choice of masked words.
-        share: of a line's tokens that are masked.
-        block: tokens of a line (by default 512) or of a causal model's window (1024), at most.
-        stride: tokens between the beginnings of windows; by default half a window.
-        min_tokens: lines with fewer are dropped, where words are masked.
-        max_length: tokens of a text, at most, where hidden states are compared.
-    """
-
-    seed: int = 0
-    share: float = 0.15
-    block: int | None = None
-    stride: int | None = None
-    min_tokens: int = 20
-    max_length: int = 128
-
-    def of(self, kind: str, positions: int) -> dict[str, Any]:
-        """Return the settings of a measure, with None replaced by its default.
-
-        Args:
-            kind: "masked", "causal" or "pseudo".
-            positions: tokens that the model takes.
-        """
-        if kind == "causal":
-            block = min(self.block or 1024, positions)
-            return {"block": block, "stride": self.stride or max(1, block // 2)}
-        of_lines = {"block": min(self.block or 512, positions), "min_tokens": self.min_tokens}
-        return of_lines if kind == "pseudo" else {"seed": self.seed, "share": self.share, **of_lines}
 
 
 def choose_measures(measures: Sequence[str] | None, architecture: str) -> tuple[str, ...]:
@@ -82,24 +50,21 @@ def evaluate_text(
     pair: Pair,
     text: CalibrationText,
     measures: Sequence[str],
-    settings: TextSettings,
-    *,
-    limit: int | None,
-    batch_size: int,
-    dtype: str,
+    options: EvaluationOptions,
     processes: Processes,
-    progress: bool,
 ) -> list[Evaluation]:
-    """Return base and compressed model on a text, an evaluation for each measure; see `evaluate_folder`.
+    """Return base and compressed model on a text, an evaluation for each measure.
 
     Raises:
         CompressionError: the text is unsuitable, e.g. since all lines are too short.
     """
+    dtype, limit = options.dtype, options.limit
+    settings = replace(options.text_settings or TextSettings(), seed=options.seed)
     texts = text.texts[:limit] if limit else text.texts
     models = {"base": pair.load_base(dtype=dtype), "compressed": pair.load_compressed(dtype=dtype)}
     for model in models.values():
         model.to(processes.device)
-    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
+    shared = options.forward(processes)
     found = []
     for name in measures:
         measure: Callable[..., Outcome] = _agreement if name == "agreement" else _perplexity
