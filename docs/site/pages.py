@@ -4,7 +4,11 @@ README.md is the overview. Links to these files, and from them into docs/, becom
 """
 
 import re
+from dataclasses import fields
+from html import escape
+from importlib import import_module
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -21,6 +25,8 @@ PAGES = {
 CARDS = sorted(path.parent.name for path in (ROOT / "model_cards").glob("*/README.md"))
 PAGES |= {f"model_cards/{name}/README.md": f"model_cards/{name}.md" for name in CARDS}
 CARD_LIST = "model_cards/index.md"
+# The heading of an options dataclass in the reference, and the first paragraph below it.
+OPTIONS = re.compile(r'<h3 id="(hf_offline_compress[\w.]*)\.(\w+Options)".*?</p>', re.DOTALL)
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)#\s\"]+)")
 
 
@@ -42,10 +48,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Say where the options are that docstrings take from the dataclass when the package is imported."""
-    return re.sub(
-        r"<p>\{options\}</p>|\{options\}", "They are the fields of the class of <code>options</code>, below.", html
-    )
+    """Show the fields of options dataclasses, whose texts stand in metadata and not in a docstring."""
+    return OPTIONS.sub(lambda match: match[0] + _fields(getattr(import_module(match[1]), match[2])), html)
+
+
+def _fields(kind: type[Any]) -> str:
+    """Return a table of what each option is for."""
+    rows = ""
+    for item in fields(kind):
+        text = re.sub(r"`(.+?)`", r"<code>\1</code>", escape(item.metadata["text"], quote=False))
+        name, typed, default = (f"<code>{escape(str(x))}</code>" for x in (item.name, item.type, repr(item.default)))
+        rows += f"<tr><td>{name}</td><td>{typed}</td><td>{text}</td><td>{default}</td></tr>"
+    head = "<th>Name</th><th>Type</th><th>Description</th><th>Default</th>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _without_metadata(text: str) -> str:
