@@ -55,11 +55,16 @@ def both(base, recipe, folder, **options):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "head"),
-    [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")],
+    ("model_type", "head", "depth"),
+    [
+        ("bert", "BertForMaskedLM", 2),
+        ("gpt2", "GPT2LMHeadModel", 2),
+        ("llama", "LlamaForCausalLM", 2),
+        ("llama", "LlamaForCausalLM", 1),
+    ],
 )
-def test_the_same_bytes(model_type, head, tmp_path):
-    base = save_shards(tmp_path / "base", model_type, head, layers=2)
+def test_the_same_bytes(model_type, head, depth, tmp_path):
+    base = save_shards(tmp_path / "base", model_type, head, layers=depth)
     whole, layers = both(base, "small", tmp_path, effort="fast", total_ratio=4)
     assert whole == layers
 

@@ -40,7 +40,8 @@ def test_names_of_the_presets():
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("6MB", 6_000_000), ("1.5 gb", 1_500_000_000), ("500 kB", 500_000), ("77", 77), (12, 12)]
+    ("text", "count"),
+    [("6MB", 6_000_000), ("1.5 gb", 1_500_000_000), ("500 kB", 500_000), ("77", 77), (12, 12), ("2TB", 2 * 10**12)],
 )
 def test_sizes_in_bytes(text, count):
     assert parse_bytes(text) == count
@@ -51,6 +52,7 @@ def test_sizes_in_bytes(text, count):
     ("changes", "message"),
     [
         ({"max_bytes": "6 apples"}, "'6 apples' is unknown"),
+        ({"max_bytes": "9" * 400 + "GB"}, "is unknown"),
         ({"max_bytes": 0}, "above 0"),
         ({"total_ratio": 1}, "would not make the model smaller"),
         ({"total_ratio": "four"}, "must be a number"),

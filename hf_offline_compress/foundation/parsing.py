@@ -111,7 +111,7 @@ def _has_branch(parts: Iterable[Any]) -> bool:
     )
 
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def parse_bytes(value: object) -> int:
@@ -122,7 +122,9 @@ def parse_bytes(value: object) -> int:
     """
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[bB]?)\s*", str(value))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kKmMgGtT]?[bB]?)\s*", str(value))
     if not match or match[2].lower() not in UNITS:
-        raise CompressionError(f"The size {value!r} is unknown; give bytes, or a number with kB, MB or GB, e.g. 6MB.")
+        raise CompressionError(
+            f"The size {value!r} is unknown; give bytes, or a number with kB, MB, GB or TB, e.g. 6MB."
+        )
     return int(float(match[1]) * UNITS[match[2].lower()])

@@ -198,8 +198,12 @@ class LayerPasses(Passes):
         """Return hidden states in the form in which layers give them, which is tried once."""
         if self._template is None:
             own: Any = type(self._layers[0]).forward
-            with self._present(self.of_layers[0]), torch.no_grad():
-                self._template = own(self._layers[0], hidden, *call.others, **call.options)
+            counting, self.counting = self.counting, False
+            try:
+                with self._present(self.of_layers[0]), torch.no_grad():
+                    self._template = own(self._layers[0], hidden, *call.others, **call.options)
+            finally:
+                self.counting = counting
         return (hidden, *[None] * (len(self._template) - 1)) if isinstance(self._template, tuple) else hidden
 
     def _forward(self, text: _Text, index: int) -> None:
