@@ -115,6 +115,11 @@ def test_compiled_paths_are_those_of_the_version_for_every_device(columns, rate,
     torch.testing.assert_close(found[0][1], found[1][1], rtol=2e-3, atol=0)
 
 
+def test_a_numba_that_cannot_be_imported_is_left_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hf_offline_compress.solvers.compiled_columns", None)
+    assert trellis._coder(torch.device("cpu")) is columns_.code_columns
+
+
 def test_without_numba_codes_are_as_good(monkeypatch):
     problem = Problem(SMALL, CALIBRATED, 4, (normal(40, 24),), input_moments=moments(24))
     compiled = solve(problem)

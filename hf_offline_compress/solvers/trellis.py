@@ -267,8 +267,10 @@ def _code(step: int, task: _Task) -> Code:
 def _coder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return what codes a block of columns on a device."""
     if device.type == "cpu" and find_spec("numba"):
-        from .compiled_columns import code_columns as compiled
-
+        try:
+            from .compiled_columns import code_columns as compiled
+        except (ImportError, SystemError):  # it is there, but not for this version of NumPy or Python
+            return code_columns
         return compiled
     return code_columns
 
