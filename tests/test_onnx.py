@@ -104,7 +104,7 @@ def test_layout(folders):
 @pytest.mark.parametrize(
     "options,sentence",
     [
-        (("--format", "gguf"), "The format 'gguf' is not known"),
+        (("--format", "gguf"), "The format 'gguf' is unknown; known: checkpoint, onnx."),
         (("--format", "onnx", "--weights", "int4"), "The weights 'int4' are not known; known are int8, float32, both."),
         (("--format", "onnx", "--opset", "11"), "The opset 11 is not supported; supported are 18 to 23."),
         (("--format", "onnx", "--dtype", "float16"), "The format 'onnx' has no dtype"),
