@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ..errors import CompressionError
 from ..foundation.files import read_json
@@ -28,12 +29,18 @@ def languages_of(folder: Path) -> tuple[str, ...]:
     return tuple(each.lower() for each in listed if isinstance(each, str) and each.lower() != "code")
 
 
+def read_prompts(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Return the prompts of a sentence-transformers base as its file has them, by name, and the name of the default one."""
+    found = read_json(folder / PROMPTS_FILE) or {}
+    prompts = found.get("prompts")
+    return prompts if isinstance(prompts, dict) else {}, found.get("default_prompt_name")
+
+
 def prompts_of(folder: Path) -> tuple[str, ...]:
     """Return the prompts that a sentence-transformers base puts before texts, each once, in order; empty if it has none.
 
     An empty prompt counts where there are others: texts of that kind are read as they are.
     """
-    prompts = (read_json(folder / PROMPTS_FILE) or {}).get("prompts")
-    named = [*prompts.values()] if isinstance(prompts, dict) else []
-    found = dict.fromkeys(each for each in named if isinstance(each, str) and len(each) <= PROMPT_CHARACTERS)
+    named, _ = read_prompts(folder)
+    found = dict.fromkeys(each for each in named.values() if isinstance(each, str) and len(each) <= PROMPT_CHARACTERS)
     return tuple(found) if any(found) else ()

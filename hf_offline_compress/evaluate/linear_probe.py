@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..base.texts import read_prompts
 from ..errors import CompressionError, listing
-from ..foundation.files import read_json
 from ..foundation.processes import Processes
 from ..foundation.progress import stage
 from ..metrics.agreement import sentence_embeddings
@@ -39,7 +39,6 @@ PER_CLASS = 8  # of all other data
 DRAWS = 10  # training sets drawn; their mean is reported
 ITERATIONS = 100
 LENGTH = 512  # tokens of a text, at most
-PROMPTS_FILE = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True)
@@ -188,10 +187,9 @@ def probe(
 
 def classification_prompt(folder: Path) -> str:
     """Return what a sentence-transformers base puts before texts to classify: its prompt of that name, or the default one."""
-    config = read_json(folder / PROMPTS_FILE) or {}
-    prompts = config.get("prompts")
-    known = {str(name).lower(): text for name, text in prompts.items()} if isinstance(prompts, dict) else {}
-    return str(known.get(TASK) or known.get(str(config.get("default_prompt_name")).lower()) or "")
+    prompts, default = read_prompts(folder)
+    known = {str(name).lower(): text for name, text in prompts.items()}
+    return str(known.get(TASK) or known.get(str(default).lower()) or "")
 
 
 def _load(task: str, options: EvaluationOptions) -> tuple[LabelledTexts, LabelledTexts, int]:

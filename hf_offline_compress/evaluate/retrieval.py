@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.texts import read_prompts
 from ..errors import CompressionError, listing
-from ..foundation.files import read_json
 from ..foundation.processes import Processes
 from ..foundation.progress import stage
 from ..metrics.agreement import sentence_embeddings
@@ -33,7 +33,6 @@ SETS = (
 )  # fmt: skip
 OWNER = "zeta-alpha-ai"
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
-PROMPTS_FILE = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,7 @@ def ndcg(scores: Tensor, judged: RetrievalSet) -> float:
 
 def query_and_document_prompts(folder: Path) -> tuple[str, str]:
     """Return what a sentence-transformers base puts before queries, and before documents; empty where it has none."""
-    prompts = (read_json(folder / PROMPTS_FILE) or {}).get("prompts")
-    known = prompts if isinstance(prompts, dict) else {}
+    known, _ = read_prompts(folder)
     return str(known.get("query") or ""), str(known.get("document") or known.get("passage") or "")
 
 
