@@ -11,7 +11,7 @@ from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.base.shards import Shards
 from hf_offline_compress.foundation.processes import Processes
 from hf_offline_compress.foundation.spilled import Spilled
-from hf_offline_compress.measure.passes import LayerPasses, Passes
+from hf_offline_compress.measure.passes import LayerPasses, Passes, Run
 from hf_offline_compress.solve.limit import check_alone, tell_peak
 
 # What every statistic is for: moments at inputs and outputs, and counts of tokens.
@@ -180,7 +180,7 @@ def test_what_is_computed_between_layers_is_noticed(base):
     passes = LayerPasses(model, shards, layout.prefix, layout.matrices, None)
     model.bert.encoder.layer.insert(1, Between())
     with pytest.raises(CompressionError, match="something is computed between them"):
-        passes.go([torch.tensor([[5, 6, 7]])], Sums(), lambda place, ids: model(input_ids=ids))
+        passes.go(Run([torch.tensor([[5, 6, 7]])], Sums(), lambda place, ids: model(input_ids=ids)))
     assert Passes.counting and all(parameter.is_meta for parameter in model.parameters())
 
 

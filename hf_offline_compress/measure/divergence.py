@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..architectures.families import is_language_model, objective_of
 from ..architectures.layout import Matrix
-from .passes import layer_names
+from .passes import forwards_replaced, layer_names
 from .sensitivity import has_logits
 from .statistics import CHOICES
 from .texts import Batch
@@ -166,7 +166,7 @@ class Divergence:
 
     def _moved(self, known: _Dense, first: int) -> float:
         """Return the difference between the model's and the dense model's output on a batch, summed over places."""
-        with _skipped(self._layers[:first], known.behind):
+        with forwards_replaced(self._layers[:first], lambda index, *_, **__: known.behind[index]):
             told = self._told(known)
         total = 0.0
         for (kind, dense), (_, now) in zip(known.told, told, strict=True):
@@ -220,15 +220,3 @@ class Divergence:
 
 def _count(places: Sequence[Tensor]) -> int:
     return sum(int(own.sum()) for own in places)
-
-
-@contextmanager
-def _skipped(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let layers return their earlier outputs without computing them."""
-    for layer, output in zip(layers, outputs, strict=False):
-        layer.forward = lambda *args, given=output, **options: given
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

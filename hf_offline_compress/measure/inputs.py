@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
-from .passes import Passes
+from .passes import Passes, Run
 from .sharing import Sums
 from .statistics import CHOICES, Statistics
 from .texts import Batch
@@ -89,7 +89,7 @@ def collect(
 
     try:
         with _without_logits(model):
-            passes.go(batches if handles else (), sums, run, enter=enter, done=done, progress=progress)
+            passes.go(Run(batches if handles else (), sums, run, enter, done, progress=progress))
     finally:
         for handle in handles:
             handle.remove()

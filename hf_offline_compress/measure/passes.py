@@ -33,6 +33,29 @@ def _nothing(*_: Any) -> None:
     pass
 
 
+@dataclass(frozen=True)
+class Run:
+    """What is done with the portions of a text.
+
+    Attributes:
+        portions: of the text, the same in every process.
+        sums: which hooks add to.
+        each: place and portion → runs the model, and where that is asked for backward.
+        enter: told the portion before any part of it runs, so that hooks know of it.
+        done: called whenever sums that were added to are complete.
+        backward: whether `each` does run backward.
+        progress: wraps what is gone through, e.g. in a progress bar.
+    """
+
+    portions: Sequence[Any]
+    sums: Sums
+    each: Callable[[int, Any], None]
+    enter: Callable[[Any], None] = _nothing
+    done: Callable[[], None] = _nothing
+    backward: bool = False
+    progress: Progress = iter
+
+
 class Passes:
     """Every portion runs through the whole model at once.
 
@@ -57,32 +80,12 @@ class Passes:
         """Return what keeps large statistics by their names."""
         return {}
 
-    def go(
-        self,
-        portions: Sequence[Any],
-        sums: Sums,
-        run: Callable[[int, Any], None],
-        *,
-        enter: Callable[[Any], None] = _nothing,
-        done: Callable[[], None] = _nothing,
-        backward: bool = False,
-        progress: Progress = iter,
-    ) -> None:
-        """Run all portions.
-
-        Args:
-            portions: of the text, the same in every process.
-            sums: which hooks add to.
-            run: place and portion → runs the model, and where that is asked for backward.
-            enter: told the portion before any part of it runs, so that hooks know of it.
-            done: called whenever sums that were added to are complete.
-            backward: whether `run` does run backward.
-            progress: wraps what is gone through, e.g. in a progress bar.
-        """
-        for place, portion in sums.over(portions, progress):
-            enter(portion)
-            run(place, portion)
-        done()
+    def go(self, run: Run) -> None:
+        """Run all portions."""
+        for place, portion in run.sums.over(run.portions, run.progress):
+            run.enter(portion)
+            run.each(place, portion)
+        run.done()
 
 
 class LayerPasses(Passes):
@@ -128,31 +131,21 @@ class LayerPasses(Passes):
         """See the base class."""
         return Spilled(self._scratch)
 
-    def go(
-        self,
-        portions: Sequence[Any],
-        sums: Sums,
-        run: Callable[[int, Any], None],
-        *,
-        enter: Callable[[Any], None] = _nothing,
-        done: Callable[[], None] = _nothing,
-        backward: bool = False,
-        progress: Progress = iter,
-    ) -> None:
+    def go(self, run: Run) -> None:
         """See the base class.
 
         Raises:
             CompressionError: the model computes something between its layers.
         """
-        text = _Text(portions, run, enter, backward, Spilled(self._scratch))
+        text = _Text(run, Spilled(self._scratch))
         forwards = [partial(self._forward, text, i) for i in range(len(self._layers))]
         backwards = [partial(self._backward, text, i) for i in range(len(self._layers))]
         steps: list[Callable[[], None]] = [lambda: self._record(text), *forwards, lambda: self._end(text)]
-        if backward:
+        if run.backward:
             steps += [*reversed(backwards), lambda: self._begin(text)]
-        for step in progress(steps) if portions else ():
+        for step in run.progress(steps) if run.portions else ():
             step()
-            done()
+            run.done()
             release_memory()
 
     def _record(self, text: _Text) -> None:
@@ -160,7 +153,7 @@ class LayerPasses(Passes):
         self.counting = False
         try:
             with self._present(self.outside):
-                for place in range(len(text.portions)):
+                for place in range(len(text.run.portions)):
                     hidden, calls = self._calls(text, place, self._layers)
                     text.hidden.append(hidden.detach())
                     text.calls.append(calls)
@@ -186,9 +179,9 @@ class LayerPasses(Passes):
                 raise _Reached
             return self._like(hidden, call)
 
-        with _replaced(layers, called):
+        with forwards_replaced(layers, called):
             try:
-                text.run(place)
+                text.each(place)
             except _Reached:
                 assert first is not None
                 return first, calls
@@ -208,10 +201,10 @@ class LayerPasses(Passes):
 
     def _forward(self, text: _Text, index: int) -> None:
         with self._present(self.of_layers[index]):
-            for place, portion in enumerate(text.portions):
-                text.enter(portion)
+            for place, portion in enumerate(text.run.portions):
+                text.run.enter(portion)
                 hidden = text.hidden[place]
-                if text.backward:  # the graph is dropped, but the kernels are those of a run with one
+                if text.run.backward:  # the graph is dropped, but the kernels are those of a run with one
                     text.inputs[index, place] = hidden
                     hidden = hidden.requires_grad_()
                 text.hidden[place] = self._run(index, text.calls[place][index], hidden).detach()
@@ -224,20 +217,20 @@ class LayerPasses(Passes):
     def _end(self, text: _Text) -> None:
         """Run what comes before and behind the layers; all that hooks see there counts now."""
         with self._present(self.outside):
-            for place, portion in enumerate(text.portions):
-                text.enter(portion)
-                hidden, call = text.hidden[place].requires_grad_(text.backward), text.calls[place][0]
+            for place, portion in enumerate(text.run.portions):
+                text.run.enter(portion)
+                hidden, call = text.hidden[place].requires_grad_(text.run.backward), text.calls[place][0]
                 given = self._like(hidden, call)
-                with _replaced(self._layers, lambda *args, given=given, **options: given):
-                    text.run(place)
-                if text.backward:
+                with forwards_replaced(self._layers, lambda *args, given=given, **options: given):
+                    text.each(place)
+                if text.run.backward:
                     text.gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
         text.hidden.clear()
 
     def _backward(self, text: _Text, index: int) -> None:
         with self._present(self.of_layers[index]):
-            for place, portion in enumerate(text.portions):
-                text.enter(portion)
+            for place, portion in enumerate(text.run.portions):
+                text.run.enter(portion)
                 hidden = text.inputs.pop((index, place)).requires_grad_()
                 self._run(index, text.calls[place][index], hidden).backward(text.gradients[place])
                 assert hidden.grad is not None
@@ -246,8 +239,8 @@ class LayerPasses(Passes):
     def _begin(self, text: _Text) -> None:
         """Go back from the first layer's inputs into the embeddings."""
         with self._present(self.outside):
-            for place, portion in enumerate(text.portions):
-                text.enter(portion)
+            for place, portion in enumerate(text.run.portions):
+                text.run.enter(portion)
                 hidden, _ = self._calls(text, place, self._layers[:1])
                 if hidden.requires_grad:
                     hidden.backward(text.gradients[place])
@@ -303,28 +296,22 @@ class _Text:
     """A text on its way through the layers.
 
     Attributes:
+        run: what is done with its portions.
         calls: of each portion, what its layers are called with.
         hidden: of each portion, the hidden states that it has come to.
         inputs: layer and place of a portion → the hidden states that go in.
         gradients: of each portion, at the outputs of the layer that it has come back to.
     """
 
-    def __init__(
-        self,
-        portions: Sequence[Any],
-        run: Callable[[int, Any], None],
-        enter: Callable[[Any], None],
-        backward: bool,
-        inputs: MutableMapping[Any, Tensor],
-    ) -> None:
-        self.portions, self.enter, self.backward, self.inputs = portions, enter, backward, inputs
-        self._run = run
+    def __init__(self, run: Run, inputs: MutableMapping[Any, Tensor]) -> None:
+        self.run, self.inputs = run, inputs
         self.calls: list[list[_Call]] = []
         self.hidden: list[Tensor] = []
         self.gradients: list[Tensor] = []
 
-    def run(self, place: int) -> None:
-        self._run(place, self.portions[place])
+    def each(self, place: int) -> None:
+        """Run a portion through the model."""
+        self.run.each(place, self.run.portions[place])
 
 
 class _Reached(Exception):  # noqa: N818 - no error: a run has come as far as it should
@@ -332,7 +319,7 @@ class _Reached(Exception):  # noqa: N818 - no error: a run has come as far as it
 
 
 @contextmanager
-def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def forwards_replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Let `forward(index, *args, **options)` stand for the forward passes of layers."""
     for index, layer in enumerate(layers):
         layer.forward = lambda *args, index=index, **options: forward(index, *args, **options)

@@ -20,7 +20,7 @@ from ..architectures.families import objective_of
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
 from ..plan.make import SEVERAL_INPUTS
-from .passes import Passes
+from .passes import Passes, Run
 from .sharing import Sums
 from .statistics import CHOICES, Sensitivity
 from .texts import Batch
@@ -99,7 +99,7 @@ def measure_sensitivity(
 
     try:
         with torch.enable_grad(), _frozen(model):
-            passes.go(portions, sums, run, enter=enter, done=done, backward=True, progress=progress)
+            passes.go(Run(portions, sums, run, enter, done, backward=True, progress=progress))
     finally:
         for handle in handles:
             handle.remove()
