@@ -39,7 +39,7 @@ def export(
     """Write FOLDER for other tools: as a stock dense checkpoint, or as ONNX files that are as small as it is."""
 
     def work() -> None:
-        from ..export.dense import EXPORT_FILE
+        from ..artifact.reading import EXPORT_FILE
         from ..export.exporting import check_export, export_folder
 
         options: dict[str, Any] = {

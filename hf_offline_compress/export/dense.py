@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.families import FAMILIES
 from ..architectures.layout import ParameterLayout
 from ..architectures.stock import layout_of_config
-from ..artifact.reading import ADVICE, REPORT_FILE, compressed_config
+from ..artifact.reading import ADVICE, EXPORT_FILE, REPORT_FILE, compressed_config
 from ..base.checkpoint import COMPANIONS, check_fit, copy_companions, drop_absent, quiet_transformers
 from ..errors import CompressionError, listing, refusing
 from ..foundation import files
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-EXPORT_FILE = "export.json"
 # What an export writes beside companions, and so is replaced with it.
 WRITTEN = re.compile(
     rf"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{EXPORT_FILE}|{REPORT_FILE}|"

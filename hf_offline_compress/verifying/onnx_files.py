@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from ..artifact.reading import ONNX_FOLDER, is_part
+from ..artifact.reading import EXPORT_FILE, ONNX_FOLDER, is_part
 from ..artifact.record import fingerprint, weight_files
 from ..artifact.sizes import folder_files
 from ..foundation.files import read_json
 from .checks import Check, outcome
-
-EXPORT_FILE = "export.json"
 
 
 def onnx_checks(folder: Path) -> list[Check]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...architectures.families import objective_of
-from ...artifact.reading import ADVICE, ONNX_FOLDER, REPORT_FILE, compressed_config, is_part
+from ...artifact.reading import ADVICE, EXPORT_FILE, ONNX_FOLDER, REPORT_FILE, compressed_config, is_part
 from ...artifact.record import fingerprint, weight_files
 from ...base.checkpoint import copy_companions
 from ...errors import CompressionError, listing, needs_extra
@@ -20,7 +20,7 @@ from ...foundation.files import whole_folder
 from ...foundation.progress import stage
 from ...foundation.tensor_files import check_weights
 from ...runtime.architectures_compressed import CLASS_PREFIX, architecture_of
-from ..dense import EXPORT_FILE, check_target, compressed_model, is_export, keep_own, stock_model
+from ..dense import check_target, compressed_model, is_export, keep_own, stock_model
 
 # What products are made with → the file that loaders look for.
 FILES = {"int8": "onnx/model_quantized.onnx", "float32": "onnx/model.onnx"}
