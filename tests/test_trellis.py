@@ -120,6 +120,19 @@ def test_a_numba_that_cannot_be_imported_is_left_alone(monkeypatch):
     assert trellis._coder(torch.device("cpu")) is columns_.code_columns
 
 
+def test_what_is_done_part_by_part_is_the_same_as_at_once(monkeypatch):
+    problem = Problem(
+        Trellis(state_bits=8, outliers=0.01), CALIBRATED, 4, (normal(40, 24) ** 3,), input_moments=moments(24)
+    )
+    whole = solve(problem)
+    monkeypatch.setattr(trellis, "NUMBERS_AT_ONCE", 7)
+    monkeypatch.setattr(trellis, "ROWS_AT_ONCE", 3)
+    parts = solve(problem)
+    assert len(whole.members[0]["outlier_values"]) == 10
+    for name, tensor in whole.members[0].items():
+        assert tensor.equal(parts.members[0][name]), name
+
+
 def test_without_numba_codes_are_as_good(monkeypatch):
     problem = Problem(SMALL, CALIBRATED, 4, (normal(40, 24),), input_moments=moments(24))
     compiled = solve(problem)

@@ -42,7 +42,7 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
     An embedding may be most of a model: little of its size is held at a time.
     """
     task = _task(problems)
-    total = (_row_products(*[task.shaped(task.weights)] * 2) * task.importance).sum(dim=1)
+    total = (_squared_norms(task.shaped(task.weights)) * task.importance).sum(dim=1)
     outliers = _take_outliers(task, task.structure.outlier_count(problems[0].shape))
     scales, _, _ = _rounded_scales(_row_squares(task.weights).sqrt())
     task = _in_classes(task)
@@ -51,11 +51,11 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
     streams = _encode(task.sorted(task.weights / scales[..., None]), task.sorted(weights), task)
     wanted = task.shaped(task.sorted(task.weights))
     reached = task.shaped(_decoded(streams, task))
-    best = _row_products(reached, wanted) / _row_products(reached, reached).clamp_min(TINY)
+    best = _row_products(reached, wanted) / _squared_norms(reached).clamp_min(TINY)
     best = torch.where(best > 0, best, task.sorted(scales))
     scales, codes, bounds = _rounded_scales(torch.empty_like(best).scatter_(1, task.order, best))
     left = reached.mul_(task.sorted(scales)[..., None]).sub_(wanted)
-    lost = (_row_products(left, left) * task.sorted(task.importance)).sum(dim=1)
+    lost = (_squared_norms(left) * task.sorted(task.importance)).sum(dim=1)
     del reached, wanted, left
     found = []
     for i, problem in enumerate(problems):
@@ -194,9 +194,14 @@ def _row_products(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([(one * other).sum(dim=2) for one, other in pairs], dim=1)
 
 
+def _squared_norms(rows: Tensor) -> Tensor:
+    """Return the sums of squares of rows [members, rows, columns]."""
+    return _row_products(rows, rows)
+
+
 def _row_squares(rows: Tensor) -> Tensor:
     """Return the mean squares of rows [members, rows, columns]."""
-    return _row_products(rows, rows) / rows.shape[2]
+    return _squared_norms(rows) / rows.shape[2]
 
 
 def _rounded_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
