@@ -520,17 +520,16 @@ def _measurable(model: PreTrainedModel, device: str | torch.device | None, *, ou
     Layers take sequences whole for the while: `chunk_size_feed_forward` cuts them to save memory in use, and what is
     measured are the inputs of all places.
     """
-    home: torch.device | None = next(model.parameters()).device
-    was_training = model.training
+    home, was_training = next(model.parameters()).device, model.training
     chunked: list[tuple[Any, int]] = [
         (module, size) for module in model.modules() if (size := getattr(module, "chunk_size_feed_forward", 0))
     ]
     for module, _ in chunked:
         module.chunk_size_feed_forward = 0
-    if home is not None and home.type == "meta":
-        home = None  # its weights are read where they are needed
     try:
-        yield model.to(torch.device(device or home)).eval() if home else model.eval()  # type: ignore[arg-type]
+        if home.type != "meta":  # or its weights are read where they are needed
+            model.to(torch.device(device or home))  # type: ignore[arg-type]
+        yield model.eval()
     finally:
         if not ours:
             model.to(home).train(was_training)  # type: ignore[arg-type]

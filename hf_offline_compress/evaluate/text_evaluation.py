@@ -133,7 +133,7 @@ def _perplexity_by_units(
     """
     if kind == "pseudo":
         raise CompressionError(
-            f"The vocabulary of '{pair.contents.name}' was pruned, so its tokens differ from the base's, and  "
+            f"The vocabulary of '{pair.contents.name}' was pruned, so its tokens differ from the base's, and "
             "pseudo_perplexity, which masks one token at a time, would not compare; choose perplexity, by whole words."
         )
     tokenizers = pair.tokenizers
