@@ -21,6 +21,7 @@ from inputs import inputs_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
+from hf_offline_compress import compress
 from hf_offline_compress.architectures.families import FAMILIES, objective_of
 from hf_offline_compress.structures import Autoencoder, Training
 
@@ -152,6 +153,13 @@ def save_inputs(folder, recipe):
     (folder / "mine.yaml").write_text(recipe)
     (folder / "text.txt").write_text("\n".join(TEXTS))
     return folder / "base", folder / "mine.yaml", folder / "text.txt"
+
+
+def save_pair(folder):
+    """Save a BERT and its SVD into a folder that is made, and return both."""
+    base = save_base(folder / "base", "bert", "BertModel")
+    compress(base, "svd", calibration=None, ratio=2, progress=False).save(folder / "small")
+    return base, folder / "small"
 
 
 def content(folder):

@@ -5,11 +5,11 @@ import csv
 import numpy as np
 import pytest
 import torch
-from common import save_base
+from common import save_pair
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
-from hf_offline_compress import CompressionError, compress, evaluate_folder
+from hf_offline_compress import CompressionError, evaluate_folder
 from hf_offline_compress.artifact.reading import read_evaluation
 from hf_offline_compress.evaluate import TaskSettings
 from hf_offline_compress.evaluate.linear_probe import DRAWS, classification_prompt, draws, probe
@@ -22,10 +22,7 @@ ROWS = [*((text, "animal") for text in ANIMALS), *((text, "sky") for text in SKY
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    base = save_base(tmp_path_factory.mktemp("classes") / "base", "bert", "BertModel")
-    folder = base.parent / "small"
-    compress(base, "svd", calibration=None, ratio=2, progress=False).save(folder)
-    return base, folder
+    return save_pair(tmp_path_factory.mktemp("classes"))
 
 
 def write(path, rows, header=("text", "label")):

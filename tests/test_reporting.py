@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from common import save_base
+from common import save_pair
 
-from hf_offline_compress import CompressionError, compress, evaluate_folder
+from hf_offline_compress import CompressionError, evaluate_folder
 from hf_offline_compress.card.inputs import CardInputs
 from hf_offline_compress.errors import UnsavedError
 from hf_offline_compress.evaluate import reporting
@@ -84,10 +84,7 @@ def test_bars_are_as_long_as_their_numbers(inputs):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    base = save_base(tmp_path_factory.mktemp("reports") / "base", "bert", "BertModel")
-    folder = base.parent / "small"
-    compress(base, "svd", calibration=None, ratio=2, progress=False).save(folder)
-    return base, folder
+    return save_pair(tmp_path_factory.mktemp("reports"))
 
 
 def test_a_report_is_written_with_all_evaluations_and_replaced(pair, tmp_path):
