@@ -9,6 +9,7 @@ from common import TEXTS, make_model, make_tokenizer
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, make_plan
 from hf_offline_compress.allocate.measured import _by_measure
+from hf_offline_compress.allocate.neighbours import neighbours
 from hf_offline_compress.architectures.families import objective_of
 from hf_offline_compress.architectures.stock import layout_of_model
 from hf_offline_compress.artifact.report import GroupReport
@@ -165,6 +166,9 @@ class Script:
     def of(self, replaced, every=1):
         return self.together.pop(0) if every == 1 else self.alone.pop(0)
 
+    def work(self, matrices, every=1):
+        return 1.0
+
     def solve(self, plan):
         self.solved.append([(group.name, group.size) for group in plan.groups])
         tensors = {name: torch.zeros(shape) for name, (shape, _) in plan.tensors().items()}
@@ -177,7 +181,7 @@ class Script:
         return tensors, reports, {}
 
     def run(self, rounds):
-        return _by_measure(self, self, self.solve, rounds)
+        return _by_measure(self, self, self.solve, replace(EFFORTS["default"], rounds=rounds))
 
 
 @pytest.fixture
@@ -188,12 +192,13 @@ def planned():
 
 
 def test_forecasts_are_corrected_by_the_root_of_what_they_are_off_by(planned):
-    script = Script(planned, [2, 3], alone=[0.8, 0.05, 0.2, 0.2], together=[1.0, 0.9])
+    script = Script(planned, [2, 3], alone=[0.8, 0.05], together=[1.0, 0.9])
     _, (_, reports, _), rounds = script.run(1)
     first, second = (group.name for group in planned.groups)
     # forecast 0.5 × 0.4 = 0.2: measured four times as much, and a quarter
     assert script.asked == [({}, {}), ({first: pytest.approx(2.0), second: pytest.approx(0.5)}, {})]
-    assert [(r.forecast, r.measured) for r in reports] == [(0.2, 0.2)] * 2
+    # Nothing is allocated after the last round, so groups keep the figures of the one before.
+    assert [(r.forecast, r.measured) for r in reports] == [(0.2, 0.8), (0.2, 0.05)] and not script.alone
     assert [(step.forecast, step.measured) for step in rounds] == [(pytest.approx(0.4), 1.0), (pytest.approx(0.4), 0.9)]
 
 
@@ -214,3 +219,45 @@ def test_a_group_that_zeros_would_be_nearer_to_must_get_more(planned):
     script = Script(planned, [2, 3], alone=[0.2] * 4, together=[1.0, 0.9], error=1.2)
     script.run(1)
     assert script.asked[1][1] == {group.name: group.stored_bytes for group in script.plans[0].groups}
+
+
+def test_work_is_that_of_the_layers_behind_and_the_head():
+    model = make_model("bert", "BertForMaskedLM")
+    layout = layout_of_model(model)
+    batch = batch_of()
+    divergence = Divergence(model, layout.matrices, [batch, batch], prefix=layout.prefix, mask_token=MASK)
+    layers = model.bert.encoder.layer
+    tokens, places = int(batch.attention_mask.sum()), int((batch.input_ids * batch.attention_mask == MASK).sum())
+    head = places * model.get_output_embeddings().weight.numel()
+    for matrix in layout.matrices:
+        if matrix.layer is not None or matrix.embedding:
+            behind = sum(p.numel() for layer in layers[matrix.layer or 0 :] for p in layer.parameters())
+            assert divergence.work([matrix], 2) == 2 * (tokens * behind + head)
+
+
+def planned_of(layers):
+    model = make_model("bert", "BertModel", layers=layers)
+    recipe = Recipe("x", (Rule(LowRank()),), modules=("query", "key", "word_embeddings"))
+    return make_plan(model.config.to_dict(), recipe, architecture="BertModel").groups
+
+
+@pytest.mark.parametrize("allowed,sets", [(13, 13), (12, 11), (7, 7), (2, 3)])
+def test_neighbours_are_measured_together_where_each_alone_would_take_too_long(allowed, sets):
+    groups = planned_of(6)
+    found = neighbours(groups, lambda _: 1.0, allowed)
+    assert len(found) == sets and sorted(g.name for part in found for g in part) == sorted(g.name for g in groups)
+    for part in found:
+        layers = [group.matrices[0].layer for group in part]
+        assert len({group.matrices[0].kind for group in part}) == 1
+        assert layers == [None] or layers == list(range(layers[0], layers[-1] + 1))
+    assert max(map(len, found)) - min(len(part) for part in found if part[0].matrices[0].layer is not None) <= 1
+
+
+def test_neighbours_share_what_they_cost(planned):
+    both = [replace(g, matrices=(replace(g.matrices[0], kind="query", layer=i),)) for i, g in enumerate(planned.groups)]
+    script = Script(replace(planned, groups=tuple(both)), [2, 3], alone=[0.9], together=[1.0, 0.9])
+    script.forecast = lambda group: 0.2 if group.name == both[0].name else 0.4
+    script.work = lambda matrices, every: 0.6 * EFFORTS["default"].checking * sum(g.parameters for g in both)
+    _, (_, reports, _), _ = script.run(1)
+    assert [r.measured for r in reports] == [pytest.approx(0.3), pytest.approx(0.6)]  # expected were 0.1 and 0.2
+    assert script.asked[1][0] == {group.name: pytest.approx(3**0.5) for group in both}

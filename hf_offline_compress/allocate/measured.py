@@ -1,15 +1,15 @@
 """Allocation by measured loss: allocate, solve, measure each group separately, and allocate again.
 
 A forecast to second order is wrong by a factor that differs from group to group: large errors cost more than it says, small
-ones less, and neighbouring tokens are not independent. So each group is put into the dense model as it was coded, and its
-forecast is multiplied by the root of what it is off by, which damps the noise of few tokens. Losses do not quite add up
-either: which allocation is kept is decided by the divergence of everything together.
+ones less, and neighbouring tokens are not independent. So each group is put into the dense model as it was coded, in deep
+models with its neighbours, and its forecast is multiplied by the root of what it is off by, which damps the noise of few
+tokens. Losses do not quite add up either: which allocation is kept is decided by the divergence of everything together.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,8 +19,9 @@ from ..artifact.building import factors_among, reconstructed
 from ..artifact.report import GroupReport
 from ..measure.divergence import Divergence
 from ..plan.groups import Group, Plan
-from ..request.effort import EFFORTS
+from ..request.effort import EFFORTS, Effort
 from .apply import Offers
+from .neighbours import neighbours
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,13 @@ def allocated_and_solved(
         solve: solves the groups of a plan.
     """
     if offers and divergence:
-        return _by_measure(offers, divergence, solve, EFFORTS[plan.recipe.effort].rounds)
+        return _by_measure(offers, divergence, solve, EFFORTS[plan.recipe.effort])
     sized = offers.sized() if offers else plan
     return sized, solve(sized), []
 
 
 def _by_measure(
-    offers: Offers, divergence: Divergence, solve: Callable[[Plan], Outcome], rounds: int
+    offers: Offers, divergence: Divergence, solve: Callable[[Plan], Outcome], effort: Effort
 ) -> tuple[Plan, Outcome, list[Round]]:
     """Return the plan whose groups together were measured to lose least, its groups solved, and all rounds.
 
@@ -91,7 +92,8 @@ def _by_measure(
         offers: what groups may become.
         divergence: the dense model, to measure against.
         solve: solves the groups of a plan.
-        rounds: allocations by what was measured, at most; it ends as soon as one is no better than the one before.
+        effort: how many allocations by what was measured, at most, and what measuring may cost; it ends as soon as one is no
+            better than the one before.
     """
     prefix = offers.plan.layout.prefix
     factors: dict[str, float] = {}
@@ -99,7 +101,7 @@ def _by_measure(
     known: dict[Group, _Tried] = {}
     best: tuple[Plan, list[_Tried]] | None = None
     history: list[Round] = []
-    for _ in range(rounds + 1):
+    for left in range(effort.rounds, -1, -1):
         plan = offers.sized(factors, least)
         new = [group for group in plan.groups if group not in known]
         tensors, reports, wider = solve(replace(plan, groups=tuple(new)))
@@ -110,10 +112,8 @@ def _by_measure(
                 *group.decoder_tensors(prefix),
                 *(n for m in group.matrices for n in group.member_tensors(m, prefix)),
             ]
-            tried = _Tried(group, {name: tensors[name] for name in names}, report)
-            forecast = divergence.of_curvature * offers.forecast(group)
-            measured = divergence.of(tried.weights(prefix), EVERY)
-            known[group] = replace(tried, report=replace(report, forecast=forecast, measured=measured))
+            report = replace(report, forecast=divergence.of_curvature * offers.forecast(group))
+            known[group] = _Tried(group, {name: tensors[name] for name in names}, report)
         found = [known[group] for group in plan.groups]
         measured = divergence.of([pair for tried in found for pair in tried.weights(prefix)])
         history.append(Round(sum(tried.report.forecast or 0.0 for tried in found), measured))
@@ -121,12 +121,47 @@ def _by_measure(
         if best is not None and measured >= min(step.measured for step in history[:-1]):
             break
         best = plan, found
+        if not left:  # what groups cost by themselves would change nothing any more
+            break
+        unknown = [tried for tried in found if tried.report.measured is None]
+        allowed = effort.checking * sum(group.parameters for group in plan.groups)
+        known |= {tried.group: tried for tried in _measured(unknown, divergence, prefix, factors, allowed)}
+        found = [known[group] for group in plan.groups]
+        best = plan, found
         for tried in found:
             _learn(tried, factors, least)
     assert best is not None
     plan, found = best
     together = {name: tensor for tried in found for name, tensor in tried.tensors.items()}
-    return plan, (together, [tried.report for tried in found], {}), history
+    return plan, (together, [_last_measured(tried, known.values()) for tried in found], {}), history
+
+
+def _measured(
+    unknown: Sequence[_Tried], divergence: Divergence, prefix: str, factors: Mapping[str, float], allowed: float
+) -> Iterator[_Tried]:
+    """Measure groups; those that are measured together share what they cost by what was expected of each."""
+    by_group = {tried.group: tried for tried in unknown}
+
+    def work(groups: Sequence[Group]) -> float:
+        return divergence.work([matrix for group in groups for matrix in group.matrices], EVERY)
+
+    for groups in neighbours(list(by_group), work, allowed):
+        some = [by_group[group] for group in groups]
+        cost = divergence.of([pair for tried in some for pair in tried.weights(prefix)], EVERY)
+        expected = [factors.get(tried.group.name, 1.0) * (tried.report.forecast or 0.0) + NOTHING for tried in some]
+        for tried, own in zip(some, expected, strict=True):
+            yield replace(tried, report=replace(tried.report, measured=cost * own / sum(expected)))
+
+
+def _last_measured(tried: _Tried, known: Iterable[_Tried]) -> GroupReport:
+    """Return a group's report, with forecast and loss at the last size at which they were compared."""
+    if tried.report.measured is not None:
+        return tried.report
+    before = [
+        other.report for other in known if other.group.name == tried.group.name and other.report.measured is not None
+    ]
+    checked = before[-1] if before else tried.report
+    return replace(tried.report, forecast=checked.forecast, measured=checked.measured)
 
 
 def _learn(tried: _Tried, factors: dict[str, float], least: dict[str, int]) -> None:

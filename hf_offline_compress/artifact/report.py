@@ -47,8 +47,9 @@ class GroupReport:
         seconds: time to solve it.
         notes: what the solver said.
         forecast: what the group alone was expected to cost the model's output, where it was measured too; in the unit of
-            `measured`.
-        measured: what it really does: nats a token where there are logits, squared error of a token's hidden states else.
+            `measured`, and at the same size: the last one that was followed by another allocation.
+        measured: what it really does: nats a token where there are logits, squared error of a token's hidden states else. In
+            deep models, its share of what it costs together with its neighbours.
     """
 
     name: str

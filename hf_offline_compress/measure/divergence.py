@@ -119,6 +119,15 @@ class Divergence:
             moved = sum(self._moved(known, first) for known in some)
         return moved * self._stands_for / sum(int(known.mask.sum()) for known in some)
 
+    def work(self, matrices: Sequence[Matrix], every: int = 1) -> float:
+        """Return roughly how many operations `of` takes for these matrices: two for each weight and token behind them."""
+        first, some = min(map(self._layer_of, matrices)), self._known[::every]
+        layers = self._layers[first:] if self._layers else [self._base]
+        behind = sum(p.numel() for layer in layers for p in layer.parameters())
+        words = self._model.get_output_embeddings() if self._headed else None
+        head = 0 if words is None else words.weight.numel()
+        return 2.0 * (_count([known.mask for known in some]) * behind + _count([known.places for known in some]) * head)
+
     def _layer_of(self, matrix: Matrix) -> int:
         """Return the first layer that has to be computed again."""
         if matrix.layer is not None:
