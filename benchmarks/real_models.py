@@ -37,10 +37,10 @@ PROMPTS = (
 PAIRS, ANSWER, LINES, WINDOW = 400, 48, 300, 256
 
 
-def pairs(path: Path) -> list[tuple[str, str, float]]:
-    """Return the first `PAIRS` pairs of an STS-B file, with their similarities."""
+def pairs(path: Path, count: int = PAIRS) -> list[tuple[str, str, float]]:
+    """Return the first `count` pairs of an STS-B file, with their similarities."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [(first, second, float(score)) for first, second, score in csv.reader(file)][:PAIRS]
+        return [(first, second, float(score)) for first, second, score in csv.reader(file)][:count]
 
 
 def judged_encoder(
