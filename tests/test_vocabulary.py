@@ -9,7 +9,7 @@ import pytest
 import torch
 from common import WORDS, make_model, make_tokenizer, run_cli
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_offline_compress
 from hf_offline_compress import CompressionError, load_recipe
@@ -25,6 +25,10 @@ from hf_offline_compress.vocabulary.scripts import scripts_of
 from hf_offline_compress.vocabulary.selection import covering_tokens, lasting_tokens, tokens_of_size
 from hf_offline_compress.vocabulary.tokenizer_json import fixed_ids, numbered, pruned_tokenizer, token_model
 
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 STEMS = {
     "en": "the small house stands near an old river where children play and dogs run after birds through long green grass",
@@ -253,6 +257,11 @@ def folders(tmp_path_factory):
     base.mkdir()
     save_base(base, trained("Unigram"))
     (base / "generation_config.json").write_text('{"suppress_tokens": [1400]}')
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text(
+        '{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}'
+    )
+    (base / "modules.json").write_text(json.dumps(MODULES))
     result = hf_offline_compress.compress(
         base, "svd", modules="all", vocabulary=lines("de"), validation=None, progress=False
     )
@@ -284,6 +293,35 @@ def test_a_folder_has_the_pruned_vocabulary_alone(folders):
     stock = AutoModel.from_pretrained(base)
     assert stock.config.vocab_size == record["rows_before"]
     assert repr(result)
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "onnx"])
+def test_exports_have_the_pruned_vocabulary_too(folders, tmp_path, form):
+    _, out, _ = folders
+    options = {"weights": "float32"} if form == "onnx" else {}
+    exported = hf_offline_compress.export_folder(out, tmp_path / form, format=form, **options)
+    before, after = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(exported)
+    config = AutoConfig.from_pretrained(exported)
+    assert (exported / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    assert config.model_type == "bert"
+    assert config.vocab_size == len(after) == len(before)
+    assert config.pad_token_id == after.pad_token_id
+    assert json.loads((exported / "modules.json").read_text("utf-8")) == MODULES
+    assert (exported / "1_Pooling" / "config.json").is_file()
+    assert not (exported / "vocab.txt").exists()
+    text = lines("de", 2, seed=9)
+    feeds = after(text, return_tensors="pt", padding=True, truncation=True, max_length=32)
+    with torch.no_grad():
+        wanted = AutoModelForMaskedLM.from_pretrained(out)(**feeds).logits
+    if form == "checkpoint":
+        with torch.no_grad():
+            said = AutoModelForMaskedLM.from_pretrained(exported)(**feeds).logits
+    else:
+        session = pytest.importorskip("onnxruntime").InferenceSession(exported / "onnx" / "model.onnx")
+        names = [value.name for value in session.get_inputs()]
+        said = torch.from_numpy(session.run(["logits"], {name: feeds[name].numpy() for name in names})[0])
+    assert said.shape[-1] == len(after)
+    assert torch.allclose(said, wanted, atol=1e-4)
 
 
 def test_evaluations_compare_on_the_same_text(folders):
