@@ -39,7 +39,6 @@ from hf_offline_compress.vocabulary import PrunedVocabulary, prune_vocabulary
 
 # Of a folder: code, config, report, card and settings of the tokenizer.
 BESIDE_TOKENIZER = 350_000
-CALIBRATED_ON = 4000
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,7 @@ def main() -> None:
                 continue
             folder = out / f"{vocabulary}-{label}".replace(", ", "-").replace(" ", "-")
             if not folder.exists():
-                calibration = text if isinstance(text, str) else text[:: max(1, len(text) // CALIBRATED_ON)]
-                given = {"calibration": calibration, "effort": options.effort, "progress": False, **size, **asked}
+                given = {"calibration": text, "effort": options.effort, "progress": False, **size, **asked}
                 hf_offline_compress.compress(subject.base, recipe, **given).save(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             row(subject.load(folder), tokenizer, vocabulary, label, folder_bytes(folder))
