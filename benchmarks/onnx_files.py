@@ -1,17 +1,25 @@
-"""ONNX files of a compressed encoder beside ONNX Runtime's own of the dense base, and torch.
+"""ONNX files of a compressed model beside ONNX Runtime's own of the dense base, and torch.
 
-usage: python benchmarks/onnx_files.py FOLDER BASE LINES [--lines 400] [--rounds 5] [--threads 1] [--cpu-time]
+usage: python benchmarks/onnx_files.py FOLDER BASE LINES [--lines 400] [--stsb FOLDER] [--rounds 5] [--threads 1] [--cpu-time]
 
-FOLDER is a compressed encoder without a head, BASE the dense one, LINES a text. Files: ours in whole numbers and in float32,
-the base's in float32, and that one by `quantize_dynamic`. A session is made in a fresh process, for its seconds and its
-memory. Agreement is the mean cosine of sentence embeddings: of our files with the compressed model in torch, of the base's
-with the base. Latency is measured in one process, in turns, in another order each time; a ratio is the median of the ratios
-to quantize_dynamic in each turn, so that a load on the machine falls on all alike.
+FOLDER is a compressed encoder without a head or a causal language model, BASE the dense one, LINES a text. Files: ours in
+whole numbers and in float32, the base's in float32, and that one by `quantize_dynamic`. A session is made in a fresh process,
+for its seconds and its memory.
+
+Of an encoder: agreement is the mean cosine of sentence embeddings on LINES, of our files with the compressed model in torch,
+of the base's with the base; with --stsb, Spearman's correlation (x 100) on --pairs of each stsb-LANGUAGE-dev.csv. Latency is
+measured in one process, in turns, in another order each time; a ratio is the median of the ratios to quantize_dynamic in each
+turn, so that a load on the machine falls on all alike.
+
+Of a causal model: perplexity on LINES, the share of places at which the most probable token is that of the model in torch, and
+tokens a second of greedy text with a cache, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gc
 import json
 import random
 import statistics
@@ -19,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,8 @@ import onnxruntime
 
 SHAPES = ((1, 16), (1, 128), (8, 128))
 OURS = ("ours int8", "ours float32")
+WINDOW, ANSWER = 256, 48
+PROMPT = "The sea is"
 
 
 def session_of(file: Path, threads: int) -> Any:
@@ -40,9 +50,25 @@ def session_of(file: Path, threads: int) -> Any:
 def measure_session(file: Path) -> None:
     """Print what a session costs, in this fresh process: seconds of one thread, and MB at the peak and afterwards."""
     before, started = _memory("VmRSS"), time.process_time()
-    session_of(file, 1)
+    session = session_of(file, 1)
     seconds = time.process_time() - started
-    print(json.dumps({"seconds": seconds, "peak": _memory("VmHWM") - before, "held": _memory("VmRSS") - before}))
+    cost = {"seconds": seconds, "peak": _memory("VmHWM") - before, "held": _memory("VmRSS") - before}
+    _run_once(session)
+    print(json.dumps({**cost, "used": _memory("VmRSS") - before}))
+
+
+def _run_once(session: Any) -> None:
+    """Run a session on 16 tokens."""
+    ids = np.full((1, 16), 100, np.int64)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    feeds["position_ids"] = np.arange(16, dtype=np.int64)[None]
+    inputs = {value.name: value.shape for value in session.get_inputs()}
+    session.run(None, {name: feeds[name] if name in feeds else _empty(shape) for name, shape in inputs.items()})
+
+
+def _empty(shape: list[Any]) -> Any:
+    """Return a cache of no tokens."""
+    return np.zeros((1, shape[1], 0, shape[3]), np.float32)
 
 
 def _memory(field: str) -> float:
@@ -51,95 +77,115 @@ def _memory(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
 
 
-def dense_files(base: Path, folder: Path) -> dict[str, Path]:
-    """Write the base as stock files, float32 and int8, and return them."""
+def dense_files(model: Any, folder: Path, cached: bool) -> dict[str, Path]:
+    """Write a dense model as stock files, float32 and int8, and return them."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from transformers import AutoModel
 
     from hf_offline_compress.export.onnx.model import onnx_models, save
 
-    model = AutoModel.from_pretrained(base, dtype="float32").eval()
-    whole, whole_numbers = folder / "dense.onnx", folder / "dense-int8.onnx"
-    save(onnx_models(model, model, ("float32",), opset=18, token_types=True)["float32"], whole)
+    whole, whole_numbers, apart = (folder / f"{name}.onnx" for name in ("dense", "dense-int8", "dense-apart"))
+    save(onnx_models(model, model, ("float32",), opset=18, token_types=not cached, cached=cached)["float32"], whole)
+    _heads_apart(whole, apart)
     # As with ours, weights end where two products of a byte still fit into 16 bits.
-    quantize_dynamic(whole, whole_numbers, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    quantize_dynamic(apart, whole_numbers, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    apart.unlink()
     return {"quantize_dynamic": whole_numbers, "dense float32": whole}
 
 
-def embeddings(run: Callable[[dict[str, Any]], Any], batches: list[dict[str, Any]]) -> Any:
+def _heads_apart(file: Path, out: Path) -> None:
+    """Give a tied head a matrix of its own: quantize_dynamic passes over one that is transposed in the graph."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(file)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type == "Transpose" and node.input[0] in stored:
+            turned = numpy_helper.to_array(stored[node.input[0]]).T.copy()
+            model.graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
+            model.graph.node.remove(node)
+    onnx.save(model, out)
+
+
+def embeddings(run: Callable[[dict[str, Any]], Any], tokenizer: Any, texts: list[str]) -> Any:
     """Return embeddings [texts, width] of unit length, by the mean over tokens."""
     parts = []
-    for feeds in batches:
+    for text in texts:
+        feeds = dict(tokenizer([text], truncation=True, max_length=128, return_tensors="np"))
+        feeds.setdefault("token_type_ids", np.zeros_like(feeds["input_ids"]))
         mask = feeds["attention_mask"][..., None]
         mean = (run(feeds) * mask).sum(axis=1) / mask.sum(axis=1)
         parts.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
     return np.concatenate(parts)
 
 
-def main() -> None:
-    """Read the arguments, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--lines", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time in place of time on the clock")
-    options = parser.parse_args()
+def in_torch(model: Any) -> Callable[[dict[str, Any]], Any]:
+    """Return a function from inputs to hidden states, by torch."""
+    import inspect
+
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
-    from hf_offline_compress import export_folder
-    from hf_offline_compress.export.dense import dense_model
+    taken = inspect.signature(model.forward).parameters
 
-    torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
-    lines = [line for line in options.text.read_text("utf-8").splitlines() if line.strip()][: options.lines]
-    batches = [
-        dict(tokenizer(lines[i : i + 1], truncation=True, max_length=128, return_tensors="np"))
-        for i in range(len(lines))
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        out = export_folder(options.folder, Path(scratch) / "ours", format="onnx", weights="both")
-        files = {"ours int8": out / "onnx/model_quantized.onnx", "ours float32": out / "onnx/model.onnx"}
-        files |= dense_files(options.base, Path(scratch))
-        stored = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
-        models = {"ours": dense_model(options.folder), "dense": AutoModel.from_pretrained(options.base).eval()}
+    def run(feeds: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return model(**{k: torch.from_numpy(v) for k, v in feeds.items() if k in taken})[0].numpy()
 
-        def in_torch(model: Any) -> Callable[[dict[str, Any]], Any]:
-            def run(feeds: dict[str, Any]) -> Any:
-                with torch.inference_mode():
-                    return model(**{k: torch.from_numpy(v) for k, v in feeds.items()})[0].numpy()
+    return run
 
-            return run
 
-        def in_onnx(session: Any) -> Callable[[dict[str, Any]], Any]:
-            names = [value.name for value in session.get_inputs()]
-            return lambda feeds: session.run(["last_hidden_state"], {name: feeds[name] for name in names})[0]
+def in_onnx(session: Any) -> Callable[[dict[str, Any]], Any]:
+    """Return a function from inputs to hidden states, by ONNX Runtime."""
+    names = [value.name for value in session.get_inputs()]
+    return lambda feeds: session.run(["last_hidden_state"], {name: feeds[name] for name in names})[0]
 
-        sessions = {name: in_onnx(session_of(file, options.threads)) for name, file in files.items()}
-        said = {name: embeddings(in_torch(model), batches) for name, model in models.items()}
-        print(f"weights of the folder: {stored / 1e6:.2f} MB; {len(lines)} lines\n")
-        print("| file | MB | session, s | peak, MB | held, MB | agreement | agreement with the base |")
-        print("|---|---|---|---|---|---|---|")
-        for name, file in files.items():
-            command = [sys.executable, "-c", f"import onnx_files as o; o.measure_session(o.Path({str(file)!r}))"]
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-            cost, found = json.loads(done.stdout), embeddings(sessions[name], batches)
-            same, base = ((found * said[key]).sum(1).mean() for key in ("ours" if name in OURS else "dense", "dense"))
-            size = file.stat().st_size / 1e6
-            cells = (f"{size:.2f}", f"{cost['seconds']:.1f}", f"{cost['peak']:.0f}", f"{cost['held']:.0f}")
-            print(f"| {name} | {' | '.join(cells)} | {same:.5f} | {base:.5f} |")
-        latency({**sessions, "torch float32": in_torch(models["dense"])}, tokenizer, options)
+
+def spearman(run: Callable[[dict[str, Any]], Any], tokenizer: Any, options: Any) -> Iterator[float]:
+    """Yield Spearman's correlation (x 100) of cosines on pairs of STS-B dev, language by language."""
+    from scipy.stats import spearmanr
+
+    for language in options.languages if options.stsb else ():
+        with (options.stsb / f"stsb-{language}-dev.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))[: options.pairs]
+        found = embeddings(run, tokenizer, [options.prefix + text for row in rows for text in row[:2]])
+        cosines = (found[0::2] * found[1::2]).sum(1)
+        yield 100 * float(spearmanr(cosines, [float(row[2]) for row in rows]).statistic)
+
+
+def session_costs(files: dict[str, Path]) -> None:
+    """Print bytes, and what a session costs in a process of its own."""
+    print("| file | MB | session, s | peak, MB | held, MB | after a run, MB |\n|---|---|---|---|---|---|")
+    for name, file in files.items():
+        command = [sys.executable, "-c", f"import onnx_files as o; o.measure_session(o.Path({str(file)!r}))"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        cost, size = json.loads(done.stdout), file.stat().st_size / 1e6
+        cells = (f"{cost['seconds']:.1f}", f"{cost['peak']:.0f}", f"{cost['held']:.0f}", f"{cost['used']:.0f}")
+        print(f"| {name} | {size:.2f} | {' | '.join(cells)} |", flush=True)
+
+
+def of_encoder(files: dict[str, Path], models: dict[str, Any], tokenizer: Any, options: Any, lines: list[str]) -> None:
+    """Print how near an encoder's files come, and how fast they are."""
+    torch_runs = {name: in_torch(model) for name, model in models.items()}
+    said = {name: embeddings(run, tokenizer, lines) for name, run in torch_runs.items()}
+    sessions = {name: in_onnx(session_of(file, options.threads)) for name, file in files.items()}
+    runs = {**sessions, **{f"{name} in torch": run for name, run in torch_runs.items()}}
+    languages = options.languages if options.stsb else []
+    print("\n| file | agreement | agreement with the base | " + " | ".join(languages) + " |")
+    print("|---|---|---|" + "---|" * max(1, len(languages)))
+    for name, run in runs.items():
+        found = embeddings(run, tokenizer, lines)
+        own = said["ours" if name.startswith("ours") else "dense"]
+        same, base = ((found * other).sum(1).mean() for other in (own, said["dense"]))
+        values = [f"{value:.2f}" for value in spearman(run, tokenizer, options)]
+        print(f"| {name} | {same:.5f} | {base:.5f} | {' | '.join(values)} |", flush=True)
+    latency({**sessions, "dense in torch": torch_runs["dense"]}, tokenizer, options)
 
 
 def latency(runs: dict[str, Callable[[dict[str, Any]], Any]], tokenizer: Any, options: Any) -> None:
     """Print milliseconds, and ratios to quantize_dynamic, of each shape."""
     clock = time.process_time if options.cpu_time else time.perf_counter
-    print(
-        "\n| file | " + " | ".join(f"{batch}×{tokens}" for batch, tokens in SHAPES) + " |\n|---|" + "---|" * len(SHAPES)
-    )
+    shapes = " | ".join(f"{batch}×{tokens}" for batch, tokens in SHAPES)
+    print(f"\n| file | {shapes} |\n|---|{'---|' * len(SHAPES)}")
     cells: dict[str, list[str]] = {name: [] for name in runs}
     for batch, tokens in SHAPES:
         ids = np.random.default_rng(0).integers(1000, min(20_000, len(tokenizer)), (batch, tokens))
@@ -153,10 +199,103 @@ def latency(runs: dict[str, Callable[[dict[str, Any]], Any]], tokenizer: Any, op
                 if turn:  # the first one warms up
                     taken[name].append((clock() - started) / 3 * 1e3)
         for name, times in taken.items():
-            ratios = [own / other for own, other in zip(times, taken["quantize_dynamic"], strict=True)]
-            cells[name].append(f"{statistics.median(times):.1f} ms, {statistics.median(ratios):.2f}")
+            ratios = sorted(own / other for own, other in zip(times, taken["quantize_dynamic"], strict=True))
+            spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            cells[name].append(f"{statistics.median(times):.1f} ms, {spread}")
     for name, row in cells.items():
         print(f"| {name} | " + " | ".join(row) + " |")
+
+
+def generated(session: Any, ids: list[int], count: int) -> list[int]:
+    """Return the tokens that follow others, always the most probable one, with a cache."""
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    outputs = [value.name for value in session.get_outputs()]
+    past = {name: _empty(shape) for name, shape in shapes.items() if name.startswith("past_key_values.")}
+    new, found = ids, list(ids)
+    for _ in range(count):
+        feeds = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(found)), np.int64), **past}
+        feeds["position_ids"] = np.arange(len(found) - len(new), len(found))[None]
+        values = dict(zip(outputs, session.run(None, {name: feeds[name] for name in shapes}), strict=True))
+        past = {name: values[name.replace("past_key_values", "present")] for name in past}
+        new = [int(values["logits"][0, -1].argmax())]
+        found += new
+    return found[len(ids) :]
+
+
+def of_causal_model(
+    files: dict[str, Path], models: dict[str, Any], tokenizer: Any, options: Any, lines: list[str]
+) -> None:
+    """Print how near a causal model's files come, and how fast they generate, one at a time: they are large."""
+    import torch
+
+    from hf_offline_compress.evaluate.onnx_model import OnnxModel
+    from hf_offline_compress.metrics.perplexity import causal_perplexity
+
+    window = torch.tensor([tokenizer("\n".join(lines))["input_ids"][:WINDOW]])
+    own: dict[str, Any] = {}
+    print("\n| file | perplexity | first choice as in torch | tokens a second |\n|---|---|---|---|")
+    config = next(iter(models.values())).config
+    for name in [*(f"{name} in torch" for name in models), *files]:
+        kind = "ours" if name.startswith("ours") else "dense"
+        model = OnnxModel(files[name], config).eval() if name in files else models.pop(kind)
+        value = causal_perplexity(model, tokenizer, lines, block=WINDOW, stride=WINDOW // 2).perplexity
+        with torch.inference_mode():
+            first = model(input_ids=window).logits[0].argmax(-1)
+        same = (first == own.setdefault(kind, first)).float().mean()
+        speed = ""
+        if name in files:
+            ids = tokenizer(PROMPT)["input_ids"]
+            generated(model.session, ids, 4)
+            clock = time.process_time if options.cpu_time else time.perf_counter
+            started = clock()
+            generated(model.session, ids, ANSWER)
+            speed = f"{ANSWER / (clock() - started):.1f}"
+        print(f"| {name} | {value:.2f} | {same:.3f} | {speed} |", flush=True)
+        del model
+        gc.collect()
+
+
+def main() -> None:
+    """Read the arguments, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--lines", type=int, default=400)
+    parser.add_argument(
+        "--stsb", type=Path, help="a folder with stsb-LANGUAGE-dev.csv: sentence 1, sentence 2, similarity"
+    )
+    parser.add_argument("--languages", nargs="+", default=["en"])
+    parser.add_argument("--pairs", type=int, help="of each language; all if not given")
+    parser.add_argument("--prefix", default="", help="before each sentence of STS-B")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time in place of time on the clock")
+    parser.add_argument("--keep", type=Path, help="a new folder for the files, which otherwise are removed in the end")
+    options = parser.parse_args()
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from hf_offline_compress import export_folder
+    from hf_offline_compress.export.dense import dense_model
+
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    lines = [line for line in options.text.read_text("utf-8").splitlines() if line.strip()][: options.lines]
+    (architecture,) = AutoConfig.from_pretrained(options.base).architectures
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    with tempfile.TemporaryDirectory() as scratch:
+        place = options.keep or Path(scratch)
+        place.mkdir(exist_ok=True)
+        out = export_folder(options.folder, place / "ours", format="onnx", weights="both")
+        files = {"ours int8": out / "onnx/model_quantized.onnx", "ours float32": out / "onnx/model.onnx"}
+        dense = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(options.base, dtype="float32").eval()
+        files |= dense_files(dense, place, cached=causal)
+        stored = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
+        print(f"weights of the folder: {stored / 1e6:.2f} MB; {len(lines)} lines, {options.threads} threads\n")
+        session_costs(files)
+        models = {"ours": dense_model(options.folder), "dense": dense}
+        (of_causal_model if causal else of_encoder)(files, models, tokenizer, options, lines)
 
 
 if __name__ == "__main__":

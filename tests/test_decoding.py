@@ -1,7 +1,9 @@
 """When weights are decoded, how many bytes of them are kept, and that it makes no difference to what comes out."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMa
 
 from hf_offline_compress.plan.make import make_plan
 from hf_offline_compress.request.recipe import Recipe, Rule
-from hf_offline_compress.runtime import trellis_compressed, weights_compressed
+from hf_offline_compress.runtime import seen_compressed, trellis_compressed, weights_compressed
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.packing_compressed import pack
@@ -424,3 +426,44 @@ def test_decoding_makes_nothing_larger_than_a_block_beside_the_weight():
     weight = 2048 * 512 * 4
     assert max(made) == weight
     assert max(size for size in made if size < weight) <= 4 * trellis_compressed.WEIGHTS_AT_ONCE
+
+
+def test_a_pass_looks_once_whether_anything_has_changed(monkeypatch):
+    """And notices what changed before it, in whatever way, at whatever layer, and whatever ran in between."""
+    model, ids = model_of(TRELLIS_RULE), torch.tensor([[5, 9, 30, 41]])
+    looks, more = [], torch.tensor([0.5, 0.0])
+    original = seen_compressed._look
+    monkeypatch.setattr(seen_compressed, "_look", lambda *at: looks.append(1) or original(*at))
+    layers = [layer for layer in model.compressed_modules().values() if isinstance(layer, DecodedWeight)]
+    with torch.no_grad():
+        for _ in range(2):
+            expected = model(ids).logits
+        looks.clear()
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+        assert len(looks) == 1 < len(layers)
+        layers[3](torch.randn(2, layers[3].columns))
+        assert len(looks) == 2  # outside of a pass a layer looks for itself
+        ways = (
+            lambda layer: layer.scale_range.add_(more),
+            lambda layer: setattr(layer.scale_range, "data", layer.scale_range + more),
+            lambda layer: layer.scale_range.data.add_(more),  # which raises no version
+            lambda layer: layer.codes.random_(256),
+            lambda layer: setattr(layer, "scale_range", torch.nn.Parameter(layer.scale_range + more)),
+            lambda layer: layer.forget(),
+        )
+        for layer, change in zip(layers[-len(ways) :], ways, strict=True):
+            change(layer)
+            found = model(ids).logits
+            again = copy.deepcopy(model)
+            again.set_decoding("on_the_fly")
+            torch.testing.assert_close(found, again(ids).logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model(ids).logits, found, rtol=0, atol=0)
+        model(ids)
+        looks.clear()
+        model(ids)
+        assert len(looks) == 1
+    assert pickle.loads(pickle.dumps(model))(ids).logits.allclose(found, atol=1e-5)
+    alive = weakref.ref(model)
+    del model, layer, layers, again, ways, change
+    gc.collect()
+    assert alive() is None  # what was seen does not keep a model

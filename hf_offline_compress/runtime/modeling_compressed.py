@@ -21,10 +21,11 @@ from .executing_compressed import why_not_int8
 from .layers_compressed import FusedLinear, TiedHead
 from .loading_compressed import check_loaded, current_compression, remember_groups
 from .numbers_compressed import PackedNumbers
+from .seen_compressed import forward_pass
 from .storing_compressed import holding
 from .structures_compressed import LinearDecoder
 from .substitution_compressed import compressed_modules, relink, substitute
-from .weights_compressed import CompressedWeight, WeightDecoder, set_decoding
+from .weights_compressed import CompressedWeight, WeightDecoder, seen_sources, set_decoding
 
 
 class CompressedModelMixin:
@@ -43,6 +44,13 @@ class CompressedModelMixin:
             stock: Any = getattr(transformers, ARCHITECTURES[config.model_type.removeprefix(TYPE_PREFIX)].base)
             known.register(type(config), compressed_class(stock), exist_ok=True)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass; see the stock class. Whether kept weights are stale is looked at once, when it begins."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with forward_pass(self, lambda: seen_sources(self)):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def post_init(self: Any) -> None:
         """Swap the modules that the config names; stock classes call this at the end of their constructor."""

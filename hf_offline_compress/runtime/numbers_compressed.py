@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .packing_compressed import packed_length, round_min_max, unpack
+from .seen_compressed import SeenSources, precision_of, versions_of
 
 
 def pack_numbers(tensor: Tensor, bits: int, sharing: int) -> dict[str, Tensor]:
@@ -32,97 +32,6 @@ def unpack_numbers(
     halves = 2 * parts - unpack(zeros, bits + 1, len(scales))[:, None]
     numbers = (halves.to(scales.dtype) * (scales / 2)[:, None]).flatten()[:count]
     return numbers.view(shape[-1], *shape[:-1]).movedim(0, -1)
-
-
-# Numbers of a tensor that are looked at again, whether it has changed.
-_SAMPLED = 8
-# Bytes of a number → integers of as many.
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-_version = attrgetter("_version")
-_held: Callable[[dict[str, Any], str], Any] = dict.get
-
-
-def versions_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Return what changes whenever one of the tensors does: in place, which raises its version, or for another one."""
-    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-
-
-class SeenSources:
-    """Tensors that something was made from, as they were then.
-
-    Changes through `.data` raise no version, so a few numbers of each float tensor are compared as well: weights that are
-    exchanged differ in them. Only on a CPU: looking at numbers on a GPU would wait for all that it still has to do.
-    """
-
-    def __init__(self, sources: Sequence[Tensor], modules: Iterable[nn.Module] = ()) -> None:
-        """Remember the tensors, and the precision that operations have now.
-
-        Args:
-            sources: the tensors.
-            modules: those that hold them, if `untouched` is to be asked.
-        """
-        self._key = self._key_of(sources)
-        # Views: what they look at cannot be freed meanwhile, and its address not be given to another tensor. As arrays of
-        # bits, which are compared in a tenth of the time that a tensor takes.
-        self._samples = [
-            source.detach().view(-1)[:: max(1, source.numel() // _SAMPLED)].view(_BITS[source.element_size()]).numpy()
-            for source in sources
-            if source.device.type == "cpu" and source.is_floating_point() and source.is_contiguous()
-        ]
-        self._numbers = [sample.tobytes() for sample in self._samples]
-        held = {id(source) for source in sources}
-        places = [
-            (named, name, tensor)
-            for module in modules
-            for named in (module._parameters, module._buffers)
-            for name, tensor in named.items()
-            if tensor is not None and id(tensor) in held and not tensor.is_inference()
-        ]
-        self._quick = len(places) == len(sources) and not self._key[1][0]
-        self._device_type = sources[0].device.type
-        # Column by column, so that `untouched` is a few loops in C.
-        self._holders: list[dict[str, Any]] = [holder for holder, _, _ in places]
-        self._names: list[str] = [name for _, name, _ in places]
-        self._tensors: list[Tensor] = [tensor for _, _, tensor in places]
-        self._seen: Any = self._look() if self._quick else None
-
-    def untouched(self) -> bool:
-        """Whether nothing can have changed, as far as a quick look tells; if not, `unchanged` tells.
-
-        Quick: it is asked before every use of a layer, of which small models have many.
-        """
-        if not self._quick or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return False
-        return self._look() == self._seen and not torch.is_autocast_enabled(self._device_type)
-
-    def _look(self) -> tuple[list[int], list[int], list[int], list[bytes]]:
-        """Return which tensors are where they were, their versions and addresses, and numbers of some of them."""
-        tensors = self._tensors
-        return (
-            list(map(id, map(_held, self._holders, self._names))),
-            list(map(_version, tensors)),
-            list(map(Tensor.data_ptr, tensors)),
-            [sample.tobytes() for sample in self._samples],
-        )
-
-    def unchanged(self, sources: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors, with the same numbers as far as was looked."""
-        if self._key != self._key_of(sources):
-            return False
-        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-        return traced or self._numbers == [sample.tobytes() for sample in self._samples]
-
-    @staticmethod
-    def _key_of(sources: Sequence[Tensor]) -> tuple[Any, ...]:
-        return versions_of(sources), _precision(sources[0].device.type)
-
-
-def _precision(device_type: str) -> tuple[bool, torch.dtype | None]:
-    """Return whether autocast is on, and its dtype."""
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return enabled, torch.get_autocast_dtype(device_type) if enabled else None
 
 
 @contextmanager
@@ -162,7 +71,7 @@ class _Kept(torch.autograd.Function):
         """Return what was kept."""
         ctx.make, ctx.forget, ctx.read, ctx.wanted = make, forget, read, wanted
         ctx.versions = versions_of(read())
-        ctx.precision = _precision(kept.device.type)
+        ctx.precision = precision_of(kept.device.type)
         return kept.view_as(kept)
 
     @staticmethod
@@ -245,7 +154,7 @@ def with_gradients_of(
 
 def make_kept(make: Callable[[], Any], device_type: str) -> Any:
     """Return what `make` returns, without gradients, and without casts that autocast would use again where they are on."""
-    with torch.no_grad(), _in_precision(device_type, _precision(device_type)):
+    with torch.no_grad(), _in_precision(device_type, precision_of(device_type)):
         return make()
 
 

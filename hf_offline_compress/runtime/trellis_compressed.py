@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .numbers_compressed import may_keep, versions_of
+from .numbers_compressed import may_keep
 from .packing_compressed import packed_length, unpack
+from .seen_compressed import versions_of
 from .weights_compressed import DecodedWeight
 
 GOLDEN = 0.6180339887498949

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from .bounds_compressed import check_group
 from .executing_compressed import Execution, execution_of
-from .numbers_compressed import PackedNumbers, SeenSources, is_stuck, make_kept, may_keep, takes_gradient
+from .numbers_compressed import PackedNumbers, is_stuck, make_kept, may_keep, takes_gradient
+from .seen_compressed import SeenSources
 
 # Numbers decoded and applied at once if a weight is not kept: a whole layer, or a block of a vocabulary.
 DECODED_AT_ONCE = 2**22
@@ -349,3 +350,9 @@ class DecodedWeight(CompressedWeight):
         if "_hf_hook" in self.__dict__ or "_is_replica" in self.__dict__ or decoding != self.decoding:
             return False
         return (x is not None or execution.keeps_for(None)) and seen.untouched()
+
+
+def seen_sources(model: nn.Module) -> list[SeenSources]:
+    """Return what all kept weights of a model were made from."""
+    caches = [module._cache for module in model.modules() if isinstance(module, DecodedWeight)]
+    return [cache[0] for cache in caches if cache is not None]
