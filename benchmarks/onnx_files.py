@@ -35,7 +35,7 @@ import numpy as np
 import onnxruntime
 
 SHAPES = ((1, 16), (1, 128), (8, 128))
-OURS = ("ours int8", "ours float32")
+KINDS = ("onnxruntime-int8", "onnxruntime-float32")
 WINDOW, ANSWER = 256, 48
 PROMPT = "The sea is"
 
@@ -75,36 +75,6 @@ def _memory(field: str) -> float:
     """Return a field of this process's status in MB; what getrusage calls the peak is that of the process before, too."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
-
-
-def dense_files(model: Any, folder: Path, cached: bool) -> dict[str, Path]:
-    """Write a dense model as stock files, float32 and int8, and return them."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    from hf_offline_compress.export.onnx.model import onnx_models, save
-
-    whole, whole_numbers, apart = (folder / f"{name}.onnx" for name in ("dense", "dense-int8", "dense-apart"))
-    save(onnx_models(model, model, ("float32",), opset=18, token_types=not cached, cached=cached)["float32"], whole)
-    _heads_apart(whole, apart)
-    # As with ours, weights end where two products of a byte still fit into 16 bits.
-    quantize_dynamic(apart, whole_numbers, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-    apart.unlink()
-    return {"quantize_dynamic": whole_numbers, "dense float32": whole}
-
-
-def _heads_apart(file: Path, out: Path) -> None:
-    """Give a tied head a matrix of its own: quantize_dynamic passes over one that is transposed in the graph."""
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(file)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in list(model.graph.node):
-        if node.op_type == "Transpose" and node.input[0] in stored:
-            turned = numpy_helper.to_array(stored[node.input[0]]).T.copy()
-            model.graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
-            model.graph.node.remove(node)
-    onnx.save(model, out)
 
 
 def embeddings(run: Callable[[dict[str, Any]], Any], tokenizer: Any, texts: list[str]) -> Any:
@@ -277,6 +247,7 @@ def main() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from hf_offline_compress import export_folder
+    from hf_offline_compress.evaluate.onnx_alternatives import dense_files
     from hf_offline_compress.export.dense import dense_model
 
     torch.set_num_threads(options.threads)
@@ -290,7 +261,8 @@ def main() -> None:
         out = export_folder(options.folder, place / "ours", format="onnx", weights="both")
         files = {"ours int8": out / "onnx/model_quantized.onnx", "ours float32": out / "onnx/model.onnx"}
         dense = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(options.base, dtype="float32").eval()
-        files |= dense_files(dense, place, cached=causal)
+        made = dense_files(dense, place, KINDS, cached=causal, token_types=not causal)
+        files |= dict(zip(("quantize_dynamic", "dense float32"), map(made.get, KINDS), strict=True))
         stored = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
         print(f"weights of the folder: {stored / 1e6:.2f} MB; {len(lines)} lines, {options.threads} threads\n")
         session_costs(files)

@@ -1,17 +1,20 @@
-"""Latency and memory of a compressed model beside the dense one, however its weights are held, and torch's dynamic int8.
+"""Latency and memory of a compressed model beside the dense one, however its weights are held, and what others do in int8.
 
 usage: python benchmarks/run_speed.py [--folder FOLDER | --preset tiny --architecture BertModel] [--rounds 5] [--threads 2]
+       [--variants dense cached int8 onnxruntime-int8 ...] [--shapes 1x16 1x128] [--only memory]
 
 Without a folder it is a BERT-base (or another architecture of that size) with random codes, made from its config alone:
 bytes and speed do not depend on what the codes say. All variants are timed in one process, in turns, in another order each
 time; a ratio is the median of the ratios to dense in each turn, so that a load on the machine that comes and goes falls on
 all alike. Where it is heavy, `--threads 1 --cpu-time` measures processor time in place of time on the clock.
+Files of the dense model for ONNX Runtime and OpenVINO are those of `benchmark`; `ours-onnx` is the folder, exported in int8.
 
 Memory is counted, not sampled: every tensor that comes to be while weights are decoded, as long as it is there. A second
 table has the resident memory of a fresh process for each variant, and what importing torch and transformers takes of it.
 """
 
 import argparse
+import importlib
 import json
 import random
 import re
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +34,13 @@ import transformers
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
+from transformers import AutoConfig, BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
 
+from hf_offline_compress import export_folder
 from hf_offline_compress.evaluate.alternatives import int8
+from hf_offline_compress.evaluate.onnx_alternatives import RUNTIMES, dense_files, why_not
+from hf_offline_compress.evaluate.onnx_model import OnnxModel
+from hf_offline_compress.export.onnx.folder import generates
 from hf_offline_compress.plan.make import Group, make_plan
 from hf_offline_compress.registration import register
 from hf_offline_compress.request.reading import load_recipe
@@ -42,8 +49,9 @@ from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.weights_compressed import DecodedWeight
 from hf_offline_compress.structures import Mixture, Trellis
 
-VARIANTS = ("dense", "cached", "bounded", "on_the_fly", "int8", "torch-int8")
-SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128))
+OURS_ONNX = "ours-onnx"
+VARIANTS = ("dense", "cached", "bounded", "on_the_fly", "int8", "torch-int8", *RUNTIMES, OURS_ONNX)
+SHAPES = ("1x16", "1x128", "8x128", "32x128")
 DECODERS = ("dense_weight", "row_block", "some_rows")
 CONFIGS = {"Bert": BertConfig, "Roberta": RobertaConfig, "GPT2": GPT2Config}
 
@@ -76,8 +84,28 @@ def in_classes(group: Group) -> Group:
     return replace(group, size=Mixture(classes))
 
 
-def loaded(variant: str, folder: Path, bound: int) -> PreTrainedModel:
-    """Return the model in a folder, in float32, or a stock one of its shapes with random weights."""
+def onnx_files(variants: Sequence[str], folder: Path, scratch: Path) -> dict[str, Path]:
+    """Write what is run as ONNX files, and return it by its name; what is not installed is left out, and named."""
+    found = {}
+    config = json.loads((folder / "config.json").read_text())
+    kinds = []
+    for kind in [kind for kind in RUNTIMES if kind in variants]:
+        if reason := why_not(kind, config):
+            print(f"not measured: {kind}: {reason}")
+        else:
+            kinds.append(kind)
+    if kinds:
+        found |= dense_files(loaded("dense", folder, 0), scratch, kinds, cached=generates(config), token_types=False)
+    if OURS_ONNX in variants:
+        found[OURS_ONNX] = export_folder(folder, scratch / "ours", format="onnx") / "onnx/model_quantized.onnx"
+    return found
+
+
+def loaded(variant: str, folder: Path, bound: int, file: Path | None = None) -> Any:
+    """Return the model in a folder, in float32, or a stock one of its shapes with random weights; or an ONNX file."""
+    if file is not None:
+        stock_config = AutoConfig.from_pretrained(folder)
+        return OnnxModel(file, stock_config, "openvino" if variant.startswith("openvino") else "onnxruntime")
     config = json.loads((folder / "config.json").read_text())
     (architecture,) = config["architectures"]
     stock = getattr(transformers, architecture.removeprefix("Compressed"))
@@ -160,22 +188,24 @@ def resident() -> dict[str, float]:
     return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
 
 
-def measure(variant: str, folder: Path, bound: int) -> None:
+def measure(variant: str, folder: Path, bound: int, file: Path | None) -> None:
     """Load a variant in this process, run it, and print its memory as JSON."""
+    if file is not None:
+        importlib.import_module("openvino" if variant.startswith("openvino") else "onnxruntime")
     found = {"imports": resident()["VmRSS"]}
-    model = loaded(variant, folder, bound)
+    model = loaded(variant, folder, bound, file)
     ids = inputs_for(model, 1, 128)
     for _ in range(2):
         seconds(model, ids)
     print(json.dumps({**found, **resident()}))
 
 
-def speed_table(models: dict[str, PreTrainedModel], rounds: int, clock: Callable[[], float]) -> None:
+def speed_table(models: dict[str, Any], shapes: Sequence[str], rounds: int, clock: Callable[[], float]) -> None:
     """Print milliseconds of the dense model, and the others' ratios to it."""
     order = random.Random(0)
     names = [name for name in models if name != "dense"]
     print("| batch | dense, ms | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
-    for batch, length in SHAPES:
+    for batch, length in [map(int, shape.split("x")) for shape in shapes]:
         ids = inputs_for(models["dense"], batch, length)
         for model in models.values():
             seconds(model, ids)
@@ -190,14 +220,20 @@ def speed_table(models: dict[str, PreTrainedModel], rounds: int, clock: Callable
         print(f"| {batch} x {length} | {' | '.join(cells)} |", flush=True)
 
 
-def memory_table(models: dict[str, PreTrainedModel], folder: Path, bound: int, threads: int) -> None:
-    """Print bytes of each variant, counted and resident."""
+def memory_table(models: dict[str, Any], files: dict[str, Path], folder: Path, bound: int, threads: int) -> None:
+    """Print bytes of each variant: counted, and resident in a process of its own, above the bare process."""
     dense = tensor_bytes(models["dense"])
-    print(
-        "\n| variant | parameters and buffers, MB | decoded at the peak, MB | together, of dense | resident, MB | peak |"
+    heads = (
+        "variant",
+        "tensors, MB",
+        "decoded at the peak, MB",
+        "together, of dense",
+        "resident, MB",
+        "of dense",
+        "peak, MB",
     )
-    print("|---|---|---|---|---|---|")
-    imports = []
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    imports, resident_dense = [], 0.0
     for name, model in models.items():
         decoded = Decoded()
         if hasattr(model, "compressed_modules"):
@@ -208,16 +244,21 @@ def memory_table(models: dict[str, PreTrainedModel], folder: Path, bound: int, t
                     seconds(model, inputs_for(model, 1, 128))
         command = [sys.executable, str(Path(__file__)), "--measure", name, "--folder", str(folder)]
         command += ["--bound", str(bound), "--threads", str(threads)]
+        command += ["--file", str(files[name])] if name in files else []
         run = subprocess.run(command, check=True, capture_output=True, text=True)
         facts = json.loads(run.stdout.splitlines()[-1])
         imports.append(facts["imports"])
-        stored = tensor_bytes(model)
+        now, peak = facts["VmRSS"] - facts["imports"], facts["VmHWM"] - facts["imports"]
+        resident_dense = now if name == "dense" else resident_dense
+        stored = files[name].stat().st_size if name in files else tensor_bytes(model)
         print(
             f"| {name} | {stored / 1e6:.1f} | {decoded.peak / 1e6:.1f} | {(stored + decoded.peak) / dense:.1%} "
-            f"| {facts['VmRSS']:.0f} | {facts['VmHWM']:.0f} |",
+            f"| {now:.0f} | {now / resident_dense:.1%} | {peak:.0f} |",
             flush=True,
         )
-    print(f"\nof the resident memory, {statistics.median(imports):.0f} MB are there before a model is loaded")
+    print(
+        f"\nresident memory is that above {statistics.median(imports):.0f} MB, which are there before a model is loaded"
+    )
 
 
 def decoding_speed(model: PreTrainedModel, rounds: int, clock: Callable[[], float]) -> float:
@@ -242,7 +283,7 @@ def agreement(models: dict[str, PreTrainedModel]) -> dict[str, float]:
     ids = inputs_for(models["cached"], 8, 64)
     found = {}
     for name, model in models.items():
-        if hasattr(model, "compressed_modules"):
+        if hasattr(model, "compressed_modules") or name == OURS_ONNX:
             with torch.no_grad():
                 found[name] = model(ids)[0].flatten(0, 1)
     expected = found["cached"]
@@ -259,7 +300,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns; small batches take five times as many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread only")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="dense is always one")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="sequences x tokens")
+    parser.add_argument("--only", choices=("speed", "memory"))
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time also counts the time that threads wait for each other; add --threads 1")
@@ -267,24 +312,31 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     register()
     if options.measure:
-        measure(options.measure, options.folder, options.bound)
+        measure(options.measure, options.folder, options.bound, options.file)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch) / "made"
         if not options.folder:
             made(options.architecture, options.preset, folder)
-        models = {name: loaded(name, folder, options.bound) for name in VARIANTS}
+        files = onnx_files(options.variants, folder, Path(scratch))
+        wanted = ["dense", *(name for name in VARIANTS if name in options.variants and name != "dense")]
+        wanted = [name for name in wanted if name in files or name not in (*RUNTIMES, OURS_ONNX)]
+        models = {name: loaded(name, folder, options.bound, files.get(name)) for name in wanted}
         what = f"of random codes, preset {options.preset}" if not options.folder else folder.name
         print(
             f"{type(models['dense']).__name__} {what}; {options.threads} threads, bound {options.bound / 1e6:.0f} MB\n"
         )
         clock = time.process_time if options.cpu_time else time.perf_counter
-        speed_table(models, options.rounds, clock)
-        shares = ", ".join(f"{name} {share:.5f}" for name, share in agreement(models).items())
-        print(f"\nagreement with the weights as stored (mean cosine of hidden states): {shares}")
-        speed = decoding_speed(models["on_the_fly"], options.rounds, clock)
-        print(f"decoding: {speed / 1e9:.3f} thousand million weights a second", flush=True)
-        memory_table(models, folder, options.bound, options.threads)
+        if options.only != "memory":
+            speed_table(models, options.shapes, options.rounds, clock)
+            if "cached" in models:
+                shares = ", ".join(f"{name} {share:.5f}" for name, share in agreement(models).items())
+                print(f"\nagreement with the weights as stored (mean cosine of hidden states): {shares}")
+            if "on_the_fly" in models:
+                speed = decoding_speed(models["on_the_fly"], options.rounds, clock)
+                print(f"decoding: {speed / 1e9:.3f} thousand million weights a second", flush=True)
+        if options.only != "speed":
+            memory_table(models, files, folder, options.bound, options.threads)
 
 
 if __name__ == "__main__":

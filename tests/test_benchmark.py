@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,11 +14,12 @@ from common import make_model, outputs_of, run_cli, save_base
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_offline_compress import CompressionError, Recipe, Rule, compress
+from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder
 from hf_offline_compress.evaluate import benchmarking
 from hf_offline_compress.evaluate.alternatives import int8, tensor_bytes, with_linear_layers
 from hf_offline_compress.evaluate.benchmark_worker import Held
 from hf_offline_compress.evaluate.benchmarking import Cell, benchmark_folder
+from hf_offline_compress.evaluate.onnx_alternatives import RUNTIMES
 from hf_offline_compress.evaluate.records import read_evaluations, write_evaluations
 from hf_offline_compress.structures import Kronecker
 
@@ -158,6 +160,30 @@ def test_a_benchmark_as_a_user_types_it(tmp_path):
     assert "starting" in run.stderr and str(tmp_path) not in (folder / "evaluation.json").read_text()
 
 
+def test_files_of_onnx_are_rows_like_any_other(tmp_path):
+    """Those of the base are made for it and are gone afterwards; one that was exported is given."""
+    pytest.importorskip("onnxruntime")
+    folder, base = compressed(tmp_path, recipe=DECODED)
+    file = export_folder(folder, tmp_path / "out", format="onnx", weights="float32") / "onnx/model.onnx"
+    options = {"batches": [1], "lengths": [8], "repeats": 1, "progress": False, "write": False}
+    kinds = ["base", "compressed", *RUNTIMES]
+    result = benchmark_folder(folder, base=base, models=kinds, onnx=file, **options)
+    models = {model["name"]: model for model in result["models"]}
+    missing = [] if find_spec("openvino") else ["int8 (OpenVINO)"]
+    assert [item["name"] for item in result["unavailable"]] == missing
+    ours, whole, whole_numbers = "compressed, ONNX Runtime", "float32 (ONNX Runtime)", "int8 (ONNX Runtime)"
+    assert set(models) | set(missing) == {"base", "compressed", ours, whole, whole_numbers, "int8 (OpenVINO)"}
+    agreements = {name: model["agreement"] for name, model in models.items()}
+    assert agreements["base"] == pytest.approx(1) == agreements[whole]
+    assert agreements[ours] == pytest.approx(agreements["compressed"], abs=1e-5) and agreements[ours] < 0.9999
+    assert 0.99 < agreements[whole_numbers] < 0.999999
+    assert models[ours]["disk_bytes"] == file.stat().st_size
+    assert models[whole_numbers]["disk_bytes"] < models[whole]["disk_bytes"]
+    assert all(model["latency"][0]["median_ms"] > 0 for model in models.values())
+    with pytest.raises(CompressionError, match="There is no file"):
+        benchmark_folder(folder, base=base, onnx=tmp_path / "none.onnx", **options)
+
+
 def test_models_that_cannot_be_measured(monkeypatch):
     class Worker(Scripted):
         def wait_until_ready(self):
@@ -175,12 +201,12 @@ def test_models_that_cannot_be_measured(monkeypatch):
     monkeypatch.setattr(benchmarking, "Worker", lambda name, settings: Worker(name))
     monkeypatch.setattr(benchmarking, "_warm", lambda pair: None)
     pair = SimpleNamespace(folder=Path(), base=SimpleNamespace(folder=Path()), architecture="BertModel")
-    workers, unavailable = benchmarking._start(pair, list(benchmarking.MODELS), "cpu", None, 0, False)
+    workers, unavailable = benchmarking._start(pair, list(benchmarking.MODELS), "cpu", None, 0, False, {})
     assert list(workers) == ["base", "bfloat16", "compressed"]
     assert unavailable[0]["name"] == "int8 (torch dynamic)"
     assert [item["reason"][:17] for item in unavailable] == ["no kernels", "nothing is decode", "nothing is decode"]
     assert closed == ["int8 (torch dynamic)", "compressed, on the fly", "compressed, int8"]
-    workers, unavailable = benchmarking._start(pair, ["int8", "base"], "cuda", None, 0, False)
+    workers, unavailable = benchmarking._start(pair, ["int8", "base"], "cuda", None, 0, False, {})
     assert "CPU only" in unavailable[0]["reason"]
 
 

@@ -31,7 +31,8 @@ ROOMS = (
     ("verifying",),
     ("hub",),
     ("compressor",),
-    ("evaluate", "export"),
+    ("export",),
+    ("evaluate",),
     ("",),  # the package itself: the public names
     ("cli",),
     ("__main__",),

@@ -108,6 +108,7 @@ EVALUATION: dict[Any, Any] = {
                     "load_seconds?": (*NUMBER, None),
                     "memory_bytes?": (*NUMBER, None),
                     "loaded_bytes?": (*NUMBER, None),
+                    "agreement?": (*NUMBER, None),
                     "latency?": ([LATENCY], None),
                 }
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,10 @@ def benchmark(
     length: Annotated[str, typer.Option(help="tokens per sequence, comma-separated")] = "128",
     models: Annotated[
         str, typer.Option(help="what to measure, comma-separated")
-    ] = "base,bfloat16,int8,compressed,on_the_fly,ours-int8",
+    ] = "base,bfloat16,int8,compressed,on_the_fly,ours-int8,onnxruntime-float32,onnxruntime-int8,openvino-int8",
+    onnx: Annotated[
+        Path | None, typer.Option(help="an ONNX file exported from FOLDER, one more to measure", show_default=False)
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds over all models")] = 9,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's default if not given", show_default=False)
@@ -34,7 +38,7 @@ def benchmark(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure FOLDER, its base, and the base in bfloat16 and int8: bytes, loading, memory, latency."""
+    """Measure FOLDER, its base, and the base in other forms: bytes, loading, memory, latency, agreement."""
 
     def work() -> None:
         from ..errors import CompressionError, UnsavedError
@@ -63,6 +67,7 @@ def benchmark(
                 device=device,
                 seed=seed,
                 revision=revision,
+                onnx=onnx,
                 progress=not quiet,
             )
         except UnsavedError as error:
@@ -91,11 +96,12 @@ def _print(result: dict[str, Any]) -> None:
             f"{model['load_seconds']:.2f} s",
             megabytes(model["loaded_bytes"]),
             megabytes(model["memory_bytes"]),
+            f"{model['agreement']:.4f}" if model.get("agreement") is not None else "",
             *(f"{c['median_ms']:.1f} ({c['low_ms']:.1f}-{c['high_ms']:.1f})" for c in model["latency"]),
         )
         for model in models
     ]
-    print_table(("model", "on disk", "load", "loaded", "peak", *cells), rows)
+    print_table(("model", "on disk", "load", "loaded", "peak", "agreement", *cells), rows)
     print()
     speeds = [(model["name"], *(f"{cell['tokens_per_second']:,.0f}" for cell in model["latency"])) for model in models]
     print_table(("tokens a second", *cells), speeds)

@@ -1,12 +1,14 @@
 """A process that holds one model and does as it is told, so that the memory of one is not mixed with another's.
 
 It reads a JSON object a line and answers each by one. The first says what to hold, see `Held`; then come
-``{"do": "load"}``, ``{"do": "forward", "batch": 1, "length": 128}`` and ``{"do": "memory"}``, until the input ends.
+``{"do": "load"}``, ``{"do": "forward", "batch": 1, "length": 128}``, ``{"do": "memory"}`` and
+``{"do": "agree", "ids": [[5, 6]], "file": "base.npy", "write": false}``, until the input ends.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from ..errors import CompressionError
@@ -29,8 +32,9 @@ class Held:
 
     Attributes:
         kind: one of `MODELS`.
-        folder: of the checkpoint.
+        folder: of the checkpoint; of an ONNX file, what has its config.
         architecture: stock class.
+        file: what is run in place of the folder's weights, if it is an ONNX file.
         device: where it computes.
         threads: of the CPU; None for torch's own choice.
         seed: of the tokens.
@@ -42,6 +46,7 @@ class Held:
     device: str
     threads: int | None
     seed: int
+    file: str | None = None
     model: Any = None
     batches: dict[tuple[int, int], Any] = field(default_factory=dict)
     before: int = 0
@@ -53,6 +58,8 @@ class Held:
         if self.threads:
             torch.set_num_threads(self.threads)
         self._class(transformers)
+        if self.file is not None:
+            importlib.import_module(runtime_of(self.kind))
         torch.ones(8, 8, device=self.device) @ torch.ones(8, 8, device=self.device)
         gc.collect()
         if self.on_gpu:
@@ -74,10 +81,17 @@ class Held:
 
         from .alternatives import int8, tensor_bytes
         from .benchmarking import OURS
+        from .onnx_model import OnnxModel
         from .pair import load
 
         self.model = None
         gc.collect()
+        if self.file is not None:
+            config = transformers.AutoConfig.from_pretrained(self.folder)
+            started = time.perf_counter()
+            self.model = OnnxModel(Path(self.file), config, runtime_of(self.kind)).eval()
+            seconds = time.perf_counter() - started
+            return {"seconds": seconds, "tensor_bytes": Path(self.file).stat().st_size, "decodes": True}
         model_class = self._class(transformers)
         started = time.perf_counter()
         model = load(model_class, Path(self.folder), "bfloat16" if self.kind == "bfloat16" else "float32")
@@ -108,6 +122,22 @@ class Held:
         self._wait()
         return {"ms": (time.perf_counter() - started) * 1000}
 
+    @torch.inference_mode()
+    def agree(self, ids: list[list[int]], file: str, write: bool) -> dict[str, Any]:
+        """Return the mean cosine of the first output's vectors to those in a file, or write them there.
+
+        Args:
+            ids: of tokens [batch, length].
+            file: an .npy file.
+            write: whether this is the model that others are compared with.
+        """
+        inputs = torch.tensor(ids, device=self.device)
+        found = self.model(**self._given(inputs))[0].float().cpu().flatten(0, -2)
+        if write:
+            numpy.save(file, found.numpy())
+        expected = torch.from_numpy(numpy.load(file))
+        return {"agreement": float(torch.cosine_similarity(found, expected, dim=-1).mean())}
+
     def memory(self) -> dict[str, Any]:
         """Return bytes above those before loading: at the peak, and now."""
         gc.collect()
@@ -132,13 +162,21 @@ class Held:
         generator = torch.Generator().manual_seed(self.seed)
         # Special tokens, the first of a vocabulary in most cases, are no part of ordinary text.
         ids = torch.randint(vocabulary // 2, vocabulary, (batch, length), generator=generator)
+        return self._given(ids.to(self.device))
+
+    def _given(self, ids: Any) -> dict[str, Any]:
         if self.architecture.endswith(("ForMultipleChoice", "DoubleHeadsModel")):
             ids = ids[:, None]  # [batch, choices, length]
-        return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids).to(self.device)}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _wait(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
+
+
+def runtime_of(kind: str) -> str:
+    """Return the package that runs a file of a kind."""
+    return "openvino" if kind.startswith("openvino") else "onnxruntime"
 
 
 def _touch(model: Any) -> None:
@@ -199,6 +237,7 @@ def main() -> None:
         "load": held.load,
         "forward": held.forward,
         "memory": held.memory,
+        "agree": held.agree,
     }
     answer(held.prepare)
     for line in sys.stdin:

@@ -11,16 +11,21 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import CompressionError, listing
+from ..export.onnx.folder import generates
 from ..foundation.arguments import seed_of
 from ..foundation.processes import launched_processes
 from ..foundation.progress import bar, stage
+from ..measure.texts import load_texts
+from .onnx_alternatives import RUNTIMES, dense_files, why_not
+from .onnx_model import check_onnx
 from .pair import Pair, find_pair
 from .records import check_writable, library_versions, saving, write_evaluations
 
@@ -34,9 +39,17 @@ MODELS = {
     "compressed": "compressed",
     "on_the_fly": "compressed, on the fly",
     "ours-int8": "compressed, int8",
+    "onnxruntime-float32": "float32 (ONNX Runtime)",
+    "onnxruntime-int8": "int8 (ONNX Runtime)",
+    "openvino-int8": "int8 (OpenVINO)",
 }
+# A file that was exported from the folder, which is measured where one is given.
+EXPORTED = "ours-onnx"
+NAMES = {**MODELS, EXPORTED: "compressed, ONNX Runtime"}
 # Those that run the folder, and how each holds its weights.
 OURS = {"compressed": "cached", "on_the_fly": "on_the_fly", "ours-int8": "int8"}
+# Tokens of the package's own text by which models are compared with the base.
+COMPARED = (4, 64)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Worker:
         """
         self.threads = int(self._receive()["threads"])
 
-    def ask(self, do: str, **options: int) -> dict[str, Any]:
+    def ask(self, do: str, **options: Any) -> dict[str, Any]:
         """Return the process's answer.
 
         Raises:
@@ -127,31 +140,37 @@ def benchmark_folder(
     device: str | None = None,
     seed: int = 0,
     revision: str | None = None,
+    onnx: str | Path | None = None,
     write: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a compressed folder, its base, and the base in bfloat16 and int8; put the result into evaluation.json.
+    """Measure a compressed folder, its base, and the base in other forms; put the result into evaluation.json.
 
     All compute in float32 but for bfloat16 and int8. Measured are one forward pass over random tokens, loading from a warm
-    cache, and memory.
+    cache, and memory; and on some of the package's own text how near the outputs are to the base's. Of the base, ONNX files
+    are made for the time of the benchmark where what makes and runs them is installed: in float32, and in int8 by ONNX
+    Runtime's `quantize_dynamic`, which OpenVINO runs too.
 
     Args:
         folder: that this package has written.
         base: folder or Hub id of the base; by default what the folder's report names, if that is on the Hub.
         batches: sequences in one pass.
         lengths: tokens of each; every batch is measured at every length.
-        models: what is measured, of `MODELS`: base, bfloat16, int8, compressed, on_the_fly, ours-int8.
+        models: what is measured, of `MODELS`: base, bfloat16, int8, compressed, on_the_fly, ours-int8, onnxruntime-float32,
+            onnxruntime-int8, openvino-int8.
         repeats: rounds over all models, after two that do not count.
         threads: of the CPU; torch's own choice by default.
         device: where to compute; by default the CPU.
         seed: of the tokens.
         revision: of a base on the Hub.
+        onnx: a file that was exported from the folder, measured as one more.
         write: put the result into evaluation.json.
         progress: show progress bars.
 
     Returns:
         Plain JSON, see `docs/evaluating.md`: of every model the bytes on disk, the median seconds of loading, the memory
-        and, for each batch and length, the median and quartiles of latency.
+        and, for each batch and length, the median and quartiles of latency; `agreement`, the mean cosine of the outputs at
+        each token with the base's, if that is measured too and has the same tokens.
 
     Raises:
         CompressionError: something of this cannot be done. Nothing is written then.
@@ -167,7 +186,8 @@ def benchmark_folder(
     if where.count > 1:
         raise CompressionError("A benchmark measures one model at a time; run it without accelerate launch.")
     seed = seed_of(seed)
-    pair = find_pair(folder, base, revision=revision)
+    check_onnx(onnx, fine_tune=False, dtype="float32")
+    pair = find_pair(folder, base, revision=revision, onnx=onnx)
     positions = int(pair.tokenizer.model_max_length)
     if max(lengths) > positions:
         raise CompressionError(
@@ -176,13 +196,18 @@ def benchmark_folder(
     if write:
         check_writable(pair.folder)
     cells = [Cell(batch, length) for length in dict.fromkeys(lengths) for batch in dict.fromkeys(batches)]
-    workers, unavailable = _start(pair, models, str(where.device), threads, seed, progress)
-    try:
-        measured = _measure(workers, cells, repeats, progress, _disk_bytes(pair))
-        used_threads = next(iter(workers.values())).threads
-    finally:
-        for worker in workers.values():
-            worker.close()
+    with TemporaryDirectory() as scratch:
+        files, missing = _onnx_files(pair, models, str(where.device), Path(scratch))
+        workers, unavailable = _start(pair, models, str(where.device), threads, seed, progress, files)
+        try:
+            measured = _measure(workers, cells, repeats, progress, _disk_bytes(pair))
+            used_threads = next(iter(workers.values())).threads
+            if "base" in workers and pair.same_tokens:
+                for each, found in zip(measured, _agreements(workers, pair, Path(scratch)), strict=True):
+                    each["agreement"] = found
+        finally:
+            for worker in workers.values():
+                worker.close()
     result = {
         "device": str(where.device),
         "threads": used_threads,
@@ -195,7 +220,7 @@ def benchmark_folder(
         )
         + " above that before loading: at the peak (memory_bytes), loaded and after one pass (loaded_bytes)",
         "models": measured,
-        "unavailable": unavailable,
+        "unavailable": [*unavailable, *missing],
     }
     if write:
         with saving(result):
@@ -203,18 +228,63 @@ def benchmark_folder(
     return result
 
 
+def _onnx_files(
+    pair: Pair, models: Sequence[str], device: str, scratch: Path
+) -> tuple[dict[str, Path], list[dict[str, str]]]:
+    """Return the ONNX files that are measured by their kinds, made if they are the base's; and what cannot be, and why."""
+    files = {EXPORTED: pair.onnx} if pair.onnx is not None else {}
+    reasons = {}
+    for kind in RUNTIMES:
+        if kind in models:
+            reasons[kind] = "ONNX files are measured on the CPU only" if device != "cpu" else None
+            reasons[kind] = reasons[kind] or why_not(kind, pair.contents.config)
+    made = [kind for kind, reason in reasons.items() if reason is None]
+    if made:
+        with stage("making ONNX files of the base"):
+            cached = generates(pair.contents.config)
+            token_types = not cached and "token_type_ids" in pair.tokenizer.model_input_names
+            files |= dense_files(pair.load_base(), scratch, made, cached=cached, token_types=token_types)
+    missing = [{"name": NAMES[kind], "reason": reason} for kind, reason in reasons.items() if reason is not None]
+    return files, missing
+
+
+def _agreements(workers: dict[str, Worker], pair: Pair, scratch: Path) -> list[float]:
+    """Return the mean cosine of each model's outputs to the base's, on some of the package's own text."""
+    batch, length = COMPARED
+    length = min(length, int(pair.tokenizer.model_max_length))
+    text = load_texts("bundled")
+    assert text is not None
+    ids: list[int] = []
+    for line in text.texts:
+        ids += pair.tokenizer(line, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
+        if len(ids) >= batch * length:
+            break
+    rows = [ids[start : start + length] for start in range(0, min(len(ids), batch * length) - length + 1, length)]
+    file, found = str(scratch / "base.npy"), {}
+    for kind in sorted(workers, key=lambda kind: kind != "base"):
+        found[kind] = float(workers[kind].ask("agree", ids=rows, file=file, write=kind == "base")["agreement"])
+    return [found[kind] for kind in workers]
+
+
 def _start(
-    pair: Pair, models: Sequence[str], device: str, threads: int | None, seed: int, progress: bool
+    pair: Pair,
+    models: Sequence[str],
+    device: str,
+    threads: int | None,
+    seed: int,
+    progress: bool,
+    files: Mapping[str, Path],
 ) -> tuple[dict[str, Worker], list[dict[str, str]]]:
     """Start a process for every model and load it; return them, and what is not available and why."""
     unavailable: list[dict[str, str]] = []
     workers: dict[str, Worker] = {}
     _warm(pair)
     try:
-        for kind, name in MODELS.items():
-            if kind not in models:
+        for kind, name in NAMES.items():
+            if kind in files or (kind in models and kind not in RUNTIMES):
+                ours = kind in OURS or kind == EXPORTED
+            else:
                 continue
-            ours = kind in OURS
             settings = {
                 "kind": kind,
                 "folder": str((pair.folder if ours else pair.base.folder).resolve()),
@@ -222,6 +292,7 @@ def _start(
                 "device": device,
                 "threads": threads,
                 "seed": seed,
+                "file": str(files[kind].resolve()) if kind in files else None,
             }
             if kind in ("int8", "ours-int8") and device != "cpu":
                 unavailable.append({"name": name, "reason": "integer kernels run on the CPU only"})
@@ -232,7 +303,7 @@ def _start(
         for kind in list(workers):
             if reason := _missing(workers[kind], kind):
                 workers.pop(kind).close()
-                unavailable.append({"name": MODELS[kind], "reason": reason})
+                unavailable.append({"name": NAMES[kind], "reason": reason})
         if not workers:
             raise CompressionError(f"Nothing can be measured: {unavailable[0]['name']}: {unavailable[0]['reason']}.")
     except BaseException:
@@ -247,7 +318,7 @@ def _missing(worker: Worker, kind: str) -> str | None:
     try:
         loaded = worker.ask("load")
     except CompressionError as error:
-        if kind not in ("int8", "ours-int8"):
+        if kind not in ("int8", "ours-int8", *RUNTIMES):
             raise
         return str(error)
     if kind in ("on_the_fly", "ours-int8") and not loaded["decodes"]:
@@ -280,7 +351,7 @@ def _measure(
                 loads[name].append(worker.ask("load"))
     return [
         {
-            "name": MODELS[name],
+            "name": NAMES[name],
             "disk_bytes": disk.get(name, loads[name][0]["tensor_bytes"]),
             "load_seconds": statistics.median(load["seconds"] for load in loads[name]),
             "memory_bytes": memory[name],

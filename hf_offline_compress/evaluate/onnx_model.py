@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,32 +32,72 @@ def check_onnx(given: str | Path | None, fine_tune: bool, dtype: str) -> None:
         raise CompressionError(f"An ONNX file computes as it was exported, not in {dtype}; leave --dtype out.")
 
 
+class OpenVinoSession:
+    """A file run by OpenVINO, asked as a session of ONNX Runtime is."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        """Compile it for the CPU."""
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        self.compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        """Return names and shapes; sizes that may be any are None."""
+        return [SimpleNamespace(name=port.any_name, shape=_sizes(port.partial_shape)) for port in self.compiled.inputs]
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        """Return names."""
+        return [SimpleNamespace(name=port.any_name) for port in self.compiled.outputs]
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        """Return outputs by their names."""
+        found = self.compiled(feeds)
+        return [found[name] for name in names]
+
+
+def _sizes(shape: Any) -> list[int | None]:
+    return [None if size.is_dynamic else size.get_length() for size in shape]
+
+
+def session_of(file: Path, runtime: str = "onnxruntime") -> Any:
+    """Return what runs a file on torch's number of threads, by "onnxruntime" or "openvino".
+
+    Raises:
+        CompressionError: it does not take the file.
+    """
+    try:
+        if runtime == "openvino":
+            return OpenVinoSession(file, torch.get_num_threads())
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        title = "OpenVINO" if runtime == "openvino" else "ONNX Runtime"
+        raise CompressionError(f"{title} does not load '{file.name}': {str(error)[:200]}") from error
+
+
 class OnnxModel(torch.nn.Module):
     """An exported file that is called as the stock model is, on the CPU and without gradients."""
 
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, file: Path, config: Any) -> None:
+    def __init__(self, file: Path, config: Any, runtime: str = "onnxruntime") -> None:
         """Make a session.
 
         Args:
             file: of one model.
             config: of the model.
+            runtime: what runs it, "onnxruntime" or "openvino".
 
         Raises:
-            CompressionError: ONNX Runtime does not take the file, or it is none of ours.
+            CompressionError: it does not take the file, or that is none of ours.
         """
-        import onnxruntime
-
         super().__init__()
-        self.config, self.file = config, file
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise CompressionError(f"ONNX Runtime does not load '{file.name}': {str(error)[:200]}") from error
+        self.config, self.file, self.session = config, file, session_of(file, runtime)
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         if "input_ids" not in self.inputs:

@@ -1,0 +1,93 @@
+"""What a user could do to a base with ONNX: its graph in float32, and in int8 by ONNX Runtime's own quantization."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompressionError, needs_extra
+from ..export.onnx.folder import check_head, check_packages
+from ..runtime.engines_compressed import has_vnni
+
+# What runs a file → the package that it needs.
+RUNTIMES = {"onnxruntime-float32": "onnxruntime", "onnxruntime-int8": "onnxruntime", "openvino-int8": "openvino"}
+
+
+def why_not(kind: str, config: Mapping[str, Any]) -> str | None:
+    """Return why a file of the base cannot be made or run, or None.
+
+    Args:
+        kind: one of `RUNTIMES`.
+        config: of the compressed model, whose class is the base's.
+    """
+    package = RUNTIMES[kind]
+    try:
+        if package == "onnxruntime" and find_spec(package) is None:
+            raise CompressionError(needs_extra("An ONNX file", package, "onnx"))
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+        check_packages()
+        check_head(config)
+    except CompressionError as error:
+        return str(error)
+    return None
+
+
+def dense_files(
+    model: Any, folder: Path, kinds: Sequence[str], *, cached: bool, token_types: bool = False
+) -> dict[str, Path]:
+    """Write a stock model as ONNX files, and return them by their kinds.
+
+    Args:
+        model: stock, in float32.
+        folder: where to.
+        kinds: of `RUNTIMES`.
+        cached: whether it is a causal language model, with a cache.
+        token_types: whether segments of a text are told apart by an input of their own.
+    """
+    from ..export.onnx.model import onnx_models, save
+
+    whole = folder / "dense.onnx"
+    models = onnx_models(model, model, ("float32",), opset=18, token_types=token_types, cached=cached)
+    save(models["float32"], whole)
+    files = dict.fromkeys(kinds, whole)
+    if any(kind.endswith("int8") for kind in kinds):
+        whole_numbers = _quantized(whole, folder)
+        files |= {kind: whole_numbers for kind in kinds if kind.endswith("int8")}
+    return files
+
+
+def _quantized(whole: Path, folder: Path) -> Path:
+    """Write a file of whole numbers, as ONNX Runtime makes them, with a scale for each column."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    apart, out = folder / "dense-apart.onnx", folder / "dense-int8.onnx"
+    _heads_apart(whole, apart)
+    # Without VNNI, 7 bits: two products of a byte are added in 16 bits, and 8 would be cut off there.
+    options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": not has_vnni()}
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises to shape a graph that needs no shaping
+    try:
+        quantize_dynamic(apart, out, **options)
+    finally:
+        logging.disable(before)
+    apart.unlink()
+    return out
+
+
+def _heads_apart(file: Path, out: Path) -> None:
+    """Give a tied head a matrix of its own: quantize_dynamic passes over one that is transposed in the graph."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(file)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type == "Transpose" and node.input[0] in stored:
+            turned = numpy_helper.to_array(stored[node.input[0]]).T.copy()
+            model.graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
+            model.graph.node.remove(node)
+    onnx.save(model, out)
