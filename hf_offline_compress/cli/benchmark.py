@@ -31,7 +31,7 @@ def benchmark(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's default if not given", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the random tokens")] = 0,
     device: Device = None,
     revision: Revision = None,
     as_json: AsJson = False,

@@ -16,7 +16,7 @@ from ..foundation.progress import stage
 from .options import NOTHING_ELSE, AsJson, Debug, Folder, Quiet, app, takes
 from .output import calm, print_json, print_table, run
 
-TUNING = "of fine-tuning"
+TUNING = "for fine-tuning"
 
 
 @app.command()

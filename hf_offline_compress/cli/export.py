@@ -15,10 +15,10 @@ from .output import calm, megabytes, print_json, run
 def export(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Argument(help="the folder to write; left out with --into-folder", show_default=False)
+        Path | None, typer.Argument(help="the folder to write; omit it with --into-folder", show_default=False)
     ] = None,
     format: Annotated[  # noqa: A002
-        str, typer.Option(help="checkpoint, stock and dense; or onnx, the codes and what decodes them")
+        str, typer.Option(help="checkpoint: a stock dense one; or onnx: codes, with operators that decode them")
     ] = ("checkpoint"),
     dtype: Annotated[
         str | None,
@@ -29,7 +29,8 @@ def export(
     ] = None,
     opset: Annotated[int | None, typer.Option(help="onnx: opset; 18 if not given", show_default=False)] = None,
     into_folder: Annotated[
-        bool, typer.Option("--into-folder", help="onnx: into onnx/ of FOLDER, with a stock config, in place of OUT")
+        bool,
+        typer.Option("--into-folder", help="onnx: write into onnx/ of FOLDER, with a stock config, instead of OUT"),
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

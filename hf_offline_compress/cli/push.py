@@ -21,7 +21,7 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="branch, created if missing; main if not given", show_default=False)
     ] = None,
-    message: Annotated[str | None, typer.Option(help="of the commit", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="commit message", show_default=False)] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead of committing")] = False,
     token: Annotated[
         str | None,

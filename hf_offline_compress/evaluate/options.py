@@ -25,10 +25,10 @@ class EvaluationOptions:
     )
     onnx: str | Path | None = option(
         None,
-        "an ONNX file that was exported from the folder, to evaluate in the place of its weights, in ONNX Runtime; what is "
-        "found stands beside the weights' own evaluations",
+        "an ONNX file that was exported from the folder, to evaluate instead of its weights, in ONNX Runtime; the results "
+        "are kept beside the evaluations of the weights",
         cli=Path,
-        help="an ONNX file exported from FOLDER, to evaluate in the place of its weights",
+        help="an ONNX file exported from FOLDER, to evaluate instead of its weights",
     )
     text: str | Path | Sequence[str] | None = option(
         None,
@@ -53,7 +53,7 @@ class EvaluationOptions:
     )
     data: str | Path | None = option(
         None,
-        "local CSV or JSON file in the place of the task's data set on the Hub; of retrieval a folder as BEIR has them",
+        "local CSV or JSON file instead of the task's dataset on the Hub; for retrieval a folder in BEIR's form",
         cli=Path,
         help="a CSV or JSON file, for nanobeir a folder, instead of the task's dataset",
     )
@@ -74,7 +74,7 @@ class EvaluationOptions:
         None,
         'the same as `data`, for fine-tuning and for "classification"',
         cli=Path,
-        help="a CSV or JSON file to train on, of fine-tuning and classification",
+        help="a CSV or JSON file to train on, for fine-tuning and classification",
     )
     task_settings: TaskSettings | None = option(
         None, "how the task is put to the models, and how they are fine-tuned; the papers' settings by default"
@@ -90,7 +90,7 @@ class EvaluationOptions:
     batch_size: int = option(
         32, "sequences in one forward pass, at most", cli=int, min=1, help="sequences per forward pass"
     )
-    seed: int = option(0, "of masked words, new heads and training", cli=int, help="of everything random")
+    seed: int = option(0, "of masked words, new heads and training", cli=int, help="random seed")
     dtype: str = option(
         "float32",
         'to compute in: "float32", "bfloat16" or "float16"',

@@ -39,14 +39,14 @@ class CompressionOptions:
     max_bytes: int | str | None = option(None, "the same budget in bytes, e.g. 6MB (of 1,000,000 bytes)", cli=str)
     vocabulary: str | Path | Sequence[str] | None = option(
         None,
-        "the tokens of this text are kept, and all others pruned from tokenizer and model, before anything else is done: "
-        "bundled, a file with one text a line, a data set's name, or texts",
+        "the tokens of this text are kept, and all others pruned from tokenizer and model before anything else is done: "
+        "bundled, a file with one text per line, a dataset name, or texts",
         cli=str,
         help=_SAID["vocabulary"],
     )
     vocabulary_size: int | None = option(
         None,
-        "keep so many tokens: the most frequent of the text, then the most probable of its writing systems",
+        "number of tokens to keep: the most frequent of the text, then the most probable of its writing systems",
         cli=int,
         min=1,
     )
@@ -56,9 +56,9 @@ class CompressionOptions:
     effort: str | None = option(None, _SAID["effort"], cli=str)
     max_loss: float | None = option(
         None,
-        "instead of a size, the loss that is allowed: the largest relative rise of perplexity, or for models without a "
-        "language-model head fall of agreement, 0.01 being 1 %. The smallest budget that keeps it is searched for, which "
-        "takes several times as long. It is judged on `validation`, or on held-out calibration text",
+        "instead of a size, the allowed loss: the relative increase of perplexity, or for models without a language-model "
+        "head the decrease of agreement; 0.01 is 1 %. The smallest model within it is searched for, which takes several "
+        "times as long. It is measured on `validation`, or on held-out calibration text",
         cli=float,
         help="find the smallest model whose loss on held-out text is at most this, e.g. 0.01 for 1 %",
     )
@@ -80,27 +80,27 @@ class CompressionOptions:
     )
     dtype: str | torch.dtype | None = option(
         None,
-        "what the base is loaded and computed in, and what the result has. By default it is computed in float32, and the "
-        "result has the checkpoint's dtype",
+        "dtype in which the base is loaded and computed, and of the result; by default float32 for computing, and the "
+        "checkpoint's dtype for the result",
         cli=str,
         help="dtype of the model; the checkpoint's if not given",
     )
     device: str | torch.device | None = option(
         None,
-        "where to compute, e.g. cuda; by default on the CPU, or where a model in memory lies",
+        "where to compute, e.g. cuda; by default on the CPU, or where a model in memory is",
         cli=str,
         help="where to compute, e.g. cuda",
     )
     batch_size: int | None = option(None, "calibration texts per forward pass", cli=int, min=1)
     max_memory: int | str | None = option(
         None,
-        "for a base larger than memory: its tensors are read from its safetensors as they are needed, one layer at a time, so "
-        "that this process has at most about so much memory, e.g. 4GB. What cannot be done so is an error. The result is the "
-        "same; it decodes its weights on use. Needs accelerate",
+        "for a base larger than memory: tensors are read from its safetensors files one layer at a time, so that this "
+        "process uses about this much memory at most, e.g. 4GB. Requests that cannot be met in this way are an error. The "
+        "result is the same; it decodes its weights on use. Needs accelerate",
         cli=str,
         help="read the base layer by layer, within about this much memory, e.g. 4GB; with --effort fast",
     )
-    seed: int = option(0, "of everything random", cli=int)
+    seed: int = option(0, "random seed", cli=int)
     revision: str | None = option(None, "branch, tag or commit of a base on the Hub", cli=str)
     token: str | bool | None = option(None, "for a base on the Hub; by default the one you are logged in with")
     trust_remote_code: bool = option(
@@ -111,14 +111,14 @@ class CompressionOptions:
     )
     progress: bool = option(True, "show progress bars")
     target: str | Path | None = option(
-        None, "where the result will be saved; that there is room for it is checked before any work"
+        None, "where the result will be saved; free disk space is checked before any work"
     )
     resume: bool = option(
         False,
-        "keep what is worked out in TARGET.partial until the result is saved, and go on from there if a run with the same "
-        "request was cut; needs a target",
+        "keep intermediate results in TARGET.partial until the result is saved, and continue from them if a run with the "
+        "same request was interrupted; needs a target",
         cli=bool,
-        help="keep what is worked out in OUT.partial, and go on from there after a cut",
+        help="keep intermediate results in OUT.partial, and continue from them after an interruption",
     )
 
     @property

@@ -140,8 +140,8 @@ class Recipe:
     effort: str = field(
         default="default",
         metadata={
-            "help": "how much is measured: fast, forecasts alone; default, bytes are given anew by what was measured; best, "
-            "more text and several times"
+            "help": "how much is measured: fast, nothing, bytes follow predictions; default, bytes are allocated again after "
+            "measuring; best, with more text and several times"
         },
     )
     rest: str | None = field(
@@ -151,8 +151,7 @@ class Recipe:
     vocabulary: Vocabulary | None = field(
         default=None,
         metadata={
-            "help": "keep the tokens of this text alone, and prune the others: bundled, a file with one text a line, or a "
-            "data set's name"
+            "help": "prune the tokens that do not occur in this text: bundled, a file with one text per line, or a dataset name"
         },
     )
     description: str = ""

@@ -123,8 +123,8 @@ def prune_vocabulary(
     unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else 0
     if 2 * unknown >= counts.total():
         raise CompressionError(
-            f"The tokenizer of '{name}' knows almost none of the vocabulary's text '{text.source}' ({unknown:,} of "
-            f"{counts.total():,} tokens are unknown to it); pass text in the model's language."
+            f"The tokenizer of '{name}' knows almost none of the vocabulary text '{text.source}' ({unknown:,} of "
+            f"{counts.total():,} tokens are unknown); pass text in the model's language."
         )
     scripts = scripts_of(text.texts)
     named = {number for number in named_ids(config) | named_ids(generation or {}) if number < size}
@@ -181,12 +181,12 @@ def _content(tokenizer: Any, name: str) -> dict[str, Any]:
         CompressionError: it has none.
     """
     if tokenizer is None:
-        raise CompressionError(f"'{name}' has no tokenizer, whose vocabulary could be pruned; pass tokenizer=.")
+        raise CompressionError(f"'{name}' has no tokenizer, so there is no vocabulary to prune; pass tokenizer=.")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:
         raise CompressionError(
-            f"The tokenizer of '{name}' is a {type(tokenizer).__name__}, which has no fast form (tokenizer.json); a vocabulary "
-            "can be pruned of fast ones alone."
+            f"The tokenizer of '{name}' is a {type(tokenizer).__name__}, which has no fast form (tokenizer.json); only "
+            "vocabularies of fast tokenizers can be pruned."
         )
     content: dict[str, Any] = json.loads(backend.to_str())
     return {**content, "truncation": None, "padding": None}  # set by calls, and again by the next
