@@ -138,16 +138,17 @@ def _vocabulary(inputs: CardInputs) -> list[str]:
     text = {"bundled": "hf-offline-compress's own English text", "caller": "text supplied by the author"}.get(
         source, f"`{cell(source)}`"
     )
+    scripts = ", ".join(cell(name.capitalize()) for name in record["writing_systems"]) or "none"
     shown = [
-        f"Its vocabulary was pruned from {record['tokens_before']:,} tokens to {record['tokens']:,}, those of {text}. Words "
-        "of other languages are read in pieces or characters, or not at all, and are lost in part or whole; writing systems "
-        f"that are kept: {', '.join(cell(name.capitalize()) for name in record['writing_systems']) or 'none'}."
+        f"Its vocabulary was pruned from {record['tokens_before']:,} tokens to {record['tokens']:,}, those of {text}. Text "
+        "in other languages is split into small pieces or characters, or becomes unknown: these languages are lost partly or "
+        f"completely. Writing systems that were kept: {scripts}."
     ]
     for purpose in ("calibration", "validation"):
         if found := record["coverage_of"].get(purpose):
             shown.append(
-                f"Of the tokens of the {purpose} text {found['kept']:.2%} were kept; it is {found['growth']:.3f} times as long "
-                f"in the new ones, of which {found['unknown']:.2%} are unknown."
+                f"{found['kept']:.2%} of the tokens of the {purpose} text were kept; with the new vocabulary it is "
+                f"{found['growth']:.3f} times as long, and {found['unknown']:.2%} of its tokens are unknown."
             )
     return [" ".join(shown)]
 
