@@ -9,7 +9,7 @@ from common import CORE, ONE_EACH, TEXTS, make_model, make_tokenizer
 from hf_offline_compress import CompressionError, compress
 from hf_offline_compress.architectures.stock import layout_of_config
 from hf_offline_compress.measure.inputs import collect
-from hf_offline_compress.measure.sensitivity import measure_sensitivity
+from hf_offline_compress.measure.sensitivity import PLAIN_TOKENS, measure_sensitivity
 from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import TOKENS, Batch, count_tokens, load_texts, make_batches, warn_of_overlap
 from hf_offline_compress.solve.problems import LEAST_OFTEN, _position_shares
@@ -287,3 +287,38 @@ def test_logits_are_not_computed_for_the_inputs_of_a_tied_head(model_type, head)
     torch.testing.assert_close(moments, seen[0].T @ seen[0] / 21, rtol=1e-4, atol=1e-6)
     again = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     assert torch.equal(again[0], expected[0]) and widths[1] == model.config.vocab_size
+
+
+def test_inputs_weigh_as_the_gradients_at_all_outputs_that_share_them():
+    model = make_model("bert", "BertForMaskedLM")
+    wanted = [m for m in matrices_of(model, "query", "key", "output") if m.layer == 1]
+    ids, mask = torch.randint(5, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    ids[:, ::3], mask[1, 7:] = 4, 0
+    batches = [Batch(ids, mask), Batch(ids.flip(0), mask)]  # one portion each, of which the first is used
+    plain = collect(model, wanted, batches).input_moments
+    seen = {}
+
+    def watch(name):
+        def hook(module, args, output):
+            def backward(gradient):
+                seen[name] = args[0].detach(), gradient
+
+            output.register_hook(backward)
+
+        return hook
+
+    handles = [model.base_model.get_submodule(m.module).register_forward_hook(watch(m.name)) for m in wanted]
+    moments = {name: moment.clone() for name, moment in plain.items()}
+    measure_sensitivity(model, wanted, batches, mask_token=4, seed=0, input_moments=moments)
+    for handle in handles:
+        handle.remove()
+    mask = mask.bool()
+    for name in moments:
+        sharing = [m for m in wanted if m.inputs == name]
+        total = PLAIN_TOKENS * plain[name]
+        for matrix in sharing:
+            x, gradient = seen[matrix.name]
+            weights = gradient[mask].square().sum(dim=1)
+            total += torch.einsum("t,ti,tj->ij", weights / weights.mean(), x[mask], x[mask]) / len(sharing)
+        torch.testing.assert_close(moments[name], total / (PLAIN_TOKENS + mask.sum()))
+    assert {m.inputs for m in wanted} == moments.keys() and len(moments) < len(wanted)

@@ -104,6 +104,7 @@ def measure(
             mask_token=mask_token,
             seed=seed,
             squares=squares,
+            input_moments=statistics.input_moments,
             processes=processes,
             passes=passes,
             progress=bar("sensitivity"),

@@ -5,10 +5,14 @@ in squared length; for logits, as divergence between the predicted distributions
 matrix F = diag(p) − p pᵀ. Either way the expected change is δᵀ G δ with G = E[g gᵀ], where g is the gradient of ⟨v, f⟩ with
 v of covariance 1, or F: no labels are needed (Martens & Grosse, ICML 2015). F has the root (1 − √p √pᵀ) diag(√p). Normal
 vectors times it vary far less than gradients at drawn labels, which are huge if an unlikely label is drawn.
+
+Inputs of a layer matter where errors at its outputs do: their moments weigh each token by its squared gradient (GuidedQuant,
+ICML 2025). Few tokens then have most of the weight, so that the plain moments count as some more tokens.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +32,8 @@ from .texts import Batch
 # A backward pass keeps every layer's activations: few tokens at a time, and a part of the text, are enough.
 TOKENS_AT_ONCE = 256
 PART = 2
+# Plain moments of inputs count as so many tokens beside those weighted by gradients.
+PLAIN_TOKENS = 1024
 
 
 def measure_sensitivity(
@@ -38,6 +44,7 @@ def measure_sensitivity(
     mask_token: int | None,
     seed: int,
     squares: Collection[str] = (),
+    input_moments: MutableMapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
     passes: Passes | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -55,6 +62,7 @@ def measure_sensitivity(
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
         seed: of the drawn directions.
         squares: names of the matrices of which only the diagonal is wanted, which takes much less memory.
+        input_moments: of the inputs of layers (`Matrix.inputs`); these are weighted by gradients, in place.
         processes: that share the parts of the batches.
         passes: how the model is run; through all of it at once by default.
         progress: wraps the parts of the batches, e.g. in a progress bar.
@@ -64,7 +72,8 @@ def measure_sensitivity(
     moments: MutableMapping[str, Tensor] = passes.store()
     single: dict[str, Tensor] = {}
     base: Any = model.base_model
-    gradients = _Gradients(sums, squares)
+    inputs = _Inputs(sums, wanted, {} if input_moments is None else input_moments)
+    gradients = _Gradients(sums, squares, inputs)
     by_module: dict[tuple[str, bool], list[Matrix]] = {}
     for matrix in wanted:
         by_module.setdefault((matrix.module, matrix.in_base), []).append(matrix)
@@ -93,11 +102,14 @@ def measure_sensitivity(
         sums.count("curvature", at_logits)
 
     def done() -> None:
+        inputs.done()
         for name in list(sums.tensors):
             kept = single if name in squares else moments
             kept[name] = sums.tensors.pop(name).div_(max(1, sums.numbers.get("tokens", 0)))
 
     try:
+        if processes.count > 1:  # a process may have no part of the text
+            inputs.begin_all()
         with torch.enable_grad(), _frozen(model):
             passes.go(Run(portions, sums, run, enter, done, backward=True, progress=progress))
     finally:
@@ -114,9 +126,9 @@ class _Gradients:
         mask: which places of the current portion hold tokens, [sequences, length].
     """
 
-    def __init__(self, sums: Sums, squares: Collection[str]) -> None:
+    def __init__(self, sums: Sums, squares: Collection[str], inputs: _Inputs) -> None:
         self.mask: Tensor | None = None
-        self._sums, self._squares = sums, squares
+        self._sums, self._squares, self._inputs = sums, squares, inputs
 
     def of(self, parts: Sequence[Matrix]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         """Return the hook of a module, which is one matrix, or several fused."""
@@ -127,21 +139,66 @@ class _Gradients:
 
             def backward(gradient: Tensor) -> None:
                 for m in parts:
-                    self._add(m.name, gradient[..., m.start : m.start + m.rows] if m.part else gradient)
+                    self._add(m, gradient[..., m.start : m.start + m.rows] if m.part else gradient, args)
 
             output.register_hook(backward)
             return output
 
         return hook
 
-    def _add(self, name: str, gradient: Tensor) -> None:
+    def _add(self, matrix: Matrix, gradient: Tensor, given: Sequence[Any]) -> None:
         # Relative positions are not positions in the text, and poolers have none.
         placed = self.mask is not None and gradient.shape[:-1] == self.mask.shape
-        flat = gradient[self.mask] if placed else gradient.reshape(-1, gradient.shape[-1])
-        if name in self._squares:
-            self._sums.add(name, flat.float().square().sum(dim=0))
+        flat = (gradient[self.mask] if placed else gradient.reshape(-1, gradient.shape[-1])).float()
+        if placed and not matrix.embedding:
+            self._inputs.add(matrix, given[0].detach()[self.mask].float(), flat.square().sum(dim=1))
+        if matrix.name in self._squares:
+            self._sums.add(matrix.name, flat.square().sum(dim=0))
         else:
-            self._sums.add_gram(name, flat.float())
+            self._sums.add_gram(matrix.name, flat)
+
+
+class _Inputs:
+    """Moments of the inputs of layers, weighted by the gradients at the outputs of all matrices that share them.
+
+    Weights are of mean 1 in every portion, so that no portion outweighs the others. Sums begin with the plain moments, and
+    lie where those lay.
+    """
+
+    def __init__(self, sums: Sums, matrices: Sequence[Matrix], moments: MutableMapping[str, Tensor]) -> None:
+        self._sums, self._moments = sums, moments
+        self._sharing = Counter(
+            matrix.inputs for matrix in matrices if not matrix.embedding and matrix.inputs in moments
+        )
+
+    def begin_all(self) -> None:
+        """Begin all sums."""
+        for name in self._sharing:
+            self._begin(name)
+
+    def add(self, matrix: Matrix, x: Tensor, weights: Tensor) -> None:
+        """Add inputs x [tokens, columns] of a matrix with the weights of tokens [tokens]."""
+        if not self._sharing[matrix.inputs] or not weights.sum() > 0:
+            return
+        self._begin(matrix.inputs)
+        shares = weights / (weights.mean() * self._sharing[matrix.inputs])
+        self._sums.add_gram(_summed(matrix.inputs), x * shares.sqrt()[:, None])
+        self._sums.count(_summed(matrix.inputs), len(x) / self._sharing[matrix.inputs])
+
+    def done(self) -> None:
+        """Put sums that are complete where the plain moments lay."""
+        for name in self._sharing:
+            if (total := self._sums.tensors.pop(_summed(name), None)) is not None:
+                self._moments[name] = total.div_(self._sums.numbers.get(_summed(name), 0.0) + PLAIN_TOKENS)
+
+    def _begin(self, name: str) -> None:
+        if _summed(name) not in self._sums.tensors:
+            self._sums.tensors[_summed(name)] = self._moments.pop(name).mul_(PLAIN_TOKENS)
+
+
+def _summed(name: str) -> str:
+    """Return the name of the sum of an input's moments, which may have the name of a matrix."""
+    return f"inputs of {name}"
 
 
 def _probe(
