@@ -291,11 +291,11 @@ def test_logits_are_not_computed_for_the_inputs_of_a_tied_head(model_type, head)
 
 def test_inputs_weigh_as_the_gradients_at_all_outputs_that_share_them():
     model = make_model("bert", "BertForMaskedLM")
-    wanted = [m for m in matrices_of(model, "query", "key", "output") if m.layer == 1]
+    wanted = [m for m in matrices_of(model, "query", "key", "output", "word_embeddings") if m.layer in (1, None)]
     ids, mask = torch.randint(5, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     ids[:, ::3], mask[1, 7:] = 4, 0
     batches = [Batch(ids, mask), Batch(ids.flip(0), mask)]  # one portion each, of which the first is used
-    plain = collect(model, wanted, batches).input_moments
+    plain = collect(model, wanted, batches, tied=True).input_moments
     seen = {}
 
     def watch(name):
@@ -307,7 +307,13 @@ def test_inputs_weigh_as_the_gradients_at_all_outputs_that_share_them():
 
         return hook
 
-    handles = [model.base_model.get_submodule(m.module).register_forward_hook(watch(m.name)) for m in wanted]
+    def at_head(module, args, logits):
+        p = logits.detach().softmax(dim=-1)
+        seen[words.name] = args[0].detach(), (ids == 4)[..., None] * (1 - p.square().sum(dim=-1, keepdim=True)).sqrt()
+
+    (words,) = (m for m in wanted if m.embedding)
+    handles = [model.base_model.get_submodule(m.module).register_forward_hook(watch(m.name)) for m in wanted[1:]]
+    handles.append(model.get_output_embeddings().register_forward_hook(at_head))
     moments = {name: moment.clone() for name, moment in plain.items()}
     measure_sensitivity(model, wanted, batches, mask_token=4, seed=0, input_moments=moments)
     for handle in handles:
@@ -321,4 +327,4 @@ def test_inputs_weigh_as_the_gradients_at_all_outputs_that_share_them():
             weights = gradient[mask].square().sum(dim=1)
             total += torch.einsum("t,ti,tj->ij", weights / weights.mean(), x[mask], x[mask]) / len(sharing)
         torch.testing.assert_close(moments[name], total / (PLAIN_TOKENS + mask.sum()))
-    assert {m.inputs for m in wanted} == moments.keys() and len(moments) < len(wanted)
+    assert {m.inputs for m in wanted} == moments.keys() and len(moments) == 3 and wanted[0] is words

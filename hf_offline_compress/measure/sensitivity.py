@@ -7,7 +7,8 @@ v of covariance 1, or F: no labels are needed (Martens & Grosse, ICML 2015). F h
 vectors times it vary far less than gradients at drawn labels, which are huge if an unlikely label is drawn.
 
 Inputs of a layer matter where errors at its outputs do: their moments weigh each token by its squared gradient (GuidedQuant,
-ICML 2025). Few tokens then have most of the weight, so that the plain moments count as some more tokens.
+ICML 2025), those of a tied head by the trace of F. Few tokens then have most of the weight, so that the plain moments count
+as some more tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .texts import Batch
 TOKENS_AT_ONCE = 256
 PART = 2
 # Plain moments of inputs count as so many tokens beside those weighted by gradients.
-PLAIN_TOKENS = 1024
+PLAIN_TOKENS = 2048
 
 
 def measure_sensitivity(
@@ -62,7 +63,7 @@ def measure_sensitivity(
         mask_token: of a masked language model, whose loss lies at the masked places only; None otherwise.
         seed: of the drawn directions.
         squares: names of the matrices of which only the diagonal is wanted, which takes much less memory.
-        input_moments: of the inputs of layers (`Matrix.inputs`); these are weighted by gradients, in place.
+        input_moments: of the inputs of layers and of a tied head (`Matrix.inputs`); these are weighted anew, in place.
         processes: that share the parts of the batches.
         passes: how the model is run; through all of it at once by default.
         progress: wraps the parts of the batches, e.g. in a progress bar.
@@ -72,7 +73,7 @@ def measure_sensitivity(
     moments: MutableMapping[str, Tensor] = passes.store()
     single: dict[str, Tensor] = {}
     base: Any = model.base_model
-    inputs = _Inputs(sums, wanted, {} if input_moments is None else input_moments)
+    inputs = _Inputs(model, sums, wanted, {} if input_moments is None else input_moments)
     gradients = _Gradients(sums, squares, inputs)
     by_module: dict[tuple[str, bool], list[Matrix]] = {}
     for matrix in wanted:
@@ -82,6 +83,7 @@ def measure_sensitivity(
         (base if in_base else model).get_submodule(module).register_forward_hook(gradients.of(parts))
         for (module, in_base), parts in by_module.items()
     ]
+    handles += inputs.handles
     pooled = any(matrix.kind == "pooler" for matrix in wanted)
     headed = has_logits(model) or (type(model).__name__.endswith(CHOICES) and any(not m.in_base for m in wanted))
     portions = _portions(batches)
@@ -96,10 +98,12 @@ def measure_sensitivity(
         ids, own = batch.input_ids.to(device), batch.attention_mask.bool().to(device)
         places = own & (ids == mask_token) if mask_token is not None else own
         generator = torch.Generator().manual_seed(seeds[place])
-        loss, at_logits = _probe(model, ids, own, places, generator, headed, pooled)
+        loss, traces = _probe(model, ids, own, places, generator, headed, pooled)
         loss.backward()
         sums.count("tokens", int(own.sum()))
-        sums.count("curvature", at_logits)
+        sums.count("curvature", float(traces.sum()))
+        if len(traces):
+            inputs.add_head(own, places, traces)
 
     def done() -> None:
         inputs.done()
@@ -151,7 +155,7 @@ class _Gradients:
         placed = self.mask is not None and gradient.shape[:-1] == self.mask.shape
         flat = (gradient[self.mask] if placed else gradient.reshape(-1, gradient.shape[-1])).float()
         if placed and not matrix.embedding:
-            self._inputs.add(matrix, given[0].detach()[self.mask].float(), flat.square().sum(dim=1))
+            self._inputs.add(matrix.inputs, given[0].detach()[self.mask].float(), flat.square().sum(dim=1))
         if matrix.name in self._squares:
             self._sums.add(matrix.name, flat.square().sum(dim=0))
         else:
@@ -163,27 +167,47 @@ class _Inputs:
 
     Weights are of mean 1 in every portion, so that no portion outweighs the others. Sums begin with the plain moments, and
     lie where those lay.
+
+    Attributes:
+        handles: of hooks, to be removed.
     """
 
-    def __init__(self, sums: Sums, matrices: Sequence[Matrix], moments: MutableMapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Any, sums: Sums, matrices: Sequence[Matrix], moments: MutableMapping[str, Tensor]
+    ) -> None:
         self._sums, self._moments = sums, moments
-        self._sharing = Counter(
-            matrix.inputs for matrix in matrices if not matrix.embedding and matrix.inputs in moments
-        )
+        self._sharing = Counter(matrix.inputs for matrix in matrices if matrix.inputs in moments)
+        # An embedding has inputs where a head is tied to it.
+        self._of_head = next((m.inputs for m in matrices if m.embedding and m.inputs in moments), None)
+        self._at_head: Tensor | None = None
+        self.handles = []
+        if self._of_head is not None:
+            self.handles.append(model.get_output_embeddings().register_forward_pre_hook(self._keep))
+
+    def _keep(self, module: nn.Module, args: Any) -> None:
+        self._at_head = args[0].detach()
+
+    def add_head(self, mask: Tensor, places: Tensor, traces: Tensor) -> None:
+        """Add what the head saw last; its inputs matter at the places of the loss, as its traces [places] say."""
+        if self._of_head is not None and self._at_head is not None:
+            weights = traces.new_zeros(mask.shape)
+            weights[places] = traces
+            self.add(self._of_head, self._at_head[mask].float(), weights[mask])
+        self._at_head = None
 
     def begin_all(self) -> None:
         """Begin all sums."""
         for name in self._sharing:
             self._begin(name)
 
-    def add(self, matrix: Matrix, x: Tensor, weights: Tensor) -> None:
-        """Add inputs x [tokens, columns] of a matrix with the weights of tokens [tokens]."""
-        if not self._sharing[matrix.inputs] or not weights.sum() > 0:
+    def add(self, name: str, x: Tensor, weights: Tensor) -> None:
+        """Add inputs x [tokens, columns] of one of the matrices that share them, with the weights of tokens [tokens]."""
+        if not self._sharing[name] or not weights.sum() > 0:
             return
-        self._begin(matrix.inputs)
-        shares = weights / (weights.mean() * self._sharing[matrix.inputs])
-        self._sums.add_gram(_summed(matrix.inputs), x * shares.sqrt()[:, None])
-        self._sums.count(_summed(matrix.inputs), len(x) / self._sharing[matrix.inputs])
+        self._begin(name)
+        shares = weights / (weights.mean() * self._sharing[name])
+        self._sums.add_gram(_summed(name), x * shares.sqrt()[:, None])
+        self._sums.count(_summed(name), len(x) / self._sharing[name])
 
     def done(self) -> None:
         """Put sums that are complete where the plain moments lay."""
@@ -203,13 +227,13 @@ def _summed(name: str) -> str:
 
 def _probe(
     model: nn.Module, ids: Tensor, mask: Tensor, places: Tensor, generator: torch.Generator, headed: bool, pooled: bool
-) -> tuple[Tensor, float]:
-    """Return a scalar whose gradient is the probe's, and Σ g² at the logits of a language model."""
+) -> tuple[Tensor, Tensor]:
+    """Return a scalar whose gradient is the probe's, and E[Σ g²] at the logits of each place [places], if there are any."""
     if headed:
         if type(model).__name__.endswith(CHOICES):  # the texts are choices of one question
             ids, mask = ids[None], mask[None]
         output = model(input_ids=ids, attention_mask=mask.long())
-        loss, curvature = ids.new_zeros((), dtype=torch.float32), 0.0
+        loss, traces = ids.new_zeros((), dtype=torch.float32), ids.new_zeros(0, dtype=torch.float32)
         discriminative = objective_of(type(model).__name__) == "discriminative"
         for name, logits in output.items():
             if not name.endswith("logits"):
@@ -229,8 +253,8 @@ def _probe(
             direction = roots * (drawn - roots * (roots * drawn).sum(dim=-1, keepdim=True))
             loss = loss + (chosen * direction).sum()
             if per_token:
-                curvature += float((1 - roots.pow(4).sum(dim=-1)).sum())  # the trace of F
-        return loss, curvature
+                traces = 1 - roots.pow(4).sum(dim=-1)  # of F
+        return loss, traces
     base: Any = model.base_model
     output = base(input_ids=ids, attention_mask=mask.long())
     hidden = output[0]
@@ -238,7 +262,7 @@ def _probe(
     if pooled:  # the pooler is run only on request
         summary = output.pooler_output
         loss = loss + (summary * torch.randn(summary.shape, generator=generator).to(summary)).sum()
-    return loss, 0.0
+    return loss, hidden.new_zeros(0)
 
 
 def has_logits(model: nn.Module) -> bool:
