@@ -21,7 +21,10 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.md",
+    "examples/space/README.md": "space.md",
 }
+# Files that pages link to, as they are.
+ASSETS = {"examples/quickstart.ipynb": "quickstart.ipynb"}
 CARDS = sorted(path.parent.name for path in (ROOT / "model_cards").glob("*/README.md"))
 PAGES |= {f"model_cards/{name}/README.md": f"model_cards/{name}.md" for name in CARDS}
 CARD_LIST = "model_cards/index.md"
@@ -35,6 +38,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         text = _without_metadata((ROOT / source).read_text("utf-8"))
         files.append(File.generated(config, page, content=_moved(text, source, page)))
+    for source, place in ASSETS.items():
+        files.append(File.generated(config, place, content=(ROOT / source).read_bytes()))
     rows = "\n".join(f"- [{name}]({name}.md)" for name in CARDS)
     listed = f"# Example cards\n\nCards of real runs, as `hf-offline-compress card` writes them:\n\n{rows}\n"
     files.append(File.generated(config, CARD_LIST, content=listed))
@@ -84,8 +89,8 @@ def _moved(text: str, source: str, page: str) -> str:
         place = "/".join(parts)
         if place == "model_cards":
             place = CARD_LIST
-        elif place in PAGES:
-            place = PAGES[place]
+        elif place in PAGES or place in ASSETS:
+            place = (PAGES | ASSETS)[place]
         elif place.startswith("docs/"):
             place = place.removeprefix("docs/")
         else:  # a file that is only in the repository
