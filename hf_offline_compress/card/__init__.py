@@ -1,4 +1,4 @@
-"""Model cards: what was done, what it costs, how to load it, from the report and the evaluations of a folder alone."""
+"""Model cards: what was done, what it costs and how to load it, from the report and the evaluations of a folder only."""
 
 from .inputs import CardInputs, read_inputs
 from .metadata import inherited_metadata

@@ -1,4 +1,4 @@
-"""The command that makes the same folder again, read back from the report."""
+"""The command that reproduces the folder, derived from the report."""
 
 from __future__ import annotations
 

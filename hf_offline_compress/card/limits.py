@@ -1,4 +1,4 @@
-"""What a compressed model costs: what became worse or slower, and what it cannot do."""
+"""Limitations of a compressed model: what became worse or slower, and what it cannot do."""
 
 from __future__ import annotations
 

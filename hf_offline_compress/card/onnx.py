@@ -1,4 +1,4 @@
-"""How a card says that the ONNX files of a folder are run: in Python by ONNX Runtime, in a page by transformers.js."""
+"""How to run a folder's ONNX files, for its card: in Python with ONNX Runtime, in a web page with transformers.js."""
 
 from __future__ import annotations
 

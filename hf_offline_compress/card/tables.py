@@ -1,4 +1,4 @@
-"""Numbers and tables of a card, as Markdown that always comes out the same."""
+"""Numbers and tables of a card, as deterministic Markdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def count(number: float) -> str:
 
 
 def value(number: object) -> str:
-    """Return a measured value, to as many places as say something."""
+    """Return a measured value, rounded to its significant places."""
     if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number):
         return NOTHING
     if isinstance(number, int):
@@ -185,7 +185,7 @@ def speeds(benchmark: dict[str, Any]) -> str:
 
 
 def group_table(inputs: CardInputs) -> str:
-    """Return a row for every group: what it was, what it became, how far that is from it."""
+    """Return a row for every group: shape, structure, bytes and errors."""
     calibrated = any(group["calibrated_error"] is not None for group in inputs.groups)
     measured = _measured(inputs)
     header = ["group", "structure", "matrices", "rows × columns", "stored in", "bytes", "ratio", "error"]
@@ -248,7 +248,7 @@ def chart(inputs: CardInputs) -> str:
 
 
 def _measured(inputs: CardInputs) -> bool:
-    """Whether groups were put into the dense model one by one, to measure what each costs."""
+    """Whether the loss of each group was measured in the dense model."""
     return any(group.get("measured") is not None for group in inputs.groups)
 
 

@@ -1,4 +1,4 @@
-"""How good a compressed model still is, always beside its base."""
+"""Quality and speed of a compressed model, always beside its base."""
 
 from __future__ import annotations
 

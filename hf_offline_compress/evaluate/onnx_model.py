@@ -1,4 +1,4 @@
-"""An ONNX file where a model of torch is expected: what evaluations ask of a model, answered by ONNX Runtime."""
+"""An ONNX file in place of a torch model: the calls that evaluations make, answered by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class OnnxModel(torch.nn.Module):
         return next((name for name in self.outputs if name.endswith("logits")), None)
 
     def to(self, *_: Any, **__: Any) -> OnnxModel:
-        """Return itself: it stays where it is."""
+        """Return itself: it stays on its device."""
         return self
 
     def forward(self, input_ids: Tensor, **given: Tensor) -> ModelOutput:

@@ -1,4 +1,4 @@
-"""Everything that an evaluation can be asked for beside its folder."""
+"""All options of an evaluation besides its folder."""
 
 from __future__ import annotations
 

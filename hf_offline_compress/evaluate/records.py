@@ -1,4 +1,4 @@
-"""What evaluations found, as plain JSON: `evaluation.json` in a compressed folder, added to by every run."""
+"""Results of evaluations as plain JSON: `evaluation.json` in a compressed folder, extended by every run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Data:
-    """What a model was asked.
+    """The data of an evaluation.
 
     Attributes:
         name: a file's name, a Hub id, "bundled" or "caller".
@@ -61,7 +61,7 @@ class Evaluation:
     """One evaluation of a compressed model beside its base.
 
     Attributes:
-        id: names it within the folder; a later one of the same id replaces it.
+        id: unique within the folder; a later evaluation with the same id replaces it.
         task: `type` as the Hub calls it, e.g. "fill-mask", and `name`.
         data: what was asked.
         settings: all that the numbers depend on, as plain JSON.

@@ -1,4 +1,4 @@
-"""A task, answered by a compressed model and by its base: as they are, or after fine-tuning both alike."""
+"""A task, solved by a compressed model and by its base: as they are, or after the same fine-tuning."""
 
 from __future__ import annotations
 

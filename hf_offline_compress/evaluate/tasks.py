@@ -1,4 +1,4 @@
-"""The tasks there are: which data set, which columns, which labels, which metrics."""
+"""The supported tasks: dataset, columns, labels, metrics."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a task is put to a model, and how a model is fine-tuned on it.
+    """How a task is presented to a model, and how a model is fine-tuned on it.
 
     Attributes:
-        learning_rate: the largest, from which it falls in a straight line to 0.
+        learning_rate: its maximum, from which it decreases linearly to 0.
         batch_size: examples in one step of training, of all processes together.
         length: tokens of an example, or of a window of SQuAD.
         stride: tokens that neighbouring windows of SQuAD have in common.
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Settings that users change; None stands for those of arXiv 2302.04045, which depend on the task.
+    """Settings that users may change; None stands for those of arXiv 2302.04045, which depend on the task.
 
     Attributes:
         learning_rate: see `Settings`. GLUE 2e-5, SQuAD 3e-5.

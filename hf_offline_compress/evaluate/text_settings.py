@@ -1,4 +1,4 @@
-"""How a text is put to models that are evaluated on it."""
+"""How a text is prepared for the models that are evaluated on it."""
 
 from __future__ import annotations
 

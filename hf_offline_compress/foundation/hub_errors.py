@@ -1,4 +1,4 @@
-"""What the Hub answers when it does not do what was asked: patience where that helps, one sentence where it does not."""
+"""Errors of the Hub: retried where they are likely to be temporary, otherwise reported in one sentence."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 ATTEMPTS = 4
-LONGEST_WAIT = 120  # seconds; who is asked to wait longer is told so
+LONGEST_WAIT = 120  # seconds; a longer wait is reported instead
 _PASSING = (408, 429, 500, 502, 503, 504)
 
 
 def patiently(call: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
-    """Return what a call to the Hub returns; try again where the fault is likely to pass.
+    """Return what a call to the Hub returns; retry where the error is likely to be temporary.
 
     It waits as long as the Hub says (Retry-After), or else 1, 2 and 4 seconds.
 
@@ -34,7 +34,7 @@ def patiently(call: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Return whether a fault is likely to pass: too many requests, a server's own error, a broken connection."""
+    """Return whether an error is likely to be temporary: too many requests, a server error, a broken connection."""
     status = status_of(error)
     return status in _PASSING if status is not None else is_broken_connection(error)
 
@@ -53,7 +53,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Return whether an error is that of a network: nothing there, or cut."""
+    """Return whether an error is a network error: no connection, or an interrupted one."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The library that huggingface_hub speaks HTTP with has had several names; its errors are a base of the Hub's.

@@ -1,4 +1,4 @@
-"""Memory of this process: how much it has, and what was freed, given back to the system."""
+"""Memory of this process: how much it uses, and returning freed memory to the system."""
 
 from __future__ import annotations
 

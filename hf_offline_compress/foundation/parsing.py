@@ -1,4 +1,4 @@
-"""YAML and regular expressions that somebody else has written, read within bounds of time and memory."""
+"""YAML and regular expressions from users, read within bounds of time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be known to fail before any work is done: too little room on the disk, sizes of files, devices."""
+"""Checks before any work is done: disk space, file sizes, devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALLEST_SHARD = 1_000
 
 
 def check_room(target: Path, weight_bytes: int) -> None:
-    """Raise CompressionError where the disk has no room for a folder with so many bytes of weights."""
+    """Raise CompressionError if the disk has too little space for a folder with this many bytes of weights."""
     free, needed = shutil.disk_usage(existing(target.resolve())).free, weight_bytes + BESIDE
     if free < needed:
         raise CompressionError(

@@ -86,7 +86,7 @@ class Processes:
             torch.distributed.broadcast(tensor, source)
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Return when all processes have reached this call."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -99,7 +99,7 @@ ALONE = Processes()
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Say in one sentence that another process is gone; torch says so in pages."""
+    """Report in one sentence that another process has ended; torch prints pages."""
     try:
         yield
     except RuntimeError as error:

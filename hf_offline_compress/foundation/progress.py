@@ -1,4 +1,4 @@
-"""What is being done, on stderr: bars, stages, and a sign of life where either takes long."""
+"""Progress on stderr: bars, stages, and the elapsed time where either takes long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Shown:
         self.last: float | None = None
 
     def sign(self) -> None:
-        """Say that work goes on: bars are drawn anew with the time that has passed, or the stage is named again."""
+        """Show that work goes on: redraw bars with the elapsed time, or name the stage again."""
         self.last = time.monotonic()
         if bars := [bar for bar in list(self.bars) if not bar.disable]:
             for bar in bars:
@@ -90,7 +90,7 @@ def bar(items: Iterable[Any] | None, title: str, unit: str, progress: bool, tota
 
 @contextmanager
 def alive() -> Iterator[None]:
-    """Let no long time pass in silence while this is entered and stages are shown."""
+    """Print the elapsed time regularly while this is entered and stages are shown."""
     if not _showing.get():
         yield
         return

@@ -1,4 +1,4 @@
-"""What must be in a JSON file for it to be read without surprises.
+"""Schemas: what a JSON file must contain to be read.
 
 A schema is
 

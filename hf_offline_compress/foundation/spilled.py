@@ -1,4 +1,4 @@
-"""Tensors that lie in a file until they are asked for."""
+"""Tensors that are kept in a file until they are needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Spilled(MutableMapping[Any, Tensor]):
         self._held.pop(key, None)
 
     def __getitem__(self, key: Hashable) -> Tensor:
-        """Return a tensor; as long as somebody holds it, all get the same."""
+        """Return a tensor; while it is referenced, all callers get the same object."""
         if (held := self._held.get(key)) is None:
             start, shape, dtype = self._places[key]
             held = torch.empty(shape, dtype=dtype)
@@ -49,7 +49,7 @@ class Spilled(MutableMapping[Any, Tensor]):
         return held
 
     def __delitem__(self, key: Hashable) -> None:
-        """Forget a tensor; its room in the file is not used again."""
+        """Remove a tensor; its space in the file is not reused."""
         del self._places[key]
         self._held.pop(key, None)
 

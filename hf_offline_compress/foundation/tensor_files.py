@@ -61,7 +61,7 @@ def damage(file: Path) -> str | None:
 
 
 def stand_in(start: bytes) -> str | None:
-    """Return what has come in the place of a file, by how it begins; None where that may be the file itself."""
+    """Return what a file really is, judged by its first bytes; None where it may be what its name says."""
     begins = start.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if begins.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer"

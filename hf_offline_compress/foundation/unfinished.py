@@ -92,7 +92,7 @@ class UnfinishedRun:
         self._write(f"{name}.safetensors", lambda file: save_value(file, value))
 
     def remove(self) -> None:
-        """Forget all: the run is finished."""
+        """Remove everything: the run is finished."""
         self._lock = None
         remove_unfinished(self.folder)
 
@@ -105,7 +105,7 @@ class UnfinishedRun:
             )
 
     def _take(self) -> None:
-        """Hold the run as long as this process lives; one that was cut holds nothing."""
+        """Lock the run while this process lives; an interrupted process leaves no lock."""
         with suppress(ImportError):  # not on Windows
             import fcntl
 
@@ -139,7 +139,7 @@ def remembered(
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a run has kept; what says whose it is goes last, so that a cut leaves no riddle."""
+    """Remove what a run has kept; the file that identifies the run goes last, so that an interruption leaves no unknown files."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name != RUN_FILE:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A vocabulary with some of its tokens: chosen by a text, written into tokenizer, config and weights."""
+"""Pruned vocabularies: tokens are chosen by a text, and written into tokenizer, config and weights."""
 
 from .prune import PrunedVocabulary, prune_vocabulary, vocabulary_text
 

@@ -1,8 +1,8 @@
-"""Byte-pair encoding: neighbours are merged, the pair that was learned first before all others.
+"""Byte-pair encoding: neighbouring symbols are merged, the pair that was learned first before all others.
 
-A token stays findable only if all that its own merges go through stays too. A text whose tokens all stay is then cut as
-before: each merge that happened is still there, none has been added, and their order is the same, so at every step the
-first of all possible merges is the one that it was.
+A token can only be produced if all intermediate results of its merges are kept too. A text whose tokens are all kept is
+then split as before: each merge that happened is still there, none has been added, and their order is the same, so at
+every step the first of all possible merges is the one that it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ByteBPE(TokenModel):
         return super().indispensable() | {self.tokens[token] for token in alphabet}
 
     def parts(self, token: str) -> set[int]:
-        """Return all that a token's merges go through; nothing where they do not lead to it."""
+        """Return the token and all intermediate results of its merges; nothing where the merges do not produce it."""
         symbols = self._symbols(token)
         needed = {*symbols}
         while len(symbols) > 1:
@@ -55,12 +55,12 @@ class ByteBPE(TokenModel):
         return {self.tokens[each] for each in needed} if needed <= self.tokens.keys() else set()
 
     def text_of(self, token: str) -> str:
-        """Return the text that the token's bytes stand for; what is no text has U+FFFD in it."""
+        """Return the text that the token's bytes stand for; bytes that are not valid text become U+FFFD."""
         token = token.removeprefix(self.inside).removesuffix(self.end)
         return self.decoder.decode([token]).strip() if self.byte_level else token.replace(SPACE, " ").strip()
 
     def pruned(self, numbers: Mapping[int, int]) -> dict[str, Any]:
-        """Return the model with the tokens that stay, and the merges whose parts and result stay."""
+        """Return the model with the kept tokens, and the merges whose parts and result are kept."""
         vocabulary = self._renumbered(numbers)
         merges = [
             merge

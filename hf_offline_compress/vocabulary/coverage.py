@@ -1,4 +1,4 @@
-"""What a text loses by pruning: how many of its tokens stay, and what becomes of the others."""
+"""What a text loses by pruning: how many of its tokens are kept, and how the others are tokenized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Coverage:
         sha256: its hash.
         tokens: of the text before, without those put around it.
         kept: share of these that stay.
-        growth: tokens after over tokens before: what goes is written in several pieces, characters or bytes.
+        growth: tokens after over tokens before: pruned tokens are split into several pieces, characters or bytes.
         unknown: share of the tokens after that are unknown and were not before.
     """
 
@@ -55,7 +55,7 @@ def counted(tokenizer: Any, texts: Sequence[str]) -> Counter[int]:
 
 
 def coverage_of(text: CalibrationText, before: Any, after: Any, kept: Set[int]) -> Coverage:
-    """Return what becomes of a text.
+    """Return how pruning changes the tokens of a text.
 
     Args:
         text: at least one token long.

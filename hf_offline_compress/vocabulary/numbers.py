@@ -20,7 +20,7 @@ def named_ids(values: Mapping[str, Any]) -> set[int]:
 
 
 def renumbered(values: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
-    """Return what changes in a config; tokens that went are left out of lists, with the sequences that they are in.
+    """Return the changes of a config; pruned tokens are removed from lists, with the sequences that contain them.
 
     Args:
         values: of a config, or of a generation config.

@@ -1,4 +1,4 @@
-"""Which tokens stay, and the tokenizer, config and model with these alone."""
+"""Prunes a vocabulary: which tokens are kept, and tokenizer, config and model with only these."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PrunedVocabulary:
         return {**values, **renumbered(values, self._numbers), "vocab_size": len(self.rows)}
 
     def apply(self, model: PreTrainedModel) -> int:
-        """Give a stock model the new vocabulary, in place; return how many parameters that took away.
+        """Prune a stock model in place; return the number of removed parameters.
 
         Raises:
             CompressionError: see `keep_rows`.
@@ -193,7 +193,7 @@ def _content(tokenizer: Any, name: str) -> dict[str, Any]:
 
 
 def _before_padding(config: Mapping[str, Any], name: str) -> set[int]:
-    """Return the rows that must stay for the padding token to keep its number, where positions begin behind it.
+    """Return the rows that must be kept so that the padding token keeps its id, where position ids start after it.
 
     Raises:
         CompressionError: they are too many.

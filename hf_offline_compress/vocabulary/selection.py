@@ -1,4 +1,4 @@
-"""Which tokens stay: those of a text, whole or the most frequent, and what can be written without them."""
+"""Which tokens are kept: all or the most frequent of a text, and those that any text may need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .token_model import TokenModel
 
 
 def lasting_tokens(model: TokenModel, fixed: Iterable[int], scripts: set[str]) -> set[int]:
-    """Return the tokens that stay whatever a text has: fixed ones, and all single characters that it might have.
+    """Return the tokens that are always kept: fixed ones, and all single characters that may occur.
 
     Args:
         model: of the tokenizer.

@@ -1,4 +1,4 @@
-"""What pruning needs to know of a tokenizer's model, whatever its kind."""
+"""What pruning needs from a tokenizer's model of any kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPACE = "▁"  # what SentencePiece writes for a space
 
 
 class TokenModel(ABC):
-    """The model of a tokenizer.json, which cuts words into tokens.
+    """The model of a tokenizer.json, which splits words into tokens.
 
     Attributes:
         content: the model's part of the file.
@@ -32,7 +32,7 @@ class TokenModel(ABC):
         return {self.tokens[name] for name in names if name in self.tokens}
 
     def parts(self, token: str) -> set[int]:
-        """Return the other tokens that have to stay for a token to be found at all."""
+        """Return the other tokens without which a token cannot be produced."""
         del token
         return set()
 

@@ -1,4 +1,4 @@
-"""Unigram: the most probable way to cut a text into pieces. Without some pieces, the best way that has none of them."""
+"""Unigram: the most probable segmentation of a text into pieces; after pruning, the most probable one of kept pieces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Unigram(TokenModel):
         return {piece: number for number, (piece, _) in enumerate(self.content["vocab"])}
 
     def indispensable(self) -> set[int]:
-        """Return the unknown piece, bytes, and the least probable piece: the unknown's score is reckoned from that one's."""
+        """Return the unknown piece, bytes, and the least probable piece, from which the unknown piece's score is computed."""
         pieces = self.content["vocab"]
         least = min(range(len(pieces)), key=lambda number: pieces[number][1])
         unknown = self.content.get("unk_id")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def keep_rows(model: PreTrainedModel, rows: Sequence[int], changes: Mapping[str, Any]) -> int:
-    """Keep some rows of everything that has one for each token, in place; return how many parameters that took away.
+    """Keep some rows of every parameter with one row per token, in place; return the number of removed parameters.
 
     What has a row for each token is what has another shape in the stock model of a smaller vocabulary, so no names need to
     be known, and what is tied stays tied.
@@ -67,7 +67,7 @@ def keep_rows(model: PreTrainedModel, rows: Sequence[int], changes: Mapping[str,
 
 
 def _tell(module: nn.Module, before: int, after: int) -> None:
-    """Correct what a module remembers of the vocabulary's size."""
+    """Update the vocabulary size that a module stores."""
     sized = ("num_embeddings", "out_features") if isinstance(module, nn.Linear | nn.Embedding) else ("vocab_size",)
     for name in sized:
         if getattr(module, name, None) == before:

@@ -1,4 +1,4 @@
-"""WordPiece: the longest token that fits, from the left. A text whose tokens all stay is cut as before."""
+"""WordPiece: the longest token that fits, from the left. A text whose tokens are all kept is split as before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .token_model import TokenModel
 
 
 class WordPiece(TokenModel):
-    """The model of BERT's tokenizers: at every place the longest known token, which no token that goes can change."""
+    """The model of BERT's tokenizers: at every place the longest known token, which removing other tokens does not change."""
 
     def text_of(self, token: str) -> str:
         """Return the token without the mark for the inside of a word."""
