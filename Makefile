@@ -34,7 +34,7 @@ $(SPACE): $(STAMP)
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # The wheel in an empty environment, with what it requires and the extra for cards: missing package data is noticed here.
 test-wheel: $(STAMP)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from shutil import rmtree
-from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 import torch
@@ -173,48 +165,6 @@ def outputs_of(model: Any, head: str) -> torch.Tensor:
     result = model.eval()(**inputs_for(head))
     parts = [value for value in result.values() if isinstance(value, torch.Tensor)]
     return torch.cat([part.float().flatten() for part in parts])
-
-
-def run_cli(*arguments: object, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does, in a process of its own: a fork of one that has imported the slow libraries.
-
-    A fresh one is started where that is asked for, and where the environment has what huggingface_hub reads on import.
-    """
-    own = ["-m", "hf_offline_compress", *map(str, arguments)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WARM_PYTHON": sys.executable, **environment}
-    if fresh or any(name.startswith("HF_") and name != "HF_TOKEN" for name in environment):
-        command = [sys.executable, *own]
-        return subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, check=False)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(_warm_server())
-    with Path(os.devnull).open() as nothing, TemporaryFile() as out, TemporaryFile() as errors:
-        request = json.dumps([own, str(Path.cwd()), env]).encode()
-        socket.send_fds(connection, [request], [each.fileno() for each in (nothing, out, errors)])
-        code = connection.recv(1)
-        connection.close()
-        texts = []
-        for file in (out, errors):
-            file.seek(0)
-            texts.append(file.read().decode())
-    return subprocess.CompletedProcess(own, code[0] if code else -1, *texts)
-
-
-@cache
-def _warm_server() -> str:
-    """Start the process that commands are forks of, and return its socket; it ends with this one."""
-    place = Path(mkdtemp())
-    command = [sys.executable, str(Path(__file__).with_name("warm_server.py")), str(place / "socket")]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-
-    def end() -> None:
-        server.kill()
-        server.wait()
-        rmtree(place)
-
-    atexit.register(end)
-    assert server.stdout is not None and server.stdout.readline() == "ready\n"
-    return str(place / "socket")
 
 
 def error_of(stderr: str) -> str:

@@ -1,14 +1,13 @@
 """Compressed folders under accelerate and in other libraries' hands: too little memory, dtypes, pipelines, encoders."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
 from accelerate import infer_auto_device_map
 from common import TEXTS, make_model, make_tokenizer, nonlinear, outputs_of, save_base
+from processes import run_python
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForTokenClassification
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress
@@ -171,8 +170,7 @@ def test_a_sentence_encoder_stays_one(tmp_path):
     SentenceTransformer(modules=[body, Pooling(32, "mean"), Normalize()], device="cpu").save(str(tmp_path / "base"))
     result = compress(tmp_path / "base", RECIPES["low_rank"], calibration=None, progress=False)
     folder = result.save(tmp_path / "small")
-    command = [sys.executable, "-c", ENCODE, str(folder), json.dumps(TEXTS[:5])]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    run = run_python("-c", ENCODE, folder, json.dumps(TEXTS[:5]))
     assert run.returncode == 0, run.stderr[-2000:]
     name, parts, found = json.loads(run.stdout.splitlines()[-1])
     assert name == "CompressedBertModel" and parts == ["Transformer", "Pooling", "Normalize"]

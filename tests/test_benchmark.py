@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from common import make_model, outputs_of, run_cli, save_base
+from common import make_model, outputs_of, save_base
+from processes import run_cli
 from safetensors.torch import load_file
 from torch import nn
 

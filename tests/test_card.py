@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from common import TEXTS, make_model, make_tokenizer, run_cli, save_base
+from common import TEXTS, make_model, make_tokenizer, save_base
+from processes import run_cli
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, load_recipe
 from hf_offline_compress.architectures.families import FAMILIES

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from common import TEXTS, error_of, run_cli, save_base
+from common import TEXTS, error_of, save_base
+from processes import run_cli
 
 from hf_offline_compress import load_recipe
 

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from common import save_base
 from loopback_hub import TOKEN, LoopbackHub
+from processes import start_warm_server, warm_variables
 
 from hf_offline_compress.architectures.families import KINDS, SHORTHANDS
 from hf_offline_compress.request.reading import preset_names, recipe_from_dict
@@ -52,7 +52,7 @@ def extras_of(document):
     """Return the extras that a page says it needs."""
     text = document.read_text("utf-8")
     named = re.search(r"^pip install '\.\[([\w,]+)\]'|need the extras? ([`\w, ]+)", text, re.MULTILINE)
-    return tuple(sorted(re.findall(r"(?!and\b)\w+", named[1] or named[2]))) if named else ()
+    return tuple(sorted(re.findall(r"\b(?!and\b)\w+", named[1] or named[2]))) if named else ()
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +103,13 @@ def shell(packages, hub, tmp_path_factory):
     def environment(extras):
         place = home / "-".join(("with", *extras))
         env = {**os.environ, **online, "HF_HOME": str(place / "home"), "OMP_NUM_THREADS": "1"}
-        env |= {"WARM_SOCKET": str(place / "socket"), "WARM_PYTHON": str(place / "python")}
+        env |= warm_variables(place)
         env["PATH"] = f"{place}{os.pathsep}{env['PATH']}"
         if packages:
             env["PYTHONPATH"] = str(packages)
         if extras not in servers:
             place.mkdir()
-            for name in ("python", "hf-offline-compress"):
-                line = f'WARM_CALLED={name} exec "{sys.executable}" -SE "{Path(__file__).parent}/warm_client.py" "$@"'
-                (place / name).write_text(f"#!/bin/sh\n{line}\n")
-                (place / name).chmod(0o755)
-            command = [sys.executable, str(ROOT / "tests/warm_server.py"), env["WARM_SOCKET"], ",".join(extras)]
-            servers[extras] = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-            assert servers[extras].stdout.readline() == b"ready\n"
+            servers[extras] = start_warm_server(place, env, ",".join(extras))
         return env
 
     def run(extras, language, code, folder):

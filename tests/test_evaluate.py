@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from common import TEXTS, WORDS, error_of, make_model, make_tokenizer, run_cli, save_base
+from common import TEXTS, WORDS, error_of, make_model, make_tokenizer, save_base
+from processes import run_cli
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 

@@ -1,16 +1,14 @@
 """Back to stock: a dense checkpoint with the compressed model's outputs, in a process that knows nothing of us."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from common import CORE, ONE_EACH, TEXTS, error_of, make_model, make_tokenizer, outputs_of, run_cli
+from common import CORE, ONE_EACH, TEXTS, error_of, make_model, make_tokenizer, outputs_of
+from processes import run_cli, run_python
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -80,14 +78,7 @@ def exported(tmp_path_factory):
         result.save(root / "small" / name)
         export_folder(root / "small" / name, root / "dense" / name)
         results[name] = result
-    run = subprocess.run(
-        [sys.executable, "-c", LOADER, str(root / "dense"), str(out), TEXTS[0]],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    run = run_python("-c", LOADER, root / "dense", out, TEXTS[0], PYTHONPATH=str(Path(__file__).parent))
     assert run.returncode == 0, run.stderr[-3000:]
     return (
         root,

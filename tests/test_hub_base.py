@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from common import error_of, run_cli, save_base
+from common import error_of, save_base
 from loopback_hub import COMMIT, loopback_hub
+from processes import run_cli
 from safetensors.torch import load_file
 
 

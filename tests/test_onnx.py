@@ -12,8 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from common import TEXTS, error_of, make_model, make_tokenizer, run_cli, save_base
+from common import TEXTS, error_of, make_model, make_tokenizer, save_base
 from inputs import inputs_for
+from processes import run_cli
 from transformers import AutoConfig
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder, write_card

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -15,9 +12,10 @@ import safetensors.torch
 import torch
 import transformers
 import typer
-from common import error_of, make_tokenizer, outputs_of, run_cli, save_base
+from common import error_of, make_tokenizer, outputs_of, save_base
 from huggingface_hub import constants
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
+from processes import run_cli, run_python
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
@@ -517,19 +515,9 @@ def test_round_trip_for_strangers(hub, finished, result, tmp_path):
     vector = torch.tensor(encoder.encode("A sentence."))
     for mode in ("package", "remote"):
         out = tmp_path / f"{mode}.pt"
-        environment = {**os.environ, **online, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / mode)}
-        command = [
-            sys.executable,
-            "-c",
-            LOAD,
-            mode,
-            str(Path(__file__).parent),
-            str(out),
-            *(others if mode == "remote" else ()),
-        ]
-        run = subprocess.run(
-            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
-        )
+        environment = {**online, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / mode)}
+        names = others if mode == "remote" else ()
+        run = run_python("-c", LOAD, mode, Path(__file__).parent, out, *names, **environment)
         assert run.returncode == 0, run.stderr
         found = torch.load(out)
         torch.testing.assert_close(found.pop("vector", vector), vector)

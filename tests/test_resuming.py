@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import TEXTS, content, error_of, run_cli, save_inputs
+from common import TEXTS, content, error_of, save_inputs
+from processes import run_cli
 
 from hf_offline_compress import CompressionError, compress, compressor
 from hf_offline_compress.cli import app

@@ -6,8 +6,6 @@ One process a mode loads all folders, since starting one costs seconds.
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from common import HEADS, QUICK, TEXTS, make_model, make_tokenizer, nonlinear, outputs_of
 from inputs import TEXT
+from processes import run_python
 from safetensors import safe_open
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress, inspect_folder, make_plan
@@ -212,20 +211,8 @@ def loaded(request, folders, tmp_path_factory):
     """Load all folders in one fresh process; return what it found."""
     out = tmp_path_factory.mktemp(request.param)
     roots = [str(folders[0] / kind) for kind in ("also remote", "package")][: 1 if request.param == "remote" else 2]
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(out / "modules"),
-        "PYTHONPATH": str(LOADER.parent),
-    }
-    run = subprocess.run(
-        [sys.executable, str(LOADER), request.param, str(out), *roots],
-        env=env,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    env = {"HF_MODULES_CACHE": str(out / "modules"), "PYTHONPATH": str(LOADER.parent)}
+    run = run_python(LOADER, request.param, out, *roots, fresh=True, **env)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads((out / "facts.json").read_text()), torch.load(out / "outputs.pt", weights_only=True)
 

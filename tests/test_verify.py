@@ -8,7 +8,8 @@ import socket
 
 import pytest
 import torch
-from common import HEADS, error_of, make_model, make_tokenizer, run_cli, save_base
+from common import HEADS, error_of, make_model, make_tokenizer, save_base
+from processes import PYTHON, run_cli
 from safetensors.torch import load_file, save_file
 
 import hf_offline_compress
@@ -115,7 +116,7 @@ def test_differences():
 
 
 def test_the_command_verifies_what_compress_has_written(finished):
-    run = run_cli("verify", finished, "--json", HF_TOKEN=SECRET)
+    run = run_cli("verify", finished, "--json", HF_TOKEN=SECRET, WARM_PYTHON=PYTHON)  # which starts two fresh ones
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout)
     assert found["passed"] and found["folder"] == "out"
@@ -126,7 +127,7 @@ def test_the_command_verifies_what_compress_has_written(finished):
         assert "Equal to the outputs that were recorded" in sentences[f"outputs {mode} the package"]
 
 
-def test_a_folder_without_a_record_is_verified_as_far_as_it_can_be(tmp_path):
+def test_a_folder_without_a_record_is_verified_as_far_as_it_can_be(forked, tmp_path):
     """One of a head that no auto class has, written through save_pretrained."""
     model = make_model("gpt2", "GPT2DoubleHeadsModel")
     compressed = hf_offline_compress.compress(model, "svd", calibration=None, progress=False).model
@@ -143,7 +144,7 @@ def test_a_folder_without_a_record_is_verified_as_far_as_it_can_be(tmp_path):
     assert "those with the package" in named(verification, "outputs without the package")[0].sentence
 
 
-def test_code_that_is_not_ours_is_run_only_if_that_is_asked_for(folder, tmp_path, monkeypatch):
+def test_code_that_is_not_ours_is_run_only_if_that_is_asked_for(forked, folder, tmp_path, monkeypatch):
     """And it sees no token. A missing key fails, in whatever way it is loaded."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with (folder / "layers_compressed.py").open("a") as file:
@@ -167,7 +168,7 @@ def test_code_that_is_not_ours_is_run_only_if_that_is_asked_for(folder, tmp_path
     assert {"loading with the package", "loading without the package"} <= {check.name for check in trusted.failed}
 
 
-def test_other_outputs_and_numbers_of_modules_than_recorded(folder):
+def test_other_outputs_and_numbers_of_modules_than_recorded(forked, folder):
     record = json.loads((folder / "verification.json").read_text())
     record["outputs"]["logits"]["values"][3] += 0.1
     record["compressed_modules"] += 1

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from common import WORDS, make_model, make_tokenizer, run_cli
+from common import WORDS, make_model, make_tokenizer
+from processes import run_cli
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -1,11 +1,13 @@
 """A python that has imported the slow libraries already: every process of a page, or of a command, is a fork of it.
 
 usage: python warm_server.py SOCKET EXTRAS. What only other extras would install cannot be imported; without EXTRAS nothing
-is forbidden. The package itself is not imported yet. A request is JSON, with
-the arguments of `python`, a folder and an environment, and comes with the three standard streams; the answer is the exit
-code. Variables that huggingface_hub reads when it is imported (HF_HOME, HF_ENDPOINT) are those of this process.
+is forbidden. The package itself is not imported yet, nor anything that belongs to a model but BERT's. A request is JSON,
+with the arguments of `python`, a folder and an environment, and comes with the three standard streams; the answer is the
+exit code.
 """
 
+import gc
+import importlib
 import importlib.metadata as metadata
 import json
 import os
@@ -68,9 +70,13 @@ def import_slow_libraries(of_pages):
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    if of_pages:
+    for name in (
+        ("numba", "sentence_transformers", "accelerate", "datasets", "sklearn.linear_model") if of_pages else ()
+    ):
         with suppress(ImportError):
-            import sentence_transformers  # noqa: F401
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what forks never look at is never copied for them
 
 
 def interpret(arguments, folder, environment):
@@ -78,6 +84,7 @@ def interpret(arguments, folder, environment):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    read_variables_again()
     sys.executable = environment["WARM_PYTHON"]
     safe = arguments[:1] == ["-P"]
     arguments = arguments[safe:]
@@ -91,6 +98,18 @@ def interpret(arguments, folder, environment):
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def read_variables_again():
+    """Do with HF_HOME, HF_ENDPOINT and the like what huggingface_hub and transformers do when they are imported."""
+    from huggingface_hub import constants, hf_api
+    from transformers import dynamic_module_utils, utils
+
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
+    modules = os.environ.get("HF_MODULES_CACHE", os.path.join(constants.HF_HOME, "modules"))  # noqa: PTH118 (a string)
+    for module in (utils.hub, utils, dynamic_module_utils):
+        module.HF_MODULES_CACHE = modules
 
 
 def answer(connection):
