@@ -22,13 +22,13 @@ HERE = Path(__file__).parent
 PYTHON = sys.executable
 
 
-def start_warm_server(place: Path, environment: Mapping[str, str], *extras: str) -> subprocess.Popen[str]:
+def start_warm_server(place: Path, environment: Mapping[str, str], *what: str) -> subprocess.Popen[str]:
     """Start one, with `python` and `hf-offline-compress` in the folder `place` as its forks; see `warm_variables`."""
     for name in ("python", "hf-offline-compress"):
         line = f'WARM_CALLED={name} exec "{PYTHON}" -SE "{HERE}/warm_client.py" "$@"'
         (place / name).write_text(f"#!/bin/sh\n{line}\n")
         (place / name).chmod(0o755)
-    command = [PYTHON, str(HERE / "warm_server.py"), str(place / "socket"), *extras]
+    command = [PYTHON, str(HERE / "warm_server.py"), str(place / "socket"), *what]
     server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None and server.stdout.readline() == "ready\n"
     return server
@@ -40,10 +40,10 @@ def warm_variables(place: Path) -> dict[str, str]:
 
 
 @cache
-def warm() -> dict[str, str]:
+def warm(*what: str) -> dict[str, str]:
     """Return the environment of this process' own server, which ends with it."""
     place = Path(mkdtemp())
-    server = start_warm_server(place, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    server = start_warm_server(place, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, *what)
 
     def end() -> None:
         server.kill()
@@ -54,14 +54,19 @@ def warm() -> dict[str, str]:
     return warm_variables(place)
 
 
-def run_python(*arguments: object, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` with what is added to the environment: a fork, or a fresh process."""
+def run_python(
+    *arguments: object, fresh: bool = False, bare: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` with what is added to the environment.
+
+    A fork, unless it is to be fresh; a bare one has imported torch and other libraries, but not transformers.
+    """
     own = [*map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     if fresh:
         command = [PYTHON, *own]
         return subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, check=False)
-    env = {**env, **warm(), **environment}
+    env = {**env, **warm(*(["--bare"] if bare else [])), **environment}
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(env["WARM_SOCKET"])
     with Path(os.devnull).open() as nothing, TemporaryFile() as out, TemporaryFile() as errors:

@@ -66,9 +66,14 @@ def test_bytes_of_tensors_are_those_of_a_file(tmp_path):
     assert tensor_bytes(model) == sum(tensor.nbytes for tensor in stored.values())
 
 
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    return compressed(tmp_path_factory.mktemp("decoded"), recipe=DECODED)
+
+
 @pytest.mark.parametrize("kind", ["base", "bfloat16", "int8", "compressed", "on_the_fly", "ours-int8"])
-def test_what_a_process_holds(tmp_path, kind):
-    folder, base = compressed(tmp_path, recipe=DECODED)
+def test_what_a_process_holds(decoded, kind):
+    folder, base = decoded
     ours = kind in benchmarking.OURS
     held = Held(kind, str(folder if ours else base), "BertForMaskedLM", "cpu", None, 0)
     assert held.prepare()["threads"] == torch.get_num_threads()

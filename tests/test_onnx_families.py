@@ -23,20 +23,20 @@ ENCODERS = [
     for model_type, head in HEADS
     if not FAMILIES[model_type].entry.causal and objective_of(head) != "causal"
 ]
-# An export takes seconds: each family once, and each kind of head once, unless all are asked for.
+# An export takes seconds: each family once, and each kind of head once, unless all are asked for. XLM-RoBERTa and CamemBERT
+# are RoBERTa under other names.
 TRIED = [
     ("bert", "BertForPreTraining"),
     ("bert", "BertForNextSentencePrediction"),
     ("roberta", "RobertaForQuestionAnswering"),
-    ("xlm-roberta", "XLMRobertaModel"),
-    ("camembert", "CamembertForTokenClassification"),
     ("distilbert", "DistilBertForMultipleChoice"),
     ("electra", "ElectraForPreTraining"),
     ("mpnet", "MPNetForSequenceClassification"),
     ("deberta-v2", "DebertaV2ForMaskedLM"),
     ("modernbert", "ModernBertModel"),
-    ("albert", "AlbertForMaskedLM"),
+    ("albert", "AlbertForTokenClassification"),
 ]
+SAME = {"xlm-roberta", "camembert"}
 RECIPE = Recipe("q", (Rule(Quantized(), ratio=4.0, storage="float16"),), modules=(".+",))
 
 
@@ -47,7 +47,7 @@ def kind_of(model_type, head):
 
 def test_no_family_and_no_kind_of_head_is_left_out():
     assert set(TRIED) <= set(ENCODERS)
-    assert {model_type for model_type, _ in TRIED} == {model_type for model_type, _ in ENCODERS}
+    assert {model_type for model_type, _ in TRIED} | SAME == {model_type for model_type, _ in ENCODERS}
     assert {kind_of(*pair) for pair in TRIED} == {kind_of(*pair) for pair in ENCODERS}
 
 

@@ -1,12 +1,11 @@
 """Importing the package costs nothing, and AutoModel knows our models all the same, in whatever order things come."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from common import make_model, make_tokenizer
+from processes import run_python
 
 import hf_offline_compress
 from hf_offline_compress import compress, registration
@@ -18,14 +17,9 @@ def folder(tmp_path_factory):
     return result.save(tmp_path_factory.mktemp("registered") / "bert")
 
 
-def in_fresh_process(code, *arguments):
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+def in_fresh_process(code, *arguments, bare=True):
+    """Run it where neither transformers nor the package is imported; without `bare`, where nothing is."""
+    run = run_python("-c", code, *arguments, fresh=not bare, bare=bare)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -33,7 +27,7 @@ def in_fresh_process(code, *arguments):
 def test_importing_imports_nothing_heavy():
     heavy = {"torch", "transformers", "numpy", "huggingface_hub"}
     code = f"import sys, hf_offline_compress; print(sorted({heavy} & set(sys.modules)))"
-    assert in_fresh_process(code) == "[]\n"
+    assert in_fresh_process(code, bare=False) == "[]\n"
 
 
 ORDERS = {

@@ -1,9 +1,9 @@
 """A python that has imported the slow libraries already: every process of a page, or of a command, is a fork of it.
 
-usage: python warm_server.py SOCKET EXTRAS. What only other extras would install cannot be imported; without EXTRAS nothing
-is forbidden. The package itself is not imported yet, nor anything that belongs to a model but BERT's. A request is JSON,
-with the arguments of `python`, a folder and an environment, and comes with the three standard streams; the answer is the
-exit code.
+usage: python warm_server.py SOCKET [EXTRAS | --bare]. What only other extras would install cannot be imported; without
+EXTRAS nothing is forbidden. A bare one has imported what transformers imports, and not transformers itself. The package is
+not imported yet, nor anything that belongs to a model but BERT's. A request is JSON, with the arguments of `python`, a
+folder and an environment, and comes with the three standard streams; the answer is the exit code.
 """
 
 import gc
@@ -23,6 +23,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PACKAGE = "hf-offline-compress"
+BARE = "--bare"
+# What takes longest of all that importing a model of transformers imports.
+BELOW = (
+    *("numpy", "scipy.optimize", "sympy", "torch", "torch._dynamo", "torch.export", "torch.distributed.checkpoint"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes"),
+)
 
 
 def installed_with(extras):
@@ -63,20 +69,19 @@ def forbid_others(extras):
         del sys.modules[name]
 
 
+def import_all(names):
+    for name in names:
+        with suppress(ImportError):
+            importlib.import_module(name)
+
+
 def import_slow_libraries(of_pages):
-    import torch
     import transformers
     from transformers import AutoModel, AutoTokenizer, BertModel, BertTokenizer  # noqa: F401
 
-    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for name in (
-        ("numba", "sentence_transformers", "accelerate", "datasets", "sklearn.linear_model") if of_pages else ()
-    ):
-        with suppress(ImportError):
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # what forks never look at is never copied for them
+    if of_pages:
+        import_all(("numba", "sentence_transformers", "accelerate", "datasets", "sklearn.linear_model"))
 
 
 def interpret(arguments, folder, environment):
@@ -101,7 +106,9 @@ def interpret(arguments, folder, environment):
 
 
 def read_variables_again():
-    """Do with HF_HOME, HF_ENDPOINT and the like what huggingface_hub and transformers do when they are imported."""
+    """Do with HF_HOME and the like what huggingface_hub and transformers, if they are imported, did when they were."""
+    if "transformers" not in sys.modules:
+        return
     from huggingface_hub import constants, hf_api
     from transformers import dynamic_module_utils, utils
 
@@ -137,10 +144,15 @@ def answer(connection):
 
 def main():
     path = sys.argv[1]
-    of_pages = len(sys.argv) > 2
-    if of_pages:
-        forbid_others(sys.argv[2].split(","))
-    import_slow_libraries(of_pages)
+    extras = "".join(sys.argv[2:])
+    if extras not in ("", BARE):
+        forbid_others(extras.split(","))
+    import_all(BELOW)
+    sys.modules["torch"].set_num_threads(1)
+    if extras != BARE:
+        import_slow_libraries(of_pages=extras != "")
+    gc.collect()
+    gc.freeze()  # what forks never look at is never copied for them
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(path)
