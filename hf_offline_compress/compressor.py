@@ -57,7 +57,7 @@ from .plan.make import make_plan
 from .request.options import CompressionOptions
 from .request.reading import load_recipe
 from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
-from .solve.groups import solve_groups
+from .solve.groups import solve_groups, tell_of_slow_search
 from .solve.judge import check_judged, perplexity_judge
 from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
@@ -360,6 +360,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
         state: Mapping[str, Tensor] = subject.shards or compute.state_dict()
         wider |= wider_tensors(plan, state)
         plan = planned(request.recipe, plan)
+        if processes.is_main:
+            tell_of_slow_search(plan, torch.device("cpu") if subject.shards else compute.device)
 
         how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size}
 

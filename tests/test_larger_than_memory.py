@@ -124,6 +124,14 @@ def test_what_needs_the_whole_model_is_refused(base, options, sentence, monkeypa
         compress(base, **{"progress": False, "max_memory": "8GB", **options})
 
 
+def test_the_cpu_has_several_names(base):
+    whole, by_layers = (
+        compress(base, "svd", ratio=4, calibration=None, device=device, max_memory=limit, progress=False)
+        for device, limit in ((None, None), ("cpu:0", "8GB"))
+    )
+    assert all(t.equal(by_layers.model.state_dict()[name]) for name, t in whole.model.state_dict().items())
+
+
 def test_a_run_that_resumes_is_refused(base, tmp_path):
     with pytest.raises(CompressionError, match="--resume.* do not go together"):
         compress(base, "svd", target=tmp_path / "out", resume=True, max_memory="8GB", progress=False)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import make_model
 
-from hf_offline_compress import CompressionError, Objective
+from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
+from hf_offline_compress.foundation.progress import showing
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.packing_compressed import unpack
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
@@ -18,7 +20,7 @@ from hf_offline_compress.solvers.feedback import inverse_roots
 from hf_offline_compress.solvers.mixtures import mixtures
 from hf_offline_compress.solvers.paths import viterbi_path
 from hf_offline_compress.solvers.trellis import _rounded_scales
-from hf_offline_compress.structures import GroupShape, Mixture, Storage, Trellis
+from hf_offline_compress.structures import GroupShape, LowRank, Mixture, Storage, Trellis
 from hf_offline_compress.structures.trellis import DISTORTIONS, RATES, bits_a_weight
 
 L2, CALIBRATED = Objective(l2=1.0), Objective(l2=1.0, calibrated=True)
@@ -140,6 +142,20 @@ def test_without_numba_codes_are_as_good(monkeypatch):
     monkeypatch.setitem(sys.modules, "hf_offline_compress.solvers.compiled_columns", None)  # importing it would fail
     plain = solve(problem)
     assert plain.notes["error"] == pytest.approx(compiled.notes["error"], rel=1e-3)
+
+
+def test_a_missing_numba_is_told_where_it_would_help(monkeypatch, capsys):
+    model = make_model("bert", "BertModel", layers=1)
+
+    def said(structure, shown=True):
+        with showing(shown):
+            compress(model, Recipe("keys", (Rule(structure, ratio=4.0),), modules=("key",)), progress=False)
+        return capsys.readouterr().err
+
+    assert "Numba" not in said(SMALL)
+    monkeypatch.setattr(trellis, "find_spec", lambda name: None)
+    assert said(SMALL).count("Numba is not installed") == 1
+    assert "Numba" not in said(LowRank()) + said(SMALL, shown=False)
 
 
 @pytest.mark.parametrize("width,columns", [(1, 1), (2, 2), (2, 1)])

@@ -69,6 +69,12 @@ def stage(title: str, *, at_once: bool = True) -> Iterator[None]:
         _shown.stages.pop()
 
 
+def note(text: str) -> None:
+    """Say something on a line of its own, where stages are shown."""
+    if _showing.get():
+        _say(text)
+
+
 def bar(items: Iterable[Any] | None, title: str, unit: str, progress: bool, total: int | None = None) -> Any:
     """Return a tqdm bar, which counts whole units.
 

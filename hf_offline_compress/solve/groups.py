@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..artifact.building import named_tensors, reconstructed, rounded_factors
@@ -14,10 +15,13 @@ from ..artifact.report import GroupReport, group_report
 from ..foundation.memory import release_memory
 from ..foundation.processes import ALONE, Processes
 from ..foundation.progress import bar as progress_bar
+from ..foundation.progress import note
 from ..foundation.unfinished import UnfinishedRun
 from ..measure.statistics import Statistics
 from ..plan.groups import Group, Plan
 from ..solvers import ANY_SIZES, BATCHED_SOLVERS, Factors, Problem, rounded_to_integers, solve_all
+from ..solvers.trellis import is_searched_slowly
+from ..structures import Trellis
 from .precision import wider_storage
 from .problems import problem_of
 from .resuming import Solved, kept_solution
@@ -26,6 +30,15 @@ from .sharing import expected_work, owners
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
 # take several times as much.
 WEIGHTS_AT_ONCE, METRICS_AT_ONCE = 2**23, 2**25
+
+
+def tell_of_slow_search(plan: Plan, device: torch.device) -> None:
+    """Say which library is missing where a plan has trellises, or may come to have some."""
+    structures = (structure for group in plan.groups for structure in group.rule.structures)
+    if any(isinstance(structure, Trellis) for structure in structures) and is_searched_slowly(device):
+        note(
+            "Numba is not installed: codes are found several times as slowly as with the extra 'fast' (see the README)"
+        )
 
 
 def solve_groups(

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from math import prod
 
+import torch
+
 from ..errors import CompressionError
 from ..foundation.memory import peak_memory, resident_memory
 from ..foundation.processes import Processes
@@ -50,7 +52,7 @@ def check_possible(recipe: Recipe, options: CompressionOptions) -> None:
         "a smaller vocabulary": recipe.vocabulary is not None,
         "resume (--resume)": options.resume,
         "an objective with an importance": any(rule.objective.importance != "none" for rule in recipe.rules),
-        f"the device '{options.device}'": options.device is not None and str(options.device) != "cpu",
+        f"the device '{options.device}'": options.device is not None and torch.device(options.device).type != "cpu",
     }
     for what in (name for name, asked in others.items() if asked):
         raise CompressionError(f"max_memory (--max-memory) and {what} do not go together; leave one of them out.")

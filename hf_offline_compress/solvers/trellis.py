@@ -269,6 +269,11 @@ def _code(step: int, task: _Task) -> Code:
     return Code(trellis_table(**code).to(task.weights.device), code["bits"])
 
 
+def is_searched_slowly(device: torch.device) -> bool:
+    """Return whether codes are found several times as fast on a device where Numba is installed, and it is not."""
+    return device.type == "cpu" and _coder(device) is code_columns
+
+
 def _coder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return what codes a block of columns on a device."""
     if device.type == "cpu" and find_spec("numba"):
