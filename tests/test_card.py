@@ -396,7 +396,7 @@ def test_any_other_recipe_is_there_as_yaml(inputs):
         assert recipe_from_dict(shown) == recipe_from_dict(content)
 
 
-def test_the_command_is_the_one_that_was_given(tmp_path):
+def test_the_command_is_the_one_that_was_given(forked, tmp_path):
     """The command of a card, run as it stands, writes the same weights."""
     base = save_base(tmp_path / "tiny", "gpt2", "GPT2LMHeadModel")
     (tmp_path / "my texts.txt").write_text("\n".join(TEXTS))

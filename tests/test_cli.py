@@ -214,12 +214,12 @@ def test_help_names_every_choice():
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
-def test_a_run_cut_short_leaves_nothing_that_looks_finished(base, tmp_path, kill):
+def test_a_run_cut_short_leaves_nothing_that_looks_finished(forked, base, tmp_path, kill):
     """The run waits in the middle of saving; a killed one may leave a hidden partial folder, never the target."""
     code = (
-        "import signal, sys, time, hf_offline_compress.artifact.writing as f\n"
+        "import os, signal, sys, time, hf_offline_compress.artifact.writing as f\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which is ignored in a shell's background
-        "def wait(*args, **options): print('saving', flush=True); time.sleep(60)\n"
+        "def wait(*args, **options): print(os.getpid(), flush=True); time.sleep(60)\n"
         "f.copy_companions = wait\n"
         "sys.argv = ['x', 'compress', *sys.argv[1:], '--recipe', 'svd', '--quiet']\n"
         "from hf_offline_compress.cli import main; main()"
@@ -230,9 +230,9 @@ def test_a_run_cut_short_leaves_nothing_that_looks_finished(base, tmp_path, kill
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "saving\n"
+    running = int(process.stdout.readline())
     time.sleep(0.1)
-    os.kill(process.pid, kill)
+    os.kill(running, kill)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()

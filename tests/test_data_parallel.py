@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from common import make_model, make_tokenizer, outputs_of
+from common import TEXTS, make_model, make_tokenizer, outputs_of
 from inputs import inputs_for
 from test_round_trip import RECIPES
 
@@ -33,7 +33,11 @@ def test_a_replica_stands_on_its_own(head, recipe, replica_of):
     """Its numbers are its own, within another module too, and gradients go through it to the original."""
     model_type = "gpt2" if head.startswith("GPT2") else "bert"
     result = compress(
-        make_model(model_type, head), RECIPES[recipe], tokenizer=make_tokenizer(model_type), progress=False
+        make_model(model_type, head),
+        RECIPES[recipe],
+        tokenizer=make_tokenizer(model_type),
+        calibration=TEXTS,
+        progress=False,
     )
     model = copy.deepcopy(result.model)
     expected = outputs_of(model, head)

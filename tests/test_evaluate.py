@@ -5,9 +5,6 @@ import inspect
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -15,7 +12,7 @@ import datasets
 import pytest
 import torch
 from common import TEXTS, WORDS, error_of, make_model, make_tokenizer, save_base
-from processes import run_cli
+from processes import run_cli, run_python
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
@@ -772,11 +769,10 @@ def test_several_processes_find_the_same_as_one(clean, tmp_path):
     options = {"text": tmp_path / "lines.txt", "batch_size": 3}
     alone = evaluate_folder(folder, base=base, progress=False, **options)
     (folder / "evaluation.json").unlink()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--module", "hf_offline_compress", "evaluate", str(folder)]
     launch += ["--base", str(base), "--text", str(options["text"]), "--batch-size", "3", "--json", "--quiet"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(launch, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    run = run_python(*launch, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr[-2000:]
     printed = json.loads(run.stdout)["evaluations"]  # by one process only
     assert printed == json.loads((folder / "evaluation.json").read_text())["evaluations"]

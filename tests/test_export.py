@@ -30,7 +30,10 @@ RECIPES = {
     "one_part": Recipe("one_part", (Rule(LowRank(), ratio=2.0),), modules=("key",)),
 }
 CASES = [(t, h, "low_rank") for t, h in dict.fromkeys((*CORE, *ONE_EACH))]
-CASES += [(t, h, r) for t, h in CORE for r in RECIPES if r != "low_rank" and is_language_model(h)]
+# What decodes a matrix does not know its head: every other recipe on one head of each kind of layer.
+CASES += [
+    (t, h, r) for t, h in (("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")) for r in RECIPES if r != "low_rank"
+]
 # Run where the package cannot be imported; loads every folder by the stock class that its config names.
 LOADER = """
 import sys
@@ -61,6 +64,11 @@ Path(sys.argv[2], "facts.json").write_text(json.dumps(facts))
 """
 
 
+def model_of(model_type, head, recipe):
+    """Return a model; where no groups are shared by layers, one of a single layer."""
+    return make_model(model_type, head, layers=3 if recipe in ("shared", "codebook") else 1)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Compress and export every case, and load all in one fresh process."""
@@ -68,7 +76,7 @@ def exported(tmp_path_factory):
     results = {}
     for model_type, head, recipe in CASES:
         result = compress(
-            make_model(model_type, head),
+            model_of(model_type, head, recipe),
             RECIPES[recipe],
             tokenizer=make_tokenizer(model_type),
             calibration=TEXTS,
@@ -94,7 +102,7 @@ def test_a_stock_model_says_the_same(exported, model_type, head, recipe):
     name = f"{head}-{recipe}"
     expected = outputs_of(results[name].model, head)
     torch.testing.assert_close(outputs[name], expected, atol=1e-5, rtol=0)
-    assert (outputs[name] - outputs_of(make_model(model_type, head), head)).abs().max() > 1e-3  # not the base's
+    assert (outputs[name] - outputs_of(model_of(model_type, head, recipe), head)).abs().max() > 1e-3  # not the base's
     found = facts[name]
     assert found["problems"] == []
     assert found["module"] == "transformers.models.{0}.modeling_{0}".format(model_type.replace("-", "_"))
@@ -114,7 +122,7 @@ def test_nothing_of_ours_is_left(exported, model_type, head, recipe):
     assert not list(folder.rglob("*.py"))
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    stock = make_model(model_type, head)
+    stock = model_of(model_type, head, recipe)
     aliases = set(stock.all_tied_weights_keys)  # what is tied is stored once
     assert stored == {name: list(p.shape) for name, p in stock.state_dict().items() if name in stored}
     assert set(stock.state_dict()) - set(stored) <= aliases

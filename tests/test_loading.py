@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate import init_empty_weights
-from common import make_model, make_tokenizer, outputs_of
+from common import TEXTS, make_model, make_tokenizer, outputs_of
 from inputs import inputs_for
 from safetensors.torch import load_file, save_file
 from test_data_parallel import CASES
@@ -26,13 +26,17 @@ RECIPE_NAMES = [recipe for _, recipe in CASES]
 
 
 def compressed(head, recipe, **options):
-    return compress(make_model("bert", head, **options), recipe, tokenizer=make_tokenizer("bert"), progress=False)
+    return compress(
+        make_model("bert", head, **options), recipe, tokenizer=make_tokenizer("bert"), calibration=TEXTS, progress=False
+    )
 
 
 @pytest.mark.parametrize("recipe", [*RECIPE_NAMES, "kronecker_int4", "trellis_int8"])
 def test_composites_of_compressed_parts_are_loaded_as_they_were_saved(recipe, tmp_path):
-    encoder = compressed("BertModel", RECIPES[recipe]).model
-    decoder = compressed("BertLMHeadModel", RECIPES[recipe], seed=1, is_decoder=True, add_cross_attention=True).model
+    encoder = compressed("BertModel", RECIPES[recipe], layers=2).model
+    decoder = compressed(
+        "BertLMHeadModel", RECIPES[recipe], layers=2, seed=1, is_decoder=True, add_cross_attention=True
+    ).model
     model = EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
     inputs = {**inputs_for("BertModel"), "decoder_input_ids": torch.tensor([[5, 6, 7], [8, 9, 5]])}
     with torch.no_grad():

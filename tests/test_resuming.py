@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from common import TEXTS, content, error_of, save_inputs
-from processes import run_cli
+from processes import run_cli, run_python
 
 from hf_offline_compress import CompressionError, compress, compressor
 from hf_offline_compress.cli import app
@@ -77,9 +75,7 @@ def given(tmp_path_factory):
 
 
 def launch(given, out, *cuts):
-    command = [sys.executable, "-c", CUT, *map(str, given), str(out), *cuts]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, check=False)
+    run = run_python("-c", CUT, *given, out, *cuts)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout.splitlines()
 

@@ -1,13 +1,11 @@
 """A compression shared by several processes: the bytes of one process, one that writes, and an end when one dies."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from common import content, save_inputs
+from processes import run_python
 
 from hf_offline_compress import compress
 from hf_offline_compress.foundation.processes import Processes
@@ -89,15 +87,7 @@ def alone(given, tmp_path_factory):
 
 
 def launched(command):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    run = run_python(*command, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 

@@ -91,8 +91,8 @@ def interpret(arguments, folder, environment):
     os.chdir(folder)
     read_variables_again()
     sys.executable = environment["WARM_PYTHON"]
-    safe = arguments[:1] == ["-P"]
-    arguments = arguments[safe:]
+    safe = "-P" in arguments[:1]
+    arguments = arguments[safe or arguments[0] == "-u" :]
     sys.path[:0] = [*([] if safe else [folder]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
