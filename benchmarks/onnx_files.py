@@ -138,11 +138,10 @@ def of_encoder(files: dict[str, Path], models: dict[str, Any], tokenizer: Any, o
     torch_runs = {name: in_torch(model) for name, model in models.items()}
     said = {name: embeddings(run, tokenizer, lines) for name, run in torch_runs.items()}
     sessions = {name: in_onnx(session_of(file, options.threads)) for name, file in files.items()}
-    runs = {**sessions, **{f"{name} in torch": run for name, run in torch_runs.items()}}
     languages = options.languages if options.stsb else []
     print("\n| file | agreement | agreement with the base | " + " | ".join(languages) + " |")
     print("|---|---|---|" + "---|" * max(1, len(languages)))
-    for name, run in runs.items():
+    for name, run in sessions.items():
         found = embeddings(run, tokenizer, lines)
         own = said["ours" if name.startswith("ours") else "dense"]
         same, base = ((found * other).sum(1).mean() for other in (own, said["dense"]))

@@ -18,8 +18,9 @@ from hf_offline_compress.export.dense import stock_model
 from hf_offline_compress.export.onnx.model import onnx_models
 
 CAUSAL = {mt: head for mt, head in HEADS if FAMILIES[mt].entry.causal and objective_of(head) == "causal"}
-# Fused and transposed layers; rotary positions and grouped heads; local attention; positions with an offset.
-TRIED = ("gpt2", "llama", "gpt_neo", "opt")
+# Fused and transposed layers; rotary positions and grouped heads; local attention; positions with an offset; sliding windows;
+# biases of queries; norms of heads; layers fused into one matrix.
+TRIED = ("gpt2", "llama", "gpt_neo", "opt", "mistral", "qwen2", "qwen3", "phi3")
 LAYERS = {"gpt_neo": 2}  # whose second one is local
 
 PROMPTS = np.array([[5, 9, 30, 41, 52, 60, 8], [0, 0, 12, 60, 61, 7, 9]])

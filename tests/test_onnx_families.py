@@ -61,9 +61,16 @@ def in_whole_numbers(stock, parts=1):
         rest = np.rint((x / largest - first) * 254 * 127) / np.float32(254 * 127)
         return (torch.from_numpy((first + rest) * largest),)
 
+    normed = []
+
+    def remember(_, __, out):
+        normed.append(out)
+
     def rounded(_, arguments):
         x = arguments[0].numpy()
         largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+        if any(arguments[0] is each for each in normed):  # what a layer norm gives has one scale for all tokens
+            largest = np.ones_like(largest)
         x = x / largest
         low, high = min(x.min(), np.float32(0)), max(x.max(), np.float32(0))
         step = (high - low) / np.float32(255)
@@ -71,6 +78,8 @@ def in_whole_numbers(stock, parts=1):
         return (torch.from_numpy((np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step * largest),)
 
     for module in stock.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(remember)
         if isinstance(module, (torch.nn.Linear, Conv1D)):
             weight = module.weight.detach()
             scales = weight.abs().amax(dim=0 if isinstance(module, Conv1D) else 1, keepdim=True) / LARGEST

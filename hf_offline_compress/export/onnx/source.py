@@ -113,15 +113,34 @@ def int8_product(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Val
 
     That operator has one scale for all of x. So each row, which is a token, is divided by its largest number first: else
     one token's outliers, which causal models have at the first place, leave nothing of the others, and what is said of a
-    text depends on those beside it.
+    text depends on those beside it. Where x comes from a layer norm, all tokens are of one size already.
     """
-    largest = graph("ReduceMax", graph("Abs", x), integers(-1), keepdims=1)
-    largest = graph("Max", largest, float32(np.finfo(np.float32).tiny))
     if graph.in_two_parts:
+        largest = _largest(graph, x)
         return graph("Mul", _product_in_two_parts(graph, graph("Div", x, largest), weight), largest)
-    numbers, scale, zero = graph.outputs("DynamicQuantizeLinear", 3, graph("Div", x, largest))
+    if _is_normed(x):
+        return _product_of_bytes(graph, x, weight)
+    largest = _largest(graph, x)
+    return graph("Mul", _product_of_bytes(graph, graph("Div", x, largest), weight), largest)
+
+
+def _largest(graph: GraphBuilder, x: ir.Value) -> ir.Value:
+    """Return the largest absolute value of each row, [..., columns] → [..., 1]."""
+    largest = graph("ReduceMax", graph("Abs", x), integers(-1), keepdims=1)
+    return graph("Max", largest, float32(np.finfo(np.float32).tiny))
+
+
+def _is_normed(x: ir.Value) -> bool:
+    """Return whether a value comes straight from a layer norm."""
+    node = x.producer()
+    return node is not None and node.op_type == "LayerNormalization"
+
+
+def _product_of_bytes(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Value:
+    """Return x · Ŵᵀ for x in 8 bits, with one scale."""
+    numbers, scale, zero = graph.outputs("DynamicQuantizeLinear", 3, x)
     product = graph.cast(graph("MatMulInteger", numbers, weight.numbers, zero), FLOAT)
-    return graph("Mul", graph("Mul", product, graph("Mul", scale, weight.scales)), largest)
+    return graph("Mul", product, graph("Mul", scale, weight.scales))
 
 
 def _product_in_two_parts(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) -> ir.Value:
