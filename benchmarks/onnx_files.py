@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time in place of time on the clock")
-    parser.add_argument("--keep", type=Path, help="a new folder for the files, which otherwise are removed in the end")
+    parser.add_argument("--keep", type=Path, help="a folder where the files stay; those that are there are used")
     options = parser.parse_args()
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -257,10 +257,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = options.keep or Path(scratch)
         place.mkdir(exist_ok=True)
-        out = export_folder(options.folder, place / "ours", format="onnx", weights="both")
+        out = place / "ours"
+        if not out.exists():
+            export_folder(options.folder, out, format="onnx", weights="both")
         files = {"ours int8": out / "onnx/model_quantized.onnx", "ours float32": out / "onnx/model.onnx"}
         dense = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(options.base, dtype="float32").eval()
-        made = dense_files(dense, place, KINDS, cached=causal, token_types=not causal)
+        made = dict(zip(KINDS, (place / "dense-int8.onnx", place / "dense.onnx"), strict=True))
+        if not all(file.exists() for file in made.values()):
+            made = dense_files(dense, place, KINDS, cached=causal, token_types=not causal)
         files |= dict(zip(("quantize_dynamic", "dense float32"), map(made.get, KINDS), strict=True))
         stored = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
         print(f"weights of the folder: {stored / 1e6:.2f} MB; {len(lines)} lines, {options.threads} threads\n")

@@ -65,7 +65,7 @@ def _quantized(whole: Path, folder: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     apart, out = folder / "dense-apart.onnx", folder / "dense-int8.onnx"
-    _heads_apart(whole, apart)
+    _as_others_write_it(whole, apart)
     # Without VNNI, 7 bits: two products of a byte are added in 16 bits, and 8 would be cut off there.
     options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": not has_vnni()}
     before = logging.root.manager.disable
@@ -78,16 +78,29 @@ def _quantized(whole: Path, folder: Path) -> Path:
     return out
 
 
-def _heads_apart(file: Path, out: Path) -> None:
-    """Give a tied head a matrix of its own: quantize_dynamic passes over one that is transposed in the graph."""
+def _as_others_write_it(file: Path, out: Path) -> None:
+    """Write a file whose constants are float32 and whose tied head has a matrix of its own.
+
+    `quantize_dynamic` makes an invalid file of a lookup in half precision, and passes over a matrix that is transposed in
+    the graph.
+    """
+    import numpy as np
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(file)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for tensor in stored.values():
+        if tensor.data_type == onnx.TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
     for node in list(model.graph.node):
-        if node.op_type == "Transpose" and node.input[0] in stored:
-            turned = numpy_helper.to_array(stored[node.input[0]]).T.copy()
-            model.graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
+        if node.op_type in ("Cast", "Transpose") and (tensor := stored.get(node.input[0])) is not None:
+            if tensor.data_type != onnx.TensorProto.FLOAT:
+                continue
+            array = numpy_helper.to_array(tensor)
+            array = array.T.copy() if node.op_type == "Transpose" else array
+            made = numpy_helper.from_array(array, node.output[0])
+            model.graph.initializer.append(made)
+            stored[made.name] = made
             model.graph.node.remove(node)
     onnx.save(model, out)
