@@ -1,6 +1,6 @@
 """Seconds and peak memory of a compression: MiniLM's linear layers, and a randomly initialised BERT-base.
 
-usage: python benchmarks/compress_speed.py [--recipe calibrated-svd]
+usage: python benchmarks/compress_speed.py [--recipe calibrated-svd] [--effort fast]
 
 Each case runs in a process of its own, so that its peak memory (resident set) is its own. Beside it stands, in the same
 process, the plain way: for presets with a ratio, `torch.linalg.svd` of the same matrices to the same ranks; for those with
@@ -45,7 +45,7 @@ def bert_base() -> tuple:
     return model, AutoTokenizer.from_pretrained(MODEL_DIR), ("linears", "word_embeddings")
 
 
-def measure(case: str, recipe: str) -> None:
+def measure(case: str, recipe: str, effort: str) -> None:
     """Run one case and print its facts as JSON."""
     import torch
     from transformers.utils import logging
@@ -58,7 +58,7 @@ def measure(case: str, recipe: str) -> None:
     before = peak()
     start = time.perf_counter()
     sized = {} if load_recipe(recipe).budget else {"ratio": 3.0, "modules": modules}
-    result = compress(model, recipe, tokenizer=tokenizer, progress=False, **sized)
+    result = compress(model, recipe, tokenizer=tokenizer, progress=False, effort=effort or None, **sized)
     seconds, after = time.perf_counter() - start, peak()
     start = time.perf_counter()
     if not sized:
@@ -85,16 +85,20 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="calibrated-svd", choices=preset_names())
+    parser.add_argument(
+        "--effort", default="", help="of recipes with a budget for everything; by default the recipe's own"
+    )
     options = parser.parse_args()
     whole = load_recipe(options.recipe).budget
-    print(f"{options.recipe}, {whole or 'ratio 3'}, after the model is loaded\n")
+    effort = f", effort {options.effort}" if options.effort else ""
+    print(f"{options.recipe}{effort}, {whole or 'ratio 3'}, after the model is loaded\n")
     print(
         f"| model | seconds | of them | {'gptq' if whole else 'torch.linalg.svd'} | ratio | model | peak memory "
         "| 2.5 x model + 1 GB |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for case in ("minilm", "bert-base"):
-        command = [sys.executable, str(Path(__file__)), "--measure", case, options.recipe]
+        command = [sys.executable, str(Path(__file__)), "--measure", case, options.recipe, options.effort]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
         facts = json.loads(run.stdout.splitlines()[-1])
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in facts["stages"].items())
