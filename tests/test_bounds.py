@@ -10,8 +10,9 @@ from common import make_model, make_tokenizer, nonlinear
 from transformers import AutoModelForMaskedLM
 
 from hf_offline_compress import Grouping, Recipe, Rule, compress
-from hf_offline_compress.runtime.bounds_compressed import check_groups, check_sizes
+from hf_offline_compress.runtime.bounds_compressed import check_sizes
 from hf_offline_compress.runtime.layers_compressed import LINEARS
+from hf_offline_compress.runtime.specs_compressed import group_specs, weight_spec
 from hf_offline_compress.structures import Autoencoder, Codebook, Kronecker, LowRank, Quantized, Sparse, Trellis, Tucker
 
 EVERY = Recipe(
@@ -82,7 +83,7 @@ def put(content, path, value):
 
 
 def test_what_the_package_writes_is_within_bounds(config):
-    check_groups(config["compression"])
+    group_specs(config["compression"])
     check_sizes(config)
     found = {group["structure"] for group in config["compression"]["groups"].values()}
     assert found == {structure for structure, _ in HOSTILE}
@@ -98,13 +99,13 @@ def test_fields_of_groups_have_types_and_bounds(config, structure, field):
         compression = json.loads(json.dumps(config["compression"]))
         put(with_structure(compression, structure), field, value)
         with pytest.raises(ValueError, match="`compression`") as caught:
-            check_groups(compression)
+            group_specs(compression)
         assert len(str(caught.value)) < 400
     compression = json.loads(json.dumps(config["compression"]))
     first = field.partition(".")[0]
     with_structure(compression, structure).pop(first)
     with nullcontext() if first == "integers" else pytest.raises(ValueError, match=first):
-        check_groups(compression)
+        group_specs(compression)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,13 @@ def test_fields_of_groups_have_types_and_bounds(config, structure, field):
 def test_sizes_are_in_proportion_to_the_weight(config, structure, changes):
     group = with_structure(config["compression"], structure)
     with torch.device("meta"), pytest.raises(ValueError, match=r"do not fit a weight of \d+ rows"):
-        LINEARS[structure](64, 32, {**group, **changes})
+        LINEARS[structure](64, 32, weight_spec({**group, **changes}))
 
 
 def test_a_group_of_columns_is_no_larger_than_a_row():
     """What is padded to whole groups must not grow with a number in a file."""
     group = {"structure": "quantized", "bits": 4, "group_size": 2**26, "storage": "float32"}
-    layer = LINEARS["quantized"](64, 32, group)
+    layer = LINEARS["quantized"](64, 32, weight_spec(group))
     layer.reset_parameters(1.0)
     assert layer.group_size == 32 and layer.dense_weight().shape == (64, 32)
 

@@ -18,6 +18,7 @@ from hf_offline_compress.runtime import seen_compressed, trellis_compressed, wei
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.packing_compressed import pack
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.runtime.weights_compressed import DecodedBudget, DecodedWeight, set_decoding
 from hf_offline_compress.structures import (
     Autoencoder,
@@ -412,7 +413,7 @@ def test_where_rows_and_outliers_are_is_found_once_and_never_stale():
 @torch.no_grad()
 def test_decoding_makes_nothing_larger_than_a_block_beside_the_weight():
     group = Trellis(outliers=0).runtime(4, GroupShape(1, 2048, 512, heads=1))
-    layer = filled(LINEARS["trellis"](2048, 512, {**group, "storage": "float32"}))
+    layer = filled(LINEARS["trellis"](2048, 512, weight_spec({**group, "storage": "float32"})))
     made = []
 
     class Watch(TorchDispatchMode):

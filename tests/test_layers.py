@@ -14,6 +14,7 @@ from hf_offline_compress.runtime import weights_compressed
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.numbers_compressed import in_order, pack_numbers, unpack_numbers
 from hf_offline_compress.runtime.packing_compressed import pack, unpack
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.runtime.weights_compressed import set_decoding
 from hf_offline_compress.structures import (
     Autoencoder,
@@ -72,10 +73,10 @@ every_entry = pytest.mark.parametrize("entry", list(ENTRIES))
 
 
 def make(kind, entry, shared=False, **options):
-    group = {**ENTRIES[entry], "storage": "float32"}
-    layer_class = (LINEARS if kind == "linear" else EMBEDDINGS)[group["structure"]]
-    decoder = layer_class.decoder_class.make(group, COLUMNS) if shared and layer_class.decoder_class else None
-    layer = layer_class(ROWS, COLUMNS, group, decoder, **options)
+    spec = weight_spec({**ENTRIES[entry], "storage": "float32"})
+    layer_class = (LINEARS if kind == "linear" else EMBEDDINGS)[spec.structure]
+    decoder = layer_class.decoder_class.make(spec, COLUMNS) if shared and layer_class.decoder_class else None
+    layer = layer_class(ROWS, COLUMNS, spec, decoder, **options)
     both = torch.nn.ModuleList([layer] if decoder is None else [layer, decoder])
     for name, parameter in both.named_parameters():
         torch.nn.init.normal_(parameter)

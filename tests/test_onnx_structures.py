@@ -12,6 +12,7 @@ from hf_offline_compress.export.onnx.source import LARGEST
 from hf_offline_compress.export.onnx.sources import SOURCES, source_of
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS
 from hf_offline_compress.runtime.packing_compressed import pack
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 
 IDS = np.array([0, 13, 3, 3, 7, 2], np.int64)
 # Only gathered, and multiplied by stored scales.
@@ -88,7 +89,7 @@ def test_every_rate_of_a_trellis(step, rows, columns, run):
     torch.manual_seed(step)
     shape = GroupShape(1, rows, columns)
     group = {**Trellis(run=run, outliers=0.01).runtime(step, shape), "storage": "float32"}
-    module = LINEARS["trellis"](rows, columns, group)
+    module = LINEARS["trellis"](rows, columns, weight_spec(group))
     module.codes.random_(256)
     module.scales.random_(256)
     module.scale_range.data = torch.tensor([-6.0, 0.01])

@@ -9,6 +9,7 @@ from transformers import AutoModelForMaskedLM
 from hf_offline_compress import Recipe, Rule, compress
 from hf_offline_compress.request.objective import OBJECTIVES
 from hf_offline_compress.runtime.layers_compressed import LINEARS
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.solvers import Problem, codebook, feedback, solve, solve_all
 from hf_offline_compress.solvers import quantized as solver
 from hf_offline_compress.structures import Quantized, Storage
@@ -25,7 +26,8 @@ def problem(weight, bits, moments=None, *, group_size=16, clip=False):
 def dense(asked, factors):
     """Return the weight that factors stand for, by the runtime's own layer."""
     layer = LINEARS["quantized"](
-        *asked.weights[0].shape, {**asked.structure.runtime(asked.size, asked.shape), "storage": "float32"}
+        *asked.weights[0].shape,
+        weight_spec({**asked.structure.runtime(asked.size, asked.shape), "storage": "float32"}),
     )
     layer.load_state_dict(factors.members[0], assign=True)
     return layer.dense_weight().detach()
@@ -215,6 +217,6 @@ def test_clipping_knows_which_columns_count(monkeypatch):
 def test_filled_at_random_weights_are_of_the_scale_asked_for(bits):
     asked = problem(torch.zeros(200, 48), bits)
     entry = {**asked.structure.runtime(bits, asked.shape), "storage": "float32"}
-    layer = LINEARS["quantized"](200, 48, entry)
+    layer = LINEARS["quantized"](200, 48, weight_spec(entry))
     layer.reset_parameters(0.02)
     assert 0.005 < float(layer.dense_weight().detach().std()) < 0.04

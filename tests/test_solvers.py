@@ -12,6 +12,7 @@ from hf_offline_compress.request.objective import Objective
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.numbers_compressed import unpack_numbers
 from hf_offline_compress.runtime.packing_compressed import unpack
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.solvers import Problem, codebook, expected_errors, rounded_to_integers, solve, solve_all
 from hf_offline_compress.solvers.low_rank import OUTPUT_DAMPING, low_rank_errors
 from hf_offline_compress.solvers.polishing import importances, loss_terms
@@ -53,7 +54,7 @@ def reconstruct(problem, factors):
     entry = {**problem.structure.runtime(problem.size, problem.shape), "storage": "float32"}
     parts = []
     for weight, own in zip(problem.weights, factors.members, strict=True):
-        layer = LINEARS[entry["structure"]](*weight.shape, entry)
+        layer = LINEARS[entry["structure"]](*weight.shape, weight_spec(entry))
         state = own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}
         layer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
         parts.append(layer.dense_weight().detach())

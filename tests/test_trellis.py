@@ -12,6 +12,7 @@ from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compr
 from hf_offline_compress.foundation.progress import showing
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.packing_compressed import unpack
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
 from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all, trellis
 from hf_offline_compress.solvers import columns as columns_
@@ -39,7 +40,7 @@ def moments(columns, seed=1):
 def decoded(problem, factors):
     shape = problem.shape
     entry = {**problem.structure.runtime(problem.size, shape), "storage": "float32"}
-    layer = LINEARS["trellis"](shape.rows, shape.columns, entry)
+    layer = LINEARS["trellis"](shape.rows, shape.columns, weight_spec(entry))
     layer.load_state_dict(factors.members[0])
     with torch.no_grad():
         return layer.dense_weight()

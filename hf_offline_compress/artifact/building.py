@@ -80,11 +80,12 @@ def factors_among(group: Group, tensors: Mapping[str, Tensor], prefix: str) -> F
 def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
     """Give what each member's factors stand for, [rows, columns], by the very layers that will be run."""
     from ..runtime.layers_compressed import LINEARS
+    from ..runtime.specs_compressed import weight_spec
 
-    entry = group.runtime()
-    layer_class = LINEARS[str(entry["structure"])]
+    spec = weight_spec(group.runtime())
+    layer_class = LINEARS[spec.structure]
     for matrix, own in zip(group.matrices, factors.members, strict=True):
-        layer = layer_class(matrix.rows, matrix.columns, entry)
+        layer = layer_class(matrix.rows, matrix.columns, spec)
         layer.load_state_dict(
             own | {f"decoder.{name}": tensor for name, tensor in factors.decoder.items()}, assign=True
         )

@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .architectures_compressed import ARCHITECTURES, CLASS_PREFIX, TYPE_PREFIX, token_limit
-from .bounds_compressed import check_decoding, check_groups, check_sizes
+from .bounds_compressed import check_decoding, check_sizes
+from .specs_compressed import group_specs
 
 FORMAT_VERSION = 5
 OLDEST_VERSION = 4
@@ -68,7 +69,7 @@ class CompressionConfigMixin:
             raise ValueError(
                 f"`absent` is {absent!r}; it must be a list of what a checkpoint may lack: {', '.join(known)}."
             )
-        check_groups(compression)
+        group_specs(compression)
         check_decoding(compression.get("decoding"), compression.get("max_decoded_bytes"))
 
 

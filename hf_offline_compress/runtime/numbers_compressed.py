@@ -1,7 +1,7 @@
 """Parameters kept as integers of few bits, with a scale and a zero for each group of them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -213,7 +213,7 @@ class PackedNumbers(nn.Module):
 
     keep = False
 
-    def pack(self, bits: dict[str, int], sharing: int) -> None:
+    def pack(self, bits: Mapping[str, int], sharing: int) -> None:
         """Make packed tensors, still empty, in the place of parameters, of submodules too, by their names."""
         parameters = dict(self.named_parameters())
         for name, width in bits.items():

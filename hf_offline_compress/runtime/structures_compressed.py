@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,17 @@ from torch.nn import functional as F
 
 from .numbers_compressed import PackableLinear
 from .packing_compressed import packed_length, round_min_max, unpack
+from .specs_compressed import (
+    AutoencoderSpec,
+    CodebookSpec,
+    KroneckerSpec,
+    LowRankSpec,
+    QuantizedSpec,
+    ResidualSpec,
+    SparseSpec,
+    TuckerSpec,
+    WeightSpec,
+)
 from .trellis_compressed import TrellisWeight
 from .weights_compressed import CompressedWeight, DecodedWeight, WeightDecoder
 
@@ -33,15 +43,16 @@ class LinearDecoder(WeightDecoder):
     and `weight` [columns − latent, latent] gives only the others.
     """
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group, columns)
-        self.latent = group["latent"]
-        stored = columns - self.latent if group["identity_block"] else columns
+        super().__init__(spec, columns)
+        assert isinstance(spec, LowRankSpec)
+        self.latent = spec.latent
+        stored = columns - self.latent if spec.identity_block else columns
         self.weight = nn.Parameter(torch.empty(stored, self.latent))
-        self.bias = nn.Parameter(torch.empty(columns)) if group["decoder_bias"] else None
+        self.bias = nn.Parameter(torch.empty(columns)) if spec.decoder_bias else None
         self.order: Tensor | None
-        self.register_buffer("order", torch.empty(columns, dtype=torch.int16) if group["identity_block"] else None)
+        self.register_buffer("order", torch.empty(columns, dtype=torch.int16) if spec.identity_block else None)
 
     def forward(self, tensor: Tensor, transposed: bool = False) -> Tensor:
         """Return rows [..., columns] of latents [..., latent].
@@ -76,9 +87,10 @@ class LowRankWeight(CompressedWeight):
 
     decoder_class = LinearDecoder
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make the latents; see the base class."""
-        self.latents = nn.Parameter(torch.empty(self.rows, group["latent"]))
+        assert isinstance(spec, LowRankSpec)
+        self.latents = nn.Parameter(torch.empty(self.rows, spec.latent))
 
     def resize(self, rows: int) -> None:
         """Change the number of rows; see the base class."""
@@ -103,13 +115,14 @@ class LowRankWeight(CompressedWeight):
 class NonLinearDecoder(WeightDecoder):
     """Rows from latents by a small fully connected network."""
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group, columns)
-        widths = [group["latent"], *group["hidden"], columns]
+        super().__init__(spec, columns)
+        assert isinstance(spec, AutoencoderSpec)
+        widths = [spec.latent, *spec.hidden, columns]
         self.layers = nn.ModuleList(PackableLinear(i, o) for i, o in pairwise(widths))
-        self.activation = ACTIVATIONS[group["activation"]]
-        self.output_activation = ACTIVATIONS[group["output_activation"]]
+        self.activation = ACTIVATIONS[spec.activation]
+        self.output_activation = ACTIVATIONS[spec.output_activation]
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return rows [..., columns] of latents [..., latent]."""
@@ -123,10 +136,11 @@ class AutoencoderWeight(DecodedWeight):
 
     decoder_class = NonLinearDecoder
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make latents and norms; see the base class."""
-        self.latents = nn.Parameter(torch.empty(self.rows, group["latent"]))
-        self.norms = nn.Parameter(torch.empty(self.rows)) if group["norms"] else None
+        assert isinstance(spec, AutoencoderSpec)
+        self.latents = nn.Parameter(torch.empty(self.rows, spec.latent))
+        self.norms = nn.Parameter(torch.empty(self.rows)) if spec.norms else None
 
     def dense_weight(self) -> Tensor:
         """Return Ŵ [rows, columns]; see the base class."""
@@ -159,14 +173,15 @@ class AutoencoderWeight(DecodedWeight):
 class ResidualDecoder(WeightDecoder):
     """Rows from latents by a matrix, and by a hidden layer on top of it."""
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group, columns)
-        (units,) = group["hidden"]
-        self.linear = PackableLinear(group["latent"], columns, bias=False)
-        self.hidden = PackableLinear(group["latent"], units)
+        super().__init__(spec, columns)
+        assert isinstance(spec, ResidualSpec)
+        (units,) = spec.hidden
+        self.linear = PackableLinear(spec.latent, columns, bias=False)
+        self.hidden = PackableLinear(spec.latent, units)
         self.output = PackableLinear(units, columns, bias=False)
-        self.activation = ACTIVATIONS[group["activation"]]
+        self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return rows [..., columns] of latents [..., latent]."""
@@ -178,10 +193,11 @@ class ResidualWeight(DecodedWeight):
 
     decoder_class = ResidualDecoder
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make latents and scales; see the base class."""
-        self.latents = nn.Parameter(torch.empty(self.rows, group["latent"]))
-        self.scales = nn.Parameter(torch.empty(self.rows)) if group["norms"] else None
+        assert isinstance(spec, ResidualSpec)
+        self.latents = nn.Parameter(torch.empty(self.rows, spec.latent))
+        self.scales = nn.Parameter(torch.empty(self.rows)) if spec.norms else None
 
     def dense_weight(self) -> Tensor:
         """Return Ŵ [rows, columns]; see the base class."""
@@ -207,11 +223,12 @@ class ResidualWeight(DecodedWeight):
 class KroneckerDecoder(WeightDecoder):
     """The right factors of a sum of Kronecker products."""
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group, columns)
+        super().__init__(spec, columns)
+        assert isinstance(spec, KroneckerSpec)
         self.columns = columns
-        self.right = nn.Parameter(torch.empty(group["terms"], *group["right"]))
+        self.right = nn.Parameter(torch.empty(spec.terms, *spec.right))
 
     def forward(self, left: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return Σ A ⊗ B of left factors [terms, a, c], cropped to the columns: all rows [a · b, columns].
@@ -235,9 +252,10 @@ class KroneckerWeight(DecodedWeight):
 
     decoder_class = KroneckerDecoder
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make the left factors; see the base class."""
-        self.left = nn.Parameter(torch.empty(group["terms"], *group["left"]))
+        assert isinstance(spec, KroneckerSpec)
+        self.left = nn.Parameter(torch.empty(spec.terms, *spec.left))
 
     def dense_weight(self) -> Tensor:
         """Return Ŵ [rows, columns]; see the base class."""
@@ -252,12 +270,13 @@ class KroneckerWeight(DecodedWeight):
 class TuckerDecoder(WeightDecoder):
     """Core, row factor and column factor of a Tucker decomposition."""
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group, columns)
-        self.core = nn.Parameter(torch.empty(group["ranks"]))
-        self.row_factor = nn.Parameter(torch.empty(group["height"], group["ranks"][1]))
-        self.column_factor = nn.Parameter(torch.empty(columns, group["ranks"][2]))
+        super().__init__(spec, columns)
+        assert isinstance(spec, TuckerSpec)
+        self.core = nn.Parameter(torch.empty(spec.ranks))
+        self.row_factor = nn.Parameter(torch.empty(spec.height, spec.ranks[1]))
+        self.column_factor = nn.Parameter(torch.empty(columns, spec.ranks[2]))
 
     def forward(self, mixing: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return all rows [blocks · height, columns] of mixing [blocks, rank]; with `ids` [n], those alone."""
@@ -284,9 +303,10 @@ class TuckerWeight(DecodedWeight):
 
     decoder_class = TuckerDecoder
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make the mixing of the core's slices; see the base class."""
-        self.mixing = nn.Parameter(torch.empty(group["blocks"], group["ranks"][0]))
+        assert isinstance(spec, TuckerSpec)
+        self.mixing = nn.Parameter(torch.empty(spec.blocks, spec.ranks[0]))
 
     def dense_weight(self) -> Tensor:
         """Return Ŵ [rows, columns]; see the base class."""
@@ -300,14 +320,15 @@ class TuckerWeight(DecodedWeight):
 class SparseWeight(DecodedWeight):
     """Ŵ from its values and the gaps between their places, in row-major order; or with its zeros."""
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make values and packed gaps; see the base class."""
-        self.gap_bits = group["gap_bits"]
-        if group["values"] is None:
+        assert isinstance(spec, SparseSpec)
+        self.gap_bits = spec.gap_bits
+        if spec.values is None:
             self.values = nn.Parameter(torch.empty(self.rows, self.columns))
             return
-        self.values = nn.Parameter(torch.empty(group["values"]))
-        gaps = torch.empty(packed_length(group["values"], self.gap_bits), dtype=torch.uint8)
+        self.values = nn.Parameter(torch.empty(spec.values))
+        gaps = torch.empty(packed_length(spec.values, self.gap_bits), dtype=torch.uint8)
         self.gaps: Tensor
         self.register_buffer("gaps", gaps)
 
@@ -324,10 +345,11 @@ class SparseWeight(DecodedWeight):
 class QuantizedWeight(DecodedWeight):
     """Ŵ from codes of a few bits, with a scale and a zero, in half steps, for each row or each part of one."""
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make codes, scales and zeros; see the base class."""
+        assert isinstance(spec, QuantizedSpec)
         # A group is no larger than a row: decoding pads to whole groups.
-        self.bits, self.group_size = group["bits"], min(group["group_size"], self.columns)
+        self.bits, self.group_size = spec.bits, min(spec.group_size, self.columns)
         parts = -(-self.columns // self.group_size)
         self.codes: Tensor
         self.zeros: Tensor
@@ -365,11 +387,12 @@ class QuantizedWeight(DecodedWeight):
 class CodebookDecoder(WeightDecoder):
     """Tables of sub-vectors."""
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Make the decoder of a group, for rows of `columns` entries."""
-        super().__init__(group, columns)
+        super().__init__(spec, columns)
+        assert isinstance(spec, CodebookSpec)
         self.columns = columns
-        self.tables = nn.Parameter(torch.empty(group["books"], 2 ** group["bits"], group["width"]))
+        self.tables = nn.Parameter(torch.empty(spec.books, 2**spec.bits, spec.width))
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return rows [..., columns] of codes [..., sub-vectors · books], those of one sub-vector next to each other."""
@@ -390,10 +413,11 @@ class CodebookWeight(DecodedWeight):
 
     decoder_class = CodebookDecoder
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make codes and scales; see the base class."""
-        self.bits = group["bits"]
-        self.count = -(-self.columns // group["width"]) * group["books"]
+        assert isinstance(spec, CodebookSpec)
+        self.bits = spec.bits
+        self.count = -(-self.columns // spec.width) * spec.books
         self.codes: Tensor
         self.register_buffer("codes", torch.empty(self.rows, packed_length(self.count, self.bits), dtype=torch.uint8))
         self.scales = nn.Parameter(torch.empty(self.rows))

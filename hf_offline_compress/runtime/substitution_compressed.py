@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures_compressed import architecture_of, part_rows, within_layer
-from .bounds_compressed import fits
 from .layers_compressed import EMBEDDINGS, LINEARS, CompressedEmbedding, CompressedLinear, FusedLinear, TiedHead
+from .specs_compressed import Member, WeightSpec, group_specs
 from .weights_compressed import CompressedWeight, set_decoding
 
 DECODERS = "compression_decoders"
@@ -32,29 +32,33 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
     optional = entry.optional if entry else ()
     decoders: dict[str, nn.Module] = {}
     # Sorted, as a saved config.json is: the order of parameters must not depend on where the config came from.
-    for name, group in sorted(compression["groups"].items()):
-        for member in group["members"]:
-            root = model if member.get("head") else base
-            module = _find(root, member["module"])
+    for name, group in sorted(group_specs(compression).items()):
+        for member in group.members:
+            root = model if member.head else base
+            module = _find(root, member.module)
             if module is None or isinstance(module, CompressedWeight):
-                if module is None and not member.get("head") and member["module"].split(".")[0] not in optional:
+                if module is None and not member.head and member.module.split(".")[0] not in optional:
                     raise ValueError(
                         f"{type(model).__name__} has no module '{member['module']}', which is compressed in this checkpoint: a "
                         "compressed model has the layers and sizes that it was compressed with. Load it as it is, drop layers in "
                         "memory, and save it."
                     )
                 continue
-            if "part" in member and not isinstance(module, FusedLinear):
-                module = _split(module, _parts(model, member["module"]), model.config)
-                _put(root, member["module"], module)
+            if member.part and not isinstance(module, FusedLinear):
+                module = _split(module, _parts(model, member.module), model.config)
+                _put(root, member.module, module)
+            if isinstance(module, FusedLinear) and member.part not in module:
+                raise ValueError(
+                    f"The module '{member.module}' has the parts {', '.join(module)}, and not {member.part}."
+                )
             if isinstance(_part(module, member), CompressedWeight):
                 continue  # the base model was made by an auto class, and so is compressed already
-            if member.get("head") and not fits(group, *_shape(module)):
+            if member.head and not group.weight.fits(*_shape(module)):
                 continue  # a head of another size is a new one
-            if group["shared"] and name not in decoders:
-                decoder_class = LINEARS[group["structure"]].decoder_class
-                decoders[name] = decoder_class.make(group, _shape(_part(module, member))[1])
-            _swap(root, member, module, group, decoders.get(name))
+            if group.shared and name not in decoders:
+                decoder_class = LINEARS[group.weight.structure].decoder_class
+                decoders[name] = decoder_class.make(group.weight, _shape(_part(module, member))[1])
+            _swap(root, member, module, group.weight, decoders.get(name))
     if decoders:
         setattr(base, DECODERS, nn.ModuleDict(decoders))
         for weight in compressed_modules(model).values():
@@ -98,27 +102,26 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     raise ValueError(f"A {type(module).__name__} cannot be compressed.")
 
 
-def _swap(
-    root: nn.Module, member: dict[str, Any], module: nn.Module, group: dict[str, Any], decoder: nn.Module | None
-) -> None:
+def _swap(root: nn.Module, member: Member, module: nn.Module, spec: WeightSpec, decoder: nn.Module | None) -> None:
     """Replace one member by a compressed module."""
     part = _part(module, member)
     rows, columns = _shape(part)
     new: nn.Module
     if isinstance(module, nn.Embedding):
-        new = EMBEDDINGS[group["structure"]](rows, columns, group, decoder, padding_idx=module.padding_idx)
+        new = EMBEDDINGS[spec.structure](rows, columns, spec, decoder, padding_idx=module.padding_idx)
     else:
         bias = getattr(part, "bias", None) is not None
-        new = LINEARS[group["structure"]](rows, columns, group, decoder, bias=bias)
+        new = LINEARS[spec.structure](rows, columns, spec, decoder, bias=bias)
     if isinstance(module, FusedLinear):
-        module[member["part"]] = new
+        assert member.part is not None
+        module[member.part] = new
     else:
-        _put(root, member["module"], new)
+        _put(root, member.module, new)
 
 
-def _part(module: Any, member: dict[str, Any]) -> nn.Module:
+def _part(module: Any, member: Member) -> nn.Module:
     """Return a fused module's part that a member names, or the module itself."""
-    part: nn.Module = module[member["part"]] if isinstance(module, FusedLinear) else module
+    part: nn.Module = module[member.part] if isinstance(module, FusedLinear) else module
     return part
 
 

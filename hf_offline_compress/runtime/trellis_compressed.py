@@ -13,6 +13,7 @@ from transformers import initialization as init
 from .numbers_compressed import may_keep
 from .packing_compressed import packed_length, unpack
 from .seen_compressed import versions_of
+from .specs_compressed import ClassSpec, TrellisSpec, WeightSpec
 from .weights_compressed import DecodedWeight
 
 GOLDEN = 0.6180339887498949
@@ -83,10 +84,10 @@ class RowClass:
         first, stop: where its codes begin and end among the weight's.
     """
 
-    def __init__(self, entry: dict[str, int], columns: int, run: int, first: int) -> None:
+    def __init__(self, entry: ClassSpec, columns: int, run: int, first: int) -> None:
         """Lay out the codes of a class."""
-        self.columns, self.run, self.streams = columns, run, entry["streams"]
-        self.bits, self.width, self.state_bits = entry["bits"], entry["width"], entry["state_bits"]
+        self.columns, self.run, self.streams = columns, run, entry.streams
+        self.bits, self.width, self.state_bits = entry.bits, entry.width, entry.state_bits
         self.blocks = -(-columns // self.width)
         self.steps = self.blocks * run
         self.length = packed_length(self.steps, self.bits)
@@ -213,15 +214,16 @@ class TrellisWeight(DecodedWeight):
     keep their order.
     """
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make codes, scales, classes and outliers; see the base class."""
-        self.run, self.outliers = group["run"], group["outliers"]
+        assert isinstance(spec, TrellisSpec)
+        self.run, self.outliers = spec.run, spec.outliers
         self.row_classes: list[RowClass] = []
         self.bounds: list[tuple[int, int]] = []  # first row of each class, and end; the last class may lack rows
         codes = rows = 0
-        for entry in group["classes"]:
+        for entry in spec.classes:
             self.row_classes.append(RowClass(entry, self.columns, self.run, codes))
-            codes, first, rows = self.row_classes[-1].stop, rows, rows + self.run * entry["streams"]
+            codes, first, rows = self.row_classes[-1].stop, rows, rows + self.run * entry.streams
             self.bounds.append((first, min(rows, self.rows)))
         self._kept_places: tuple[list[tuple[int, int]], Places, list[Tensor]] | None = None
         self.class_bits = (len(self.bounds) - 1).bit_length()

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bounds_compressed import check_group
 from .executing_compressed import Execution, execution_of
 from .numbers_compressed import PackedNumbers, is_stuck, make_kept, may_keep, takes_gradient
 from .seen_compressed import SeenSources
+from .specs_compressed import WeightSpec
 
 # Numbers decoded and applied at once if a weight is not kept: a whole layer, or a block of a vocabulary.
 DECODED_AT_ONCE = 2**22
@@ -25,17 +25,17 @@ DECODED_AT_ONCE = 2**22
 class WeightDecoder(PackedNumbers):
     """What turns latents into rows of a weight; one for a weight, or one that several share."""
 
-    def __init__(self, group: dict[str, Any], columns: int) -> None:
+    def __init__(self, spec: WeightSpec, columns: int) -> None:
         """Remember the dtype that the group is stored in; make empty tensors, for rows of `columns` entries."""
         super().__init__()
-        self.storage = group["storage"]
+        self.storage = spec.storage
 
     @classmethod
-    def make(cls, group: dict[str, Any], columns: int) -> "WeightDecoder":
+    def make(cls, spec: WeightSpec, columns: int) -> "WeightDecoder":
         """Return an empty decoder of a group, for rows of `columns` entries, its numbers packed if the group's are."""
-        decoder = cls(group, columns)
-        if "integers" in group:
-            decoder.pack(group["integers"]["decoder"], group["integers"]["sharing"])
+        decoder = cls(spec, columns)
+        if spec.integers is not None:
+            decoder.pack(spec.integers.decoder, spec.integers.sharing)
         return decoder
 
     def factors(self) -> dict[str, Tensor]:
@@ -61,14 +61,14 @@ class CompressedWeight(PackedNumbers):
         asked: whether the caller asked for it, rather than the folder.
     """
 
-    # Made as decoder_class.make(group, columns); None where a structure has nothing to share.
+    # Made as decoder_class.make(spec, columns); None where a structure has nothing to share.
     decoder_class: Any = None
 
     def __init__(
         self,
         rows: int,
         columns: int,
-        group: dict[str, Any],
+        spec: WeightSpec,
         decoder: nn.Module | None = None,
         bias: bool = False,
         padding_idx: int | None = None,
@@ -78,7 +78,7 @@ class CompressedWeight(PackedNumbers):
         Args:
             rows: outputs, or tokens.
             columns: inputs, or width.
-            group: the group's entry in the config's `compression`.
+            spec: what the config's `compression` says of it.
             decoder: the shared decoder; by default the weight has one of its own.
             bias: whether a linear layer adds a bias.
             padding_idx: of an embedding, the row that gets no gradient.
@@ -87,20 +87,20 @@ class CompressedWeight(PackedNumbers):
             ValueError: the group's sizes do not fit the weight's.
         """
         super().__init__()
-        check_group(group, rows, columns)
+        spec.check_fits(rows, columns)
         self.rows, self.columns, self.padding_idx = rows, columns, padding_idx
-        self.storage, self.decoding, self.asked = group["storage"], "cached", True
-        self.make_tensors(group)
-        if "integers" in group:
-            self.pack(group["integers"]["own"], group["integers"]["sharing"])
+        self.storage, self.decoding, self.asked = spec.storage, "cached", True
+        self.make_tensors(spec)
+        if spec.integers is not None:
+            self.pack(spec.integers.own, spec.integers.sharing)
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
         self.decoder: nn.Module | None = None
         if decoder is not None:
             self.__dict__["_shared_decoder"] = decoder  # unregistered: the base model owns it
         elif self.decoder_class is not None:
-            self.decoder = self.decoder_class.make(group, columns)
+            self.decoder = self.decoder_class.make(spec, columns)
 
-    def make_tensors(self, group: dict[str, Any]) -> None:
+    def make_tensors(self, spec: WeightSpec) -> None:
         """Make the tensors of its own, still empty: numbers as parameters, packed integers as buffers."""
         raise NotImplementedError
 
