@@ -32,10 +32,10 @@ import hf_offline_compress
 from hf_offline_compress.evaluate import sentence_embeddings
 from hf_offline_compress.foundation.parsing import parse_bytes
 from hf_offline_compress.foundation.processes import ALONE
-from hf_offline_compress.measure.texts import CalibrationText, load_texts
+from hf_offline_compress.measure.texts import CalibrationText
 from hf_offline_compress.metrics.shared_units import byte_perplexity
 from hf_offline_compress.request.vocabulary import vocabulary_of
-from hf_offline_compress.vocabulary import PrunedVocabulary, prune_vocabulary
+from hf_offline_compress.vocabulary import PrunedVocabulary, prune_vocabulary, vocabulary_text
 
 # Of a folder: code, config, report, card and settings of the tokenizer.
 BESIDE_TOKENIZER = 350_000
@@ -185,8 +185,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(subject.base)
     if not table.has("whole", "dense"):
         row(subject.load(subject.base), tokenizer, "whole", "dense", folder_bytes(subject.base))
-    kept_text = load_texts(text, "vocabulary text")
-    assert kept_text is not None
+    kept_text = vocabulary_text(vocabulary_of(text), tokenizer, subject.base)
     with TemporaryDirectory() as scratch:
         out = options.out or Path(scratch)
         for way in ways:
