@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-LENGTH, BLOCK, TIMED, OPSET = 128, 32, 64, 21
+LENGTH, BLOCK, TIMED, OPSET, AT_ONCE = 128, 32, 64, 21, 4
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 Encoder = Callable[[dict[str, Any]], Any]
 
@@ -186,7 +187,7 @@ def alternatives(recipes: list[str], effort: str | None) -> list[Alternative]:
         found += [
             Alternative(f"`{recipe}`, torch", ours(recipe, effort), "torch"),
             Alternative(f"`{recipe}`, torch, int8 kernels", None, "torch_int8", f"`{recipe}`, torch"),
-            Alternative(f"`{recipe}`, ONNX Runtime", exported(f"`{recipe}`, torch"), "onnx"),
+            Alternative(f"`{recipe}`, ONNX Runtime, int8", exported(f"`{recipe}`, torch"), "onnx"),
         ]
     return found
 
@@ -441,9 +442,14 @@ def table(
     processes = {each: Process(each.runtime, folder, tokenizer, options) for each, folder in folders.items()}
     cells: dict[Alternative, list[str]] = {}
     reference: Any = None
-    for each, ask in processes.items():
-        used = ask(do="embed", texts=texts, to=str(work / "embeddings.npy"))
-        found = np.load(work / "embeddings.npy").astype(np.float32)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = {
+            each: pool.submit(ask, do="embed", texts=texts, to=str(work / f"{slug(each.name)}.npy"))
+            for each, ask in processes.items()
+        }
+    for each in processes:
+        used = asked[each].result()
+        found = np.load(work / f"{slug(each.name)}.npy").astype(np.float32)
         reference = found if reference is None else reference
         correlation, same = quality(found, reference, texts, rows)
         weights, whole = size(folders[each])
