@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMa
 
 from hf_offline_compress.plan.make import make_plan
 from hf_offline_compress.request.recipe import Recipe, Rule
-from hf_offline_compress.runtime import seen_compressed, trellis_compressed, weights_compressed
+from hf_offline_compress.runtime import modeling_compressed, seen_compressed, trellis_compressed, weights_compressed
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
 from hf_offline_compress.runtime.modeling_compressed import compressed_class
 from hf_offline_compress.runtime.packing_compressed import pack
@@ -468,3 +468,38 @@ def test_a_pass_looks_once_whether_anything_has_changed(monkeypatch):
     del model, layer, layers, again, ways, change
     gc.collect()
     assert alive() is None  # what was seen does not keep a model
+
+
+def test_an_interrupted_pass_is_over(monkeypatch):
+    """Even one that is interrupted when it has just ended: later changes are noticed."""
+    model, ids = model_of(TRELLIS_RULE), torch.tensor([[5, 9, 30, 41]])
+    _, other, *_, last = (layer for layer in model.compressed_modules().values() if isinstance(layer, DecodedWeight))
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        for _ in range(2):
+            before = model(ids).logits
+        other.forget()
+        model(ids)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(modeling_compressed, "seen_sources", interrupted)
+            model(ids)
+        last.scale_range.add_(torch.tensor([0.5, 0.0]))
+        assert not torch.allclose(model(ids).logits, before)
+
+
+def test_what_was_seen_goes_with_the_model():
+    """At once, and not when Python next looks for circles: until then the memory would be taken."""
+    model, ids = model_of(TRELLIS_RULE), torch.tensor([[5, 9, 30, 41]])
+    with torch.no_grad():
+        for _ in range(2):
+            model(ids)
+    codes = [weakref.ref(buffer) for name, buffer in model.named_buffers() if name.endswith("codes")]
+    gc.disable()
+    try:
+        del model
+        assert codes and not any(tensor() is not None for tensor in codes)
+    finally:
+        gc.enable()

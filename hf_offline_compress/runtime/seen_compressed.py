@@ -130,15 +130,18 @@ class SeenTogether:
     """
 
     def __init__(self, parts: Sequence[SeenSources]) -> None:
-        """Take the sources that were seen, which must be there."""
-        self.parts = [part for part in parts if part._quick]
+        """Take the sources that were seen, which must be there.
+
+        They refer to this and not the other way round: tensors in a circle would stay in memory after their model.
+        """
+        parts = [part for part in parts if part._quick]
         self._columns: Any = tuple(
-            [entry for part in self.parts for entry in getattr(part, name)]
+            [entry for part in parts for entry in getattr(part, name)]
             for name in ("_holders", "_names", "_tensors", "_samples")
         )
-        self._seen = tuple([entry for part in self.parts for entry in part._seen[i]] for i in range(4))
-        self.device_types = {part._device_type for part in self.parts}
-        for part in self.parts:
+        self._seen = tuple([entry for part in parts for entry in part._seen[i]] for i in range(4))
+        self.device_types = {part._device_type for part in parts}
+        for part in parts:
             part.together = self
 
     def unchanged(self) -> bool:
@@ -177,15 +180,13 @@ def forward_pass(model: nn.Module, parts: Callable[[], Sequence[SeenSources]]) -
         yield
         return
     together = _together.get(model)
-    if together is not None and all(map(_may_be_quick, together.device_types)):
-        if together.unchanged():
-            _passes.seen = together
-        else:
-            del _together[model]
-    _passes.running, _passes.missed = True, False
+    if together is not None and not (all(map(_may_be_quick, together.device_types)) and together.unchanged()):
+        _together.pop(model, None)  # it would keep tensors that the model no longer has
+        together = None
     try:
+        _passes.running, _passes.seen, _passes.missed = True, together, False
         yield
     finally:
-        if _passes.missed:
-            _together[model] = SeenTogether(parts())
         _passes.running, _passes.seen = False, None
+    if _passes.missed:  # only now, so that a thread that is interrupted here is no longer in a pass
+        _together[model] = SeenTogether(parts())
