@@ -2,6 +2,7 @@
 
 usage: python benchmarks/run_speed.py [--folder FOLDER | --preset tiny --architecture BertModel] [--rounds 5] [--threads 2]
        [--variants dense cached int8 onnxruntime-int8 ...] [--shapes 1x16 1x128] [--only memory]
+       python benchmarks/run_speed.py --folder FOLDER --only quality --text FILE [--variants cached int8]
 
 Without a folder it is a BERT-base (or another architecture of that size) with random codes, made from its config alone:
 bytes and speed do not depend on what the codes say. All variants are timed in one process, in turns, in another order each
@@ -14,6 +15,7 @@ table has the resident memory of a fresh process for each variant, and what impo
 """
 
 import argparse
+import csv
 import importlib
 import json
 import random
@@ -34,7 +36,7 @@ import transformers
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
+from transformers import AutoConfig, AutoTokenizer, BertConfig, GPT2Config, PreTrainedModel, RobertaConfig
 
 from hf_offline_compress import export_folder
 from hf_offline_compress.evaluate.alternatives import int8
@@ -290,6 +292,37 @@ def agreement(models: dict[str, PreTrainedModel]) -> dict[str, float]:
     return {name: float(torch.cosine_similarity(own, expected).mean()) for name, own in found.items()}
 
 
+def quality(models: dict[str, Any], folder: Path, text: Path) -> None:
+    """Print perplexities of a language model on a text; of an encoder Spearman's correlation (x 100) on pairs, and agreement.
+
+    Args:
+        models: our variants.
+        folder: of the compressed model, with its tokenizer.
+        text: lines; or pairs of sentences with their similarities, as a CSV file.
+    """
+    from scipy.stats import spearmanr
+
+    from hf_offline_compress.evaluate import sentence_embeddings
+    from hf_offline_compress.metrics.agreement import agreement as of_embeddings
+    from hf_offline_compress.metrics.perplexity import perplexity
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = None
+    for name, model in models.items():
+        if model.get_output_embeddings() is not None:
+            found = perplexity(model, tokenizer, text.read_text("utf-8").splitlines(), block=256)
+            print(f"{name}: perplexity {found.perplexity:.2f} on {found.tokens} tokens", flush=True)
+            continue
+        with text.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        embeddings = sentence_embeddings(model, tokenizer, [sentence for row in rows for sentence in row[:2]])
+        cosines = torch.nn.functional.cosine_similarity(embeddings[0::2], embeddings[1::2])
+        rank = 100 * spearmanr(cosines.numpy(), [float(row[2]) for row in rows]).statistic
+        reference = embeddings if reference is None else reference
+        shared = of_embeddings(embeddings, reference)
+        print(f"{name}: Spearman {rank:.2f} on {len(rows)} pairs, agreement with the first {shared:.5f}", flush=True)
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,7 +335,8 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread only")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="dense is always one")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="sequences x tokens")
-    parser.add_argument("--only", choices=("speed", "memory"))
+    parser.add_argument("--only", choices=("speed", "memory", "quality"))
+    parser.add_argument("--text", type=Path, help="what quality is measured on")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -313,6 +347,10 @@ def main() -> None:
     register()
     if options.measure:
         measure(options.measure, options.folder, options.bound, options.file)
+        return
+    if options.only == "quality":
+        ours = [name for name in ("cached", "on_the_fly", "int8") if name in options.variants]
+        quality({name: loaded(name, options.folder, 0) for name in ours}, options.folder, options.text)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch) / "made"
