@@ -39,7 +39,7 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             if module is None or isinstance(module, CompressedWeight):
                 if module is None and not member.head and member.module.split(".")[0] not in optional:
                     raise ValueError(
-                        f"{type(model).__name__} has no module '{member['module']}', which is compressed in this checkpoint: a "
+                        f"{type(model).__name__} has no module '{member.module}', which is compressed in this checkpoint: a "
                         "compressed model has the layers and sizes that it was compressed with. Load it as it is, drop layers in "
                         "memory, and save it."
                     )
@@ -47,7 +47,7 @@ def substitute(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             if member.part and not isinstance(module, FusedLinear):
                 module = _split(module, _parts(model, member.module), model.config)
                 _put(root, member.module, module)
-            if isinstance(module, FusedLinear) and member.part not in module:
+            if isinstance(module, FusedLinear) and (member.part is None or member.part not in module):
                 raise ValueError(
                     f"The module '{member.module}' has the parts {', '.join(module)}, and not {member.part}."
                 )
@@ -121,7 +121,7 @@ def _swap(root: nn.Module, member: Member, module: nn.Module, spec: WeightSpec, 
 
 def _part(module: Any, member: Member) -> nn.Module:
     """Return a fused module's part that a member names, or the module itself."""
-    part: nn.Module = module[member.part] if isinstance(module, FusedLinear) else module
+    part: nn.Module = module[member.part] if isinstance(module, FusedLinear) and member.part is not None else module
     return part
 
 
