@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder
-from hf_offline_compress.evaluate import benchmarking
+from hf_offline_compress.evaluate import benchmarking, onnx_alternatives
 from hf_offline_compress.evaluate.alternatives import int8, tensor_bytes, with_linear_layers
 from hf_offline_compress.evaluate.benchmark_worker import Held
 from hf_offline_compress.evaluate.benchmarking import Cell, benchmark_folder
@@ -188,6 +188,25 @@ def test_files_of_onnx_are_rows_like_any_other(tmp_path):
     assert all(model["latency"][0]["median_ms"] > 0 for model in models.values())
     with pytest.raises(CompressionError, match="There is no file"):
         benchmark_folder(folder, base=base, onnx=tmp_path / "none.onnx", **options)
+
+
+def test_a_base_that_no_onnx_file_holds_is_named(monkeypatch, tmp_path):
+    """And nothing is made; a file that is given needs the CPU."""
+    monkeypatch.setattr(onnx_alternatives, "LARGEST", 1000)
+    monkeypatch.setattr(benchmarking, "why_not", lambda kind, config: None)
+    monkeypatch.setattr(benchmarking, "dense_files", None)
+    model = make_model("bert", "BertForMaskedLM")
+    pair = SimpleNamespace(
+        onnx=None,
+        contents=SimpleNamespace(config={"architectures": ["BertForMaskedLM"], "model_type": "bert"}),
+        tokenizer=SimpleNamespace(model_input_names=["input_ids"]),
+        load_base=lambda: model,
+    )
+    files, missing = benchmarking._onnx_files(pair, list(RUNTIMES), "cpu", tmp_path)
+    assert not files and len(missing) == len(RUNTIMES) and "an ONNX file has at most" in missing[0]["reason"]
+    pair.onnx = tmp_path / "model.onnx"
+    with pytest.raises(CompressionError, match="on the CPU, not on cuda"):
+        benchmarking._onnx_files(pair, [], "cuda", tmp_path)
 
 
 def test_models_that_cannot_be_measured(monkeypatch):

@@ -24,7 +24,7 @@ from ..foundation.arguments import seed_of
 from ..foundation.processes import launched_processes
 from ..foundation.progress import bar, stage
 from ..measure.texts import load_texts
-from .onnx_alternatives import RUNTIMES, dense_files, why_not
+from .onnx_alternatives import RUNTIMES, dense_files, too_large, why_not
 from .onnx_model import check_onnx
 from .pair import Pair, find_pair
 from .records import check_writable, library_versions, saving, write_evaluations
@@ -232,18 +232,25 @@ def _onnx_files(
     pair: Pair, models: Sequence[str], device: str, scratch: Path
 ) -> tuple[dict[str, Path], list[dict[str, str]]]:
     """Return the ONNX files that are measured by their kinds, made if they are the base's; and what cannot be, and why."""
+    on_cpu = device.startswith("cpu")
+    if pair.onnx is not None and not on_cpu:
+        raise CompressionError(f"An ONNX file is measured on the CPU, not on {device}; leave --device out, or --onnx.")
     files = {EXPORTED: pair.onnx} if pair.onnx is not None else {}
     reasons = {}
     for kind in RUNTIMES:
         if kind in models:
-            reasons[kind] = "ONNX files are measured on the CPU only" if device != "cpu" else None
+            reasons[kind] = None if on_cpu else "ONNX files are measured on the CPU only"
             reasons[kind] = reasons[kind] or why_not(kind, pair.contents.config)
     made = [kind for kind, reason in reasons.items() if reason is None]
     if made:
         with stage("making ONNX files of the base"):
             cached = generates(pair.contents.config)
             token_types = not cached and "token_type_ids" in pair.tokenizer.model_input_names
-            files |= dense_files(pair.load_base(), scratch, made, cached=cached, token_types=token_types)
+            base = pair.load_base()
+            if reason := too_large(base):
+                reasons |= dict.fromkeys(made, reason)
+            else:
+                files |= dense_files(base, scratch, made, cached=cached, token_types=token_types)
     missing = [{"name": NAMES[kind], "reason": reason} for kind, reason in reasons.items() if reason is not None]
     return files, missing
 

@@ -15,6 +15,9 @@ from ..runtime.engines_compressed import has_vnni
 # What runs a file → the package that it needs.
 RUNTIMES = {"onnxruntime-float32": "onnxruntime", "onnxruntime-int8": "onnxruntime", "openvino-int8": "openvino"}
 
+# Bytes of one protobuf message, as a file is, at most.
+LARGEST = 2**31 - 1
+
 
 def why_not(kind: str, config: Mapping[str, Any]) -> str | None:
     """Return why a file of the base cannot be made or run, or None.
@@ -34,6 +37,15 @@ def why_not(kind: str, config: Mapping[str, Any]) -> str | None:
     except CompressionError as error:
         return str(error)
     return None
+
+
+def too_large(model: Any) -> str | None:
+    """Return why a stock model does not fit into one ONNX file, or None."""
+    # A tied head counts twice: for int8 it gets a matrix of its own.
+    size = 4 * sum(parameter.numel() for _, parameter in model.named_parameters(remove_duplicate=False))
+    if size < LARGEST:
+        return None
+    return f"an ONNX file has at most {LARGEST / 1e9:.1f} GB, and this one would have {size / 1e9:.1f} in float32"
 
 
 def dense_files(
