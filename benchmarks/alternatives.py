@@ -210,6 +210,7 @@ def in_torch(**options: Any) -> Callable[[], Callable[[Path], Encoder]]:
         import hf_offline_compress  # noqa: F401  (AutoModel knows compressed models)
 
         del BertModel  # imported for its memory, which is a library's
+        torch.set_num_threads(THREADS)
 
         def load(folder: Path) -> Encoder:
             given = {"dtype": torch.float32} | {
