@@ -6,13 +6,15 @@ import pytest
 import torch
 from common import CORE, ONE_EACH, TEXTS, make_model, make_tokenizer
 
-from hf_offline_compress import CompressionError, compress
+from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress, make_plan
 from hf_offline_compress.architectures.stock import layout_of_config
+from hf_offline_compress.measure.collect import measure
 from hf_offline_compress.measure.inputs import collect
 from hf_offline_compress.measure.sensitivity import PLAIN_TOKENS, measure_sensitivity
 from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import TOKENS, Batch, count_tokens, load_texts, make_batches, warn_of_overlap
 from hf_offline_compress.solve.problems import LEAST_OFTEN, _position_shares
+from hf_offline_compress.structures import LowRank
 
 
 def matrices_of(model, *kinds):
@@ -328,3 +330,18 @@ def test_inputs_weigh_as_the_gradients_at_all_outputs_that_share_them():
             total += torch.einsum("t,ti,tj->ij", weights / weights.mean(), x[mask], x[mask]) / len(sharing)
         torch.testing.assert_close(moments[name], total / (PLAIN_TOKENS + mask.sum()))
     assert {m.inputs for m in wanted} == moments.keys() and len(moments) == 3 and wanted[0] is words
+
+
+def test_what_is_calibrated_alone_sees_the_inputs_as_they_are():
+    """Also where the inputs are those of a matrix whose objective is sensitive."""
+    model = make_model("bert", "BertForMaskedLM", layers=1)
+    calibrated, sensitive = (Objective(l2=1.0, calibrated=True, sensitive=each) for each in (False, True))
+    found = []
+    for objective in (calibrated, sensitive):
+        rules = (Rule(LowRank(), objective, modules=("query", "output")), Rule(LowRank(), calibrated, modules=("key",)))
+        plan = make_plan(model.config.to_dict(), Recipe("x", rules, modules=("query", "key", "output")))
+        options = {"seed": 0, "batch_size": None, "progress": False}
+        found.append(measure(model, plan, load_texts(TEXTS), make_tokenizer("bert"), **options)[0].input_moments)
+    same = {name: torch.equal(moment, found[1][name]) for name, moment in found[0].items()}
+    assert len(same) == 2 and sorted(same.values()) == [False, True]
+    assert same[next(m.inputs for m in plan.layout.matrices if m.kind == "key")]
