@@ -57,7 +57,7 @@ class Run:
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 STS = (("stsb", "stsb-en-dev.csv"),)
-LANGUAGES = tuple(("stsb", f"stsb-{language}-dev.csv") for language in ("en", "de", "fr", "es", "zh"))
+LANGUAGES = tuple(("stsb", f"stsb-{language}-dev.csv") for language in ("en", "de"))
 RUNS = (
     Run("minilm-small", "minilm", ("--recipe", "small"), MINILM, STS),
     Run("minilm-tiny", "minilm", ("--recipe", "tiny"), MINILM, STS),
