@@ -91,7 +91,7 @@ def test_a_signal_to_end_ends_the_processes_of_benchmark(capsys, tmp_path, monke
     monkeypatch.setattr(benchmarking, "_warm", lambda pair: None)
     pair = type("Pair", (), {"folder": tmp_path, "architecture": "GPT2Model"})
     pair.base = pair
-    starts = lambda: benchmarking._start(pair, ("base", "compressed"), "cpu", None, 0, False)  # noqa: E731
+    starts = lambda: benchmarking._start(pair, ("base", "compressed"), "cpu", None, 0, False, {})  # noqa: E731
     assert cut_short(starts, started, 2, capsys) == 128 + signal.SIGTERM
 
 
