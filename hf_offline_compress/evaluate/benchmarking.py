@@ -235,8 +235,8 @@ def _onnx_files(
     on_cpu = device.startswith("cpu")
     if pair.onnx is not None and not on_cpu:
         raise CompressionError(f"An ONNX file is measured on the CPU, not on {device}; leave --device out, or --onnx.")
-    files = {EXPORTED: pair.onnx} if pair.onnx is not None else {}
-    reasons = {}
+    files: dict[str, Path] = {} if pair.onnx is None else {EXPORTED: pair.onnx}
+    reasons: dict[str, str | None] = {}
     for kind in RUNTIMES:
         if kind in models:
             reasons[kind] = None if on_cpu else "ONNX files are measured on the CPU only"
@@ -267,7 +267,8 @@ def _agreements(workers: dict[str, Worker], pair: Pair, scratch: Path) -> list[f
         if len(ids) >= batch * length:
             break
     rows = [ids[start : start + length] for start in range(0, min(len(ids), batch * length) - length + 1, length)]
-    file, found = str(scratch / "base.npy"), {}
+    file = str(scratch / "base.npy")
+    found: dict[str, float] = {}
     for kind in sorted(workers, key=lambda kind: kind != "base"):
         found[kind] = float(workers[kind].ask("agree", ids=rows, file=file, write=kind == "base")["agreement"])
     return [found[kind] for kind in workers]
