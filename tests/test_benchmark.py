@@ -202,8 +202,10 @@ def test_a_base_that_no_onnx_file_holds_is_named(monkeypatch, tmp_path):
         tokenizer=SimpleNamespace(model_input_names=["input_ids"]),
         load_base=lambda: model,
     )
-    files, missing = benchmarking._onnx_files(pair, list(RUNTIMES), "cpu", tmp_path)
+    files, missing = benchmarking._onnx_files(pair, ["base", *RUNTIMES], "cpu", tmp_path)
     assert not files and len(missing) == len(RUNTIMES) and "an ONNX file has at most" in missing[0]["reason"]
+    with pytest.raises(CompressionError, match="Nothing can be measured: float32 .ONNX Runtime.: an ONNX file has"):
+        benchmarking._onnx_files(pair, list(RUNTIMES), "cpu", tmp_path)
     pair.onnx = tmp_path / "model.onnx"
     with pytest.raises(CompressionError, match="on the CPU, not on cuda"):
         benchmarking._onnx_files(pair, [], "cuda", tmp_path)

@@ -252,6 +252,8 @@ def _onnx_files(
             else:
                 files |= dense_files(base, scratch, made, cached=cached, token_types=token_types)
     missing = [{"name": NAMES[kind], "reason": reason} for kind, reason in reasons.items() if reason is not None]
+    if not files and reasons.keys() == set(models):
+        raise CompressionError(f"Nothing can be measured: {missing[0]['name']}: {missing[0]['reason']}.")
     return files, missing
 
 
@@ -302,7 +304,7 @@ def _start(
                 "seed": seed,
                 "file": str(files[kind].resolve()) if kind in files else None,
             }
-            if kind in ("int8", "ours-int8") and device != "cpu":
+            if kind in ("int8", "ours-int8") and not device.startswith("cpu"):
                 unavailable.append({"name": name, "reason": "integer kernels run on the CPU only"})
             else:
                 workers[kind] = Worker(name, settings)  # they import side by side
