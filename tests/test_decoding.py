@@ -66,12 +66,12 @@ def filled(layer):
 def trellis(case, kind=LINEARS, outliers=0.05, **options):
     rows, columns, run, size = TRELLISES[case]
     group = Trellis(run=run, outliers=outliers).runtime(size, GroupShape(1, rows, columns, heads=1))
-    return filled(kind["trellis"](rows, columns, {**group, "storage": "float32"}, **options))
+    return filled(kind["trellis"](rows, columns, weight_spec({**group, "storage": "float32"}), **options))
 
 
 def layer_of(structure, size, rows, columns, kind=EMBEDDINGS):
-    group = {**structure.runtime(size, GroupShape(1, rows, columns, heads=1)), "storage": "float32"}
-    return filled(kind[group["structure"]](rows, columns, group))
+    spec = weight_spec({**structure.runtime(size, GroupShape(1, rows, columns, heads=1)), "storage": "float32"})
+    return filled(kind[spec.structure](rows, columns, spec))
 
 
 def by_the_book(layer):

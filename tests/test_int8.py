@@ -17,6 +17,7 @@ from hf_offline_compress.runtime import engines_compressed, executing_compressed
 from hf_offline_compress.runtime.engines_compressed import ENGINES, fast_engine, rounded, saturates
 from hf_offline_compress.runtime.executing_compressed import Bytes, execution_of, why_not_int8
 from hf_offline_compress.runtime.layers_compressed import EMBEDDINGS, LINEARS, TiedHead
+from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.runtime.weights_compressed import set_decoding
 from hf_offline_compress.structures import GroupShape, Quantized, Trellis
 
@@ -33,10 +34,10 @@ def error(found, expected):
 
 def layer(structure=None, kind=LINEARS, rows=96, columns=64, bias=True):
     chosen = structure or Trellis(run=32, outliers=0.01)
-    group = {**chosen.runtime(4, GroupShape(1, rows, columns, heads=1)), "storage": "float32"}
+    spec = weight_spec({**chosen.runtime(4, GroupShape(1, rows, columns, heads=1)), "storage": "float32"})
     torch.manual_seed(0)
     options = {"bias": bias} if kind is LINEARS else {}
-    return filled(kind[group["structure"]](rows, columns, group, **options)).eval()
+    return filled(kind[spec.structure](rows, columns, spec, **options)).eval()
 
 
 @pytest.mark.parametrize("name", list(ENGINES))
