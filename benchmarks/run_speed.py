@@ -19,7 +19,6 @@ import csv
 import importlib
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from hf_offline_compress.evaluate.alternatives import int8
 from hf_offline_compress.evaluate.onnx_alternatives import RUNTIMES, dense_files, why_not
 from hf_offline_compress.evaluate.onnx_model import OnnxModel
 from hf_offline_compress.export.onnx.folder import generates
+from hf_offline_compress.foundation.memory import peak_memory, resident_memory
 from hf_offline_compress.plan.make import Group, make_plan
 from hf_offline_compress.registration import register
 from hf_offline_compress.request.reading import load_recipe
@@ -186,8 +186,7 @@ def _subclasses(cls: type) -> list[type]:
 
 def resident() -> dict[str, float]:
     """Return the resident memory of this process in MB: now, and at its peak."""
-    status = Path("/proc/self/status").read_text()
-    return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
+    return {"VmRSS": resident_memory() / 1e6, "VmHWM": peak_memory() / 1e6}
 
 
 def measure(variant: str, folder: Path, bound: int, file: Path | None) -> None:

@@ -120,16 +120,14 @@ def _by_measure(
         logger.info("allocated by measure: forecast %.4g, measured %.4g", history[-1].forecast, measured)
         if best is not None and measured >= min(step.measured for step in history[:-1]):
             break
+        if left:  # after the last allocation, what groups cost by themselves would change nothing any more
+            unknown = [tried for tried in found if tried.report.measured is None]
+            allowed = effort.checking * sum(group.parameters for group in plan.groups)
+            known |= {tried.group: tried for tried in _measured(unknown, divergence, prefix, factors, allowed)}
+            found = [known[group] for group in plan.groups]
+            for tried in found:
+                _learn(tried, factors, least)
         best = plan, found
-        if not left:  # what groups cost by themselves would change nothing any more
-            break
-        unknown = [tried for tried in found if tried.report.measured is None]
-        allowed = effort.checking * sum(group.parameters for group in plan.groups)
-        known |= {tried.group: tried for tried in _measured(unknown, divergence, prefix, factors, allowed)}
-        found = [known[group] for group in plan.groups]
-        best = plan, found
-        for tried in found:
-            _learn(tried, factors, least)
     assert best is not None
     plan, found = best
     together = {name: tensor for tried in found for name, tensor in tried.tensors.items()}

@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy
 import torch
 
 from ..errors import CompressionError
+from ..foundation.memory import peak_memory, resident_memory
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Held:
             self.before = torch.cuda.memory_allocated(self.device)
         else:
             _forget_peak()
-            self.before = _resident()
+            self.before = resident_memory()
         return {"threads": torch.get_num_threads()}
 
     @property
@@ -144,7 +144,7 @@ class Held:
         if self.on_gpu:
             peak, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
         else:
-            peak, now = _peak(), _resident()
+            peak, now = peak_memory(), resident_memory()
         return {"peak": max(0, peak - self.before), "now": max(0, now - self.before)}
 
     def _class(self, transformers: Any) -> Any:
@@ -189,28 +189,6 @@ def _forget_peak() -> None:
     """Let the kernel count the peak of resident memory anew, where it can."""
     with suppress(OSError):  # without it, the peak of the imports counts too
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int | None:
-    try:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
-def _peak() -> int:
-    if (found := _status("VmHWM")) is not None:
-        return found
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _resident() -> int:
-    found = _status("VmRSS")
-    return _peak() if found is None else found
 
 
 def failure(error: Exception) -> str:

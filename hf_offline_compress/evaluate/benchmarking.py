@@ -236,11 +236,11 @@ def _onnx_files(
     if pair.onnx is not None and not on_cpu:
         raise CompressionError(f"An ONNX file is measured on the CPU, not on {device}; leave --device out, or --onnx.")
     files: dict[str, Path] = {} if pair.onnx is None else {EXPORTED: pair.onnx}
-    reasons: dict[str, str | None] = {}
-    for kind in RUNTIMES:
-        if kind in models:
-            reasons[kind] = None if on_cpu else "ONNX files are measured on the CPU only"
-            reasons[kind] = reasons[kind] or why_not(kind, pair.contents.config)
+    reasons = {
+        kind: why_not(kind, pair.contents.config) if on_cpu else "ONNX files are measured on the CPU only"
+        for kind in RUNTIMES
+        if kind in models
+    }
     made = [kind for kind, reason in reasons.items() if reason is None]
     if made:
         with stage("making ONNX files of the base"):
@@ -291,10 +291,9 @@ def _start(
     _warm(pair)
     try:
         for kind, name in NAMES.items():
-            if kind in files or (kind in models and kind not in RUNTIMES):
-                ours = kind in OURS or kind == EXPORTED
-            else:
+            if kind not in files and (kind not in models or kind in RUNTIMES):
                 continue
+            ours = kind in OURS or kind == EXPORTED
             settings = {
                 "kind": kind,
                 "folder": str((pair.folder if ours else pair.base.folder).resolve()),

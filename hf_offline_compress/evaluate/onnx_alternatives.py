@@ -27,11 +27,10 @@ def why_not(kind: str, config: Mapping[str, Any]) -> str | None:
         config: of the compressed model, whose class is the base's.
     """
     package = RUNTIMES[kind]
+    if find_spec(package) is None:
+        in_extra = package == "onnxruntime"
+        return needs_extra("An ONNX file", package, "onnx") if in_extra else f"{package} is not installed"
     try:
-        if package == "onnxruntime" and find_spec(package) is None:
-            raise CompressionError(needs_extra("An ONNX file", package, "onnx"))
-        if find_spec(package) is None:
-            return f"{package} is not installed"
         check_packages()
         check_head(config)
     except CompressionError as error:
@@ -67,17 +66,18 @@ def dense_files(
     save(models["float32"], whole)
     files = dict.fromkeys(kinds, whole)
     if any(kind.endswith("int8") for kind in kinds):
-        whole_numbers = _quantized(whole, folder)
-        files |= {kind: whole_numbers for kind in kinds if kind.endswith("int8")}
+        quantized = folder / "dense-int8.onnx"
+        quantize(whole, quantized)
+        files |= {kind: quantized for kind in kinds if kind.endswith("int8")}
     return files
 
 
-def _quantized(whole: Path, folder: Path) -> Path:
-    """Write a file of whole numbers, as ONNX Runtime makes them, with a scale for each column."""
+def quantize(file: Path, out: Path) -> None:
+    """Write a file in int8 as ONNX Runtime does, with a scale for each column."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    apart, out = folder / "dense-apart.onnx", folder / "dense-int8.onnx"
-    _as_others_write_it(whole, apart)
+    apart = out.with_name("dense-apart.onnx")
+    _as_others_write_it(file, apart)
     # Without VNNI, 7 bits: two products of a byte are added in 16 bits, and 8 would be cut off there.
     options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": not has_vnni()}
     before = logging.root.manager.disable
@@ -87,7 +87,6 @@ def _quantized(whole: Path, folder: Path) -> Path:
     finally:
         logging.disable(before)
     apart.unlink()
-    return out
 
 
 def _as_others_write_it(file: Path, out: Path) -> None:

@@ -151,11 +151,12 @@ class _Gradients:
         return hook
 
     def _add(self, matrix: Matrix, gradient: Tensor, given: Sequence[Any]) -> None:
-        # Relative positions are not positions in the text, and poolers have none.
-        placed = self.mask is not None and gradient.shape[:-1] == self.mask.shape
-        flat = (gradient[self.mask] if placed else gradient.reshape(-1, gradient.shape[-1])).float()
-        if placed and not matrix.embedding:
-            self._inputs.add(matrix.inputs, given[0].detach()[self.mask].float(), flat.square().sum(dim=1))
+        mask = self.mask
+        if mask is not None and gradient.shape[:-1] != mask.shape:
+            mask = None  # relative positions are not positions in the text, and poolers have none
+        flat = (gradient.reshape(-1, gradient.shape[-1]) if mask is None else gradient[mask]).float()
+        if mask is not None and not matrix.embedding:
+            self._inputs.add(matrix.inputs, given[0], mask, flat.square().sum(dim=1))
         if matrix.name in self._squares:
             self._sums.add(matrix.name, flat.square().sum(dim=0))
         else:
@@ -192,7 +193,7 @@ class _Inputs:
         if self._of_head is not None and self._at_head is not None:
             weights = traces.new_zeros(mask.shape)
             weights[places] = traces
-            self.add(self._of_head, self._at_head[mask].float(), weights[mask])
+            self.add(self._of_head, self._at_head, mask, weights[mask])
         self._at_head = None
 
     def begin_all(self) -> None:
@@ -200,11 +201,19 @@ class _Inputs:
         for name in self._sharing:
             self._begin(name)
 
-    def add(self, name: str, x: Tensor, weights: Tensor) -> None:
-        """Add inputs x [tokens, columns] of one of the matrices that share them, with the weights of tokens [tokens]."""
+    def add(self, name: str, given: Tensor, mask: Tensor, weights: Tensor) -> None:
+        """Add inputs of one of the matrices that share them.
+
+        Args:
+            name: of the inputs.
+            given: those of a portion [sequences, length, columns].
+            mask: which of its places hold tokens.
+            weights: of these tokens [tokens].
+        """
         if not self._sharing[name] or not weights.sum() > 0:
             return
         self._begin(name)
+        x = given.detach()[mask].float()
         shares = weights / (weights.mean() * self._sharing[name])
         self._sums.add_gram(_summed(name), x * shares.sqrt()[:, None])
         self._sums.count(_summed(name), len(x) / self._sharing[name])
