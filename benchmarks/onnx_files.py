@@ -3,7 +3,7 @@
 usage: python benchmarks/onnx_files.py FOLDER BASE LINES [--lines 400] [--stsb FOLDER] [--rounds 5] [--threads 1] [--cpu-time]
 
 FOLDER is a compressed encoder without a head or a causal language model, BASE the dense one, LINES a text. Files: ours in
-whole numbers and in float32, the base's in float32, and that one by `quantize_dynamic`. A session is made in a fresh process,
+integers and in float32, the base's in float32, and that one by `quantize_dynamic`. A session is made in a fresh process,
 for its seconds and its memory.
 
 Of an encoder: agreement is the mean cosine of sentence embeddings on LINES, of our files with the compressed model in torch,

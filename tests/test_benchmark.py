@@ -177,14 +177,14 @@ def test_files_of_onnx_are_rows_like_any_other(tmp_path):
     models = {model["name"]: model for model in result["models"]}
     missing = [] if find_spec("openvino") else ["int8 (OpenVINO)"]
     assert [item["name"] for item in result["unavailable"]] == missing
-    ours, whole, whole_numbers = "compressed, ONNX Runtime", "float32 (ONNX Runtime)", "int8 (ONNX Runtime)"
-    assert set(models) | set(missing) == {"base", "compressed", ours, whole, whole_numbers, "int8 (OpenVINO)"}
+    ours, whole, integers = "compressed, ONNX Runtime", "float32 (ONNX Runtime)", "int8 (ONNX Runtime)"
+    assert set(models) | set(missing) == {"base", "compressed", ours, whole, integers, "int8 (OpenVINO)"}
     agreements = {name: model["agreement"] for name, model in models.items()}
     assert agreements["base"] == pytest.approx(1) == agreements[whole]
     assert agreements[ours] == pytest.approx(agreements["compressed"], abs=1e-5) and agreements[ours] < 0.9999
-    assert 0.99 < agreements[whole_numbers] < 0.999999
+    assert 0.99 < agreements[integers] < 0.999999
     assert models[ours]["disk_bytes"] == file.stat().st_size
-    assert models[whole_numbers]["disk_bytes"] < models[whole]["disk_bytes"]
+    assert models[integers]["disk_bytes"] < models[whole]["disk_bytes"]
     assert all(model["latency"][0]["median_ms"] > 0 for model in models.values())
     with pytest.raises(CompressionError, match="There is no file"):
         benchmark_folder(folder, base=base, onnx=tmp_path / "none.onnx", **options)

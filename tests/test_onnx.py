@@ -72,7 +72,7 @@ def test_onnx_runtime_says_what_the_compressed_model_says(folders, rows, tokens)
     np.testing.assert_allclose(run(out / "onnx/model.onnx", arrays), expected, atol=1e-4)
     rounded = run(out / "onnx/model_quantized.onnx", arrays)
     error = np.linalg.norm(rounded - expected) / np.linalg.norm(expected)
-    assert 1e-4 < error < 0.1  # really of whole numbers, and no worse than that
+    assert 1e-4 < error < 0.1  # really of integers, and no worse than that
 
 
 def test_nothing_is_written_decoded(folders):

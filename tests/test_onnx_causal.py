@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from common import HEADS, make_model, make_tokenizer
-from test_onnx_families import RECIPE, distance, in_whole_numbers, session_of
+from test_onnx_families import RECIPE, distance, in_integers, session_of
 
 from hf_offline_compress import compress, export_folder
 from hf_offline_compress.architectures.families import FAMILIES, objective_of
@@ -93,8 +93,8 @@ def test_a_file_reads_a_prompt_and_goes_on_from_it(model_type):
     expected = said(InTorch(model))
     np.testing.assert_allclose(said(InOnnx(files["float32"])), expected, atol=1e-4)
     found = said(InOnnx(files["int8"]))
-    assert distance(found, said(InTorch(in_whole_numbers(stock, parts=2)))) < 5e-3
-    assert distance(found, expected) > 1e-4  # really of whole numbers
+    assert distance(found, said(InTorch(in_integers(stock, parts=2)))) < 5e-3
+    assert distance(found, expected) > 1e-4  # really of integers
 
 
 def test_inputs_and_outputs_are_named_as_loaders_ask_for_them():

@@ -51,8 +51,8 @@ def test_no_family_and_no_kind_of_head_is_left_out():
     assert {kind_of(*pair) for pair in TRIED} == {kind_of(*pair) for pair in ENCODERS}
 
 
-def in_whole_numbers(stock, parts=1):
-    """Give a stock model products of whole numbers, as the file has them: weights by rows, inputs as they come."""
+def in_integers(stock, parts=1):
+    """Give a stock model products of integers, as the file has them: weights by rows, inputs as they come."""
 
     def in_two_parts(_, arguments):
         x = arguments[0].numpy()
@@ -108,7 +108,7 @@ def check(model_type, head):
     feeds = inputs_for(head)  # of another length than the graph was traced with
     with torch.no_grad():
         said = model(**feeds)
-        rounded = in_whole_numbers(stock)(**feeds)
+        rounded = in_integers(stock)(**feeds)
     errors = {}
     for weights, file in files.items():
         session = session_of(file)
@@ -129,4 +129,4 @@ def check(model_type, head):
 @pytest.mark.parametrize("model_type,head", ENCODERS if os.environ.get("EVERY_ONNX_HEAD") else TRIED)
 def test_onnx_runtime_says_what_torch_says(model_type, head):
     errors = check(model_type, head)
-    assert min(errors.values()) > 1e-4  # really of whole numbers
+    assert min(errors.values()) > 1e-4  # really of integers

@@ -524,7 +524,7 @@ def test_each_factor_is_rounded_in_the_metric_of_the_other(members, shape, bits)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("metric", ["none", "rows", "outputs"])
 @pytest.mark.parametrize("shape,rank", [((96, 64), 12), ((96, 64), 60), ((64, 130), 20)])
-def test_what_whole_numbers_leave_of_low_rank_is_expected(shape, rank, metric, bits):
+def test_what_integers_leave_of_low_rank_is_expected(shape, rank, metric, bits):
     objective = Objective(l2=1.0, calibrated=True, sensitive=metric != "none")
     h, weight = moments(shape[1]), matrix(*shape)
     row_weights = torch.rand(shape[0]) + 0.1
@@ -541,7 +541,7 @@ def test_what_whole_numbers_leave_of_low_rank_is_expected(shape, rank, metric, b
 
 
 @pytest.mark.parametrize("group_size", [0, 16])
-def test_what_scales_in_whole_numbers_add_is_expected(group_size):
+def test_what_scales_in_integers_add_is_expected(group_size):
     objective = Objective(l2=1.0, calibrated=True)
     weight = matrix(256, 64)
     weight[7] = 0.0  # as of padding

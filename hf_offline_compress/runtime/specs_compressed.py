@@ -250,11 +250,20 @@ class TrellisSpec(WeightSpec):
         return self.outliers <= rows * columns and self.run <= rows and streams == math.ceil(rows / self.run)
 
 
-_ALL: tuple[type[WeightSpec], ...] = (
-    *(LowRankSpec, AutoencoderSpec, ResidualSpec, KroneckerSpec, TuckerSpec, SparseSpec, QuantizedSpec, CodebookSpec),
-    TrellisSpec,
-)
-SPECS: dict[str, type[WeightSpec]] = {cls.structure: cls for cls in _ALL}
+SPECS: dict[str, type[WeightSpec]] = {
+    cls.structure: cls
+    for cls in (
+        LowRankSpec,
+        AutoencoderSpec,
+        ResidualSpec,
+        KroneckerSpec,
+        TuckerSpec,
+        SparseSpec,
+        QuantizedSpec,
+        CodebookSpec,
+        TrellisSpec,
+    )
+}
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class RowClass:
         self.steps = self.blocks * run
         self.length = packed_length(self.steps, self.bits)
         self.first, self.stop = first, first + self.streams * self.length
-        # Whether codes of a column are whole numbers of 16 bits, which can be looked at as such where they lie.
+        # Whether codes of a column are integers of 16 bits, which can be looked at as such where they lie.
         self.in_halves = sys.byteorder == "little" and first % 2 == 0 and run * self.bits % HALF == 0
 
     def streams_of(self, codes: Tensor, first: int, last: int, scales: Tensor) -> Tensor:

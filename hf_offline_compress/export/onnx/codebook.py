@@ -39,7 +39,7 @@ class Codebook(Source):
         return graph("Mul", self._rows(ids), graph("Unsqueeze", scales, integers(1)))
 
     def int8(self) -> Int8Matrix:
-        """Return the weight from a table of whole numbers; see the base class."""
+        """Return the weight from a table of integers; see the base class."""
         if self.books > 1 or "tables" in self.decoder.packed:
             return super().int8()
         graph, table = self.graph, to_numpy(self.decoder.tables[0].float())

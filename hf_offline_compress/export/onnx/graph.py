@@ -36,7 +36,7 @@ class GraphBuilder:
 
         Args:
             graph: that is added to.
-            in_two_parts: whether inputs of products of whole numbers keep 16 bits, as two parts of 8.
+            in_two_parts: whether inputs of products of integers keep 16 bits, as two parts of 8.
         """
         self.graph, self.in_two_parts = graph, in_two_parts
         self._constants: dict[Any, ir.Value] = {}
@@ -118,7 +118,7 @@ def float32(values: Any) -> Array:
 
 
 def narrowest(values: Array) -> Array:
-    """Return whole numbers, none negative, in the narrowest unsigned dtype."""
+    """Return integers, none negative, in the narrowest unsigned dtype."""
     largest = int(values.max(initial=0))
     return values.astype(next(dtype for dtype in (np.uint8, np.uint16, np.uint32) if largest <= np.iinfo(dtype).max))
 

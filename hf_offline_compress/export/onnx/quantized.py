@@ -11,7 +11,7 @@ from .graph import FLOAT, INT8, INT32, GraphBuilder, float32, int32, integers, t
 from .packing import unpack_codes
 from .source import LARGEST, Int8Matrix, Source, rounded, some_rows
 
-# Codes of up to so many bits are looked up as whole numbers; of more, the table would be larger than the weight.
+# Codes of up to so many bits are looked up as integers; of more, the table would be larger than the weight.
 LOOKED_UP = 5
 
 

@@ -1,4 +1,4 @@
-"""What a matrix of a stock graph is made from: the weight as a part of a graph, in float32 or as whole numbers."""
+"""What a matrix of a stock graph is made from: the weight as a part of a graph, in float32 or as integers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import onnx_ir as ir
 
 from .graph import FLOAT, INT8, Array, GraphBuilder, float32, integers, to_numpy
 
-# Of a weight's whole numbers. Processors with AVX2 and no newer instructions add two products with a byte in 16 bits:
+# Of a weight's integers. Processors with AVX2 and no newer instructions add two products with a byte in 16 bits:
 # 2 · 255 · 64 just fits, and with 127 sums were cut off there. Codes of a few bits lose nothing by it that shows.
 LARGEST = 64
 
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """A weight as whole numbers.
+    """A weight as integers.
 
     Attributes:
         numbers: [columns, rows], int8, as a product takes them.
@@ -50,7 +50,7 @@ class Source(ABC):
         """Return the rows of ids [n], int64 → [n, columns], float32; no other row is decoded if that can be."""
 
     def int8(self) -> Int8Matrix:
-        """Return the weight as whole numbers with scales; by default it is decoded, then rounded."""
+        """Return the weight as integers with scales; by default it is decoded, then rounded."""
         return rounded(self.graph, self.float32())
 
     def product(self, x: ir.Value, int8: bool) -> ir.Value:
@@ -160,7 +160,7 @@ def _product_in_two_parts(graph: GraphBuilder, x: ir.Value, weight: Int8Matrix) 
 
 
 def rounded(graph: GraphBuilder, weight: ir.Value | Array) -> Int8Matrix:
-    """Return a weight [columns, rows] as whole numbers; of an array, which are stored so."""
+    """Return a weight [columns, rows] as integers; of an array, which are stored so."""
     tiny = np.finfo(np.float32).tiny
     if isinstance(weight, np.ndarray):
         scales = np.maximum(np.abs(weight).max(axis=0), tiny) / np.float32(LARGEST)

@@ -15,7 +15,7 @@ class Substitution:
     """Takes the place of a graph's matrices.
 
     Attributes:
-        int8: whether products are those of whole numbers.
+        int8: whether products are those of integers.
     """
 
     def __init__(self, builder: GraphBuilder, int8: bool) -> None:

@@ -106,9 +106,9 @@ class Trellis(Source):
         self.tables = [self._table(streams) for streams in self.classes]
 
     def int8(self) -> Int8Matrix:
-        """Return the weight as whole numbers, with a scale for each row.
+        """Return the weight as integers, with a scale for each row.
 
-        They are gathered from a table of whole numbers. In rows with outliers beyond the table they are made smaller.
+        They are gathered from a table of integers. In rows with outliers beyond the table they are made smaller.
         """
         graph, scales = self.graph, self._scales(self.scale_codes)
         peak = max(float(np.abs(table).max()) for table in self.tables)
