@@ -139,7 +139,7 @@ def problems(model: Any, recipe: Recipe) -> list[tuple[Group, Problem]]:
     """Return the groups of a recipe that needs no text, and what is to be solved for each."""
     plan = make_plan(model.config.to_dict(), recipe, architecture=type(model).__name__, dtype="float32")
     state = model.state_dict()
-    return [(group, problem_of(group, state, plan.layout.prefix, Statistics())) for group in plan.groups]
+    return [(group, problem_of(group, state, plan, Statistics())) for group in plan.groups]
 
 
 def decoded(group: Group, factors: Factors) -> Tensor:

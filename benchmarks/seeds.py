@@ -1,6 +1,7 @@
 """What is luck: one recipe on several models by several seeds, beside how far each figure is off by the held-out text.
 
 usage: python benchmarks/seeds.py --data FOLDER [--mlm FOLDER] [--causal FOLDER] [--recipe tiny] [--sizes 6.25] [--seeds 4]
+           [--effort fast]
 
 --data holds stsb-en-train.csv, stsb-en-dev.csv, calibration.txt, validation.txt and test.txt; --mlm and --causal are folders
 of language models. Everything is compressed. Language models: divergence of the predictions from the dense model's (KL, in
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--sizes", nargs="+", type=float, default=[6.25], help="percent of the float32 bytes")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--effort", choices=("fast", "default", "best"), help="by default the recipe's own")
     parser.add_argument("--lines", type=int, default=300)
     parser.add_argument("--by-line", action="store_true", help="causal: every line by itself, not windows of all")
     parser.add_argument("--prefer", choices=("test", "validation"), default="test")
@@ -149,6 +151,7 @@ def main() -> None:
                     calibration=subject.calibration,
                     tokenizer=subject.tokenizer,
                     seed=seed,
+                    effort=options.effort,
                     progress=False,
                 )
                 seconds = time.perf_counter() - started

@@ -136,10 +136,11 @@ def test_outputs_one_by_one_are_the_diagonal_of_all_together():
         torch.testing.assert_close(single.squares(name), whole.squares(name))
         assert single.squares(name).dim() == 1 and single.squares(name).any()
     recipe = Recipe("some", (Rule(Trellis(), OBJECTIVES["sensitive"], ratio=8.0),), modules=("query",))
-    group = make_plan(model.config.to_dict(), recipe, architecture="BertForMaskedLM", dtype="float32").groups[0]
+    plan = make_plan(model.config.to_dict(), recipe, architecture="BertForMaskedLM", dtype="float32")
+    group = plan.groups[0]
     statistics = collect(model, group.matrices, [part])
     statistics.sensitivity = single
-    weights = problem_of(group, model.state_dict(), "bert.", statistics).row_weights
+    weights = problem_of(group, model.state_dict(), plan, statistics).row_weights
     squares = whole.squares(group.matrices[0].name)
     torch.testing.assert_close(weights, squares + 0.1 * squares.mean())
 
@@ -147,11 +148,12 @@ def test_outputs_one_by_one_are_the_diagonal_of_all_together():
 def test_rows_of_words_weigh_what_their_token_occurs_and_none_weighs_nothing():
     model = make_model("bert", "BertModel")
     recipe = Recipe("some", (Rule(LowRank(), OBJECTIVES["calibrated"]),), modules=("word_embeddings",))
-    (group,) = make_plan(model.config.to_dict(), recipe, architecture="BertModel", dtype="float32").groups
+    plan = make_plan(model.config.to_dict(), recipe, architecture="BertModel", dtype="float32")
+    (group,) = plan.groups
     statistics = Statistics(
         token_counts=torch.zeros(group.rows, dtype=torch.float64).index_fill_(0, torch.tensor(7), 60)
     )
-    weights = problem_of(group, model.state_dict(), "", statistics).row_weights
+    weights = problem_of(group, model.state_dict(), plan, statistics).row_weights
     assert float(weights.sum()) == pytest.approx(1)
     others = torch.cat([weights[:7], weights[8:]])
     assert others.min() > 0 and others.eq(others[0]).all() and weights[7] > 10 * others[0]

@@ -489,8 +489,9 @@ def test_members_that_are_asked_for_one_by_one_leave_the_mode_of_gradients(grad)
     model = make_model("bert", "BertModel")
     state = model.state_dict()
     recipe = Recipe("shared", (Rule(LowRank(), grouping=Grouping(None), ratio=2.0),), modules=("query",))
-    group = make_plan(model.config.to_dict(), recipe, architecture="BertModel").groups[0]
-    factors = solve(problem_of(group, state, "", Statistics()))
+    plan = make_plan(model.config.to_dict(), recipe, architecture="BertModel")
+    group = plan.groups[0]
+    factors = solve(problem_of(group, state, plan, Statistics()))
     with torch.set_grad_enabled(grad):
         weights = reconstructed(group, factors)
         for _ in range(len(group.matrices) - 1):

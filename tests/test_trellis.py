@@ -16,7 +16,8 @@ from hf_offline_compress.runtime.specs_compressed import weight_spec
 from hf_offline_compress.runtime.trellis_compressed import decode_scales, trellis_table
 from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_all, trellis
 from hf_offline_compress.solvers import columns as columns_
-from hf_offline_compress.solvers.columns import Code, Streams, _coefficients
+from hf_offline_compress.solvers.columns import Code, Held, Streams, _coefficients
+from hf_offline_compress.solvers.coupling import FirstTurn, NextTurn
 from hf_offline_compress.solvers.feedback import inverse_roots
 from hf_offline_compress.solvers.mixtures import mixtures
 from hf_offline_compress.solvers.paths import viterbi_path
@@ -76,12 +77,14 @@ def test_expected_errors_compare_between_matrices_of_other_sizes_and_inputs():
         assert 0.7 < error(problem, solve(problem), metric) / float(expected_errors(problem)[0][5]) < 1.5
 
 
+@pytest.mark.parametrize("ends", [None, [-1, 0, 1, 0, -1, 1]])
 @pytest.mark.parametrize("bits", [1, 2])
-def test_no_path_is_cheaper_than_the_one_found(bits):
+def test_no_path_is_cheaper_than_the_one_found(bits, ends):
     steps, states = 5, 8
     costs = torch.rand(steps, 6, states, generator=torch.Generator().manual_seed(bits))
     start = torch.tensor([0, 3, 5, 1, 0, 7])
-    found = viterbi_path(costs.transpose(1, 2).contiguous(), start, bits)
+    bound = None if ends is None else torch.tensor(ends)
+    found = viterbi_path(costs.transpose(1, 2).contiguous(), start, bits, bound)
     for stream in range(len(start)):
         best, best_path = float("inf"), None
         for codes in itertools.product(range(2**bits), repeat=steps):
@@ -90,28 +93,40 @@ def test_no_path_is_cheaper_than_the_one_found(bits):
                 state = (state * 2**bits + code) % states
                 total += float(costs[step, stream, state])
                 path.append(state)
-            if total < best:
+            allowed = ends is None or ends[stream] < 0 or state % (states >> bits) == ends[stream]
+            if allowed and total < best:
                 best, best_path = total, path
         assert found[:, stream].tolist() == best_path
 
 
 @pytest.mark.parametrize("columns", [6, 7])
 @pytest.mark.parametrize("rate", sorted(RATES))
-@pytest.mark.parametrize("fed_back", [False, True])
-def test_compiled_paths_are_those_of_the_version_for_every_device(columns, rate, fed_back):
+@pytest.mark.parametrize("turn", ["uncoupled", "first", "next"])
+def test_compiled_paths_are_those_of_the_version_for_every_device(columns, rate, turn):
     compiled = pytest.importorskip("hf_offline_compress.solvers.compiled_columns")
     code = Trellis().code(rate)
     code = Code(trellis_table(**code), code["bits"])
     members = torch.tensor([0, 0, 1, 1, 1])
     left, weights = normal(5, 24, columns), torch.rand(5, 24, generator=torch.Generator().manual_seed(1)) + 0.1
-    roots = inverse_roots([moments(columns), moments(columns, seed=1)], 0.01, "cpu") if fed_back else None
+    metrics = [moments(columns), moments(columns, seed=1)]
+    roots = inverse_roots(metrics, 0.01, "cpu")
+    block, held = FirstTurn(roots, code.width).block(0, columns), None
+    if turn == "uncoupled":
+        block = None
+    elif turn == "next":
+        states, _ = columns_.code_columns(left.clone(), block, Streams(weights, members, members * 0), code)
+        coupling = NextTurn.of(torch.cholesky_inverse(roots, upper=True), code.width)
+        block, held = coupling.block(0, columns), Held.of(states, code, columns)
     found = []
     for code_columns in (columns_.code_columns, compiled.code_columns):
         streams, mine = Streams(weights, members, torch.zeros(5, dtype=torch.long)), left.clone()
-        states, errors = code_columns(mine, roots, streams, code)
+        states, errors = code_columns(mine, block, streams, code, held)
         assert streams.last.tolist() == states[:, -1, -1].tolist()
+        values = code.values(states, columns)
         if errors is None:
-            errors = code.table[states.long()].transpose(1, 2).flatten(2)[:, :, :columns] - left
+            errors = values - left
+        elif held is not None:
+            torch.testing.assert_close(errors, held.values - values)
         found.append((states, (errors.square() * weights[..., None]).sum()))
     # Paths that cost the same but for rounding may differ.
     assert (found[0][0] == found[1][0]).float().mean() > 0.9
@@ -163,7 +178,7 @@ def test_a_missing_numba_is_told_where_it_would_help(monkeypatch, capsys):
 def test_costs_of_entries_are_weighted_distances_but_for_what_all_have_alike(width, columns):
     table, target, weights = normal(16, width), normal(3, 5, columns, seed=1), torch.rand(3, 5)
     inverse = torch.eye(columns) + normal(3, columns, columns, seed=2).triu()
-    factors = _coefficients(target, inverse, weights, width)
+    factors = _coefficients(target, inverse @ inverse.mT, weights, width)
     costs = (Code(table, 1).features() @ factors).permute(2, 0, 1)  # [streams, run, entries]
     away = (target[:, :, None] - table[:, :columns]) @ inverse[:, None]
     expected = weights[..., None] * away.square().sum(dim=-1)
@@ -175,6 +190,52 @@ def test_columns_behind_make_good_the_errors_before_them():
     plain = Problem(SMALL, L2, 4, (weight,))
     informed = Problem(SMALL, CALIBRATED, 4, (weight,), input_moments=metric)
     assert error(informed, solve(informed), metric) < 0.75 * error(plain, solve(plain), metric)
+
+
+@pytest.mark.parametrize("columns", [96, 33])
+@pytest.mark.parametrize("size", [1, 3, 9, Mixture(((6, 1), (2, 2)))])
+def test_columns_that_are_coded_again_fit_each_other_better_every_time(size, columns):
+    """The more so, the fewer bits there are: what later columns had to absorb at first is then as large as the weights."""
+    weight, metric = normal(48, columns) ** 3, moments(columns)
+    importance = torch.rand(48, generator=torch.Generator().manual_seed(3)) + 0.1
+    found = []
+    for passes in range(4):
+        structure = Trellis(state_bits=8, run=16, outliers=0.01)
+        options = {"input_moments": metric, "row_weights": importance, "passes": passes}
+        found.append(solve(Problem(structure, CALIBRATED, size, (weight,), **options)).notes["error"] ** 2)
+    assert found[3] < found[2] < found[1] < found[0]
+    assert found[1] < 0.99 * found[0]
+
+
+def test_a_column_that_is_coded_again_is_the_best_there_is_beside_the_others():
+    """All of its paths that later columns allow are tried, one by one."""
+    rows, columns, metric = normal(6, 3)[None], 3, moments(3)[None]
+    code, weights = Code(normal(16, 1), 1), torch.rand(1, 6, generator=torch.Generator().manual_seed(3)) + 0.1
+    streams = Streams(weights, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    states, _ = columns_.code_columns(rows.clone(), None, streams, code)
+    held, coupling = Held.of(states, code, columns), NextTurn.of(metric, 1)
+    left = coupling.targets(held.values, rows)
+    start = replace(streams, last=torch.zeros(1, dtype=torch.long))
+    again, errors = columns_.code_columns(left, coupling.block(0, columns), start, code, held)
+
+    def cost(of_column, column):
+        values = held.values[0].clone()
+        values[:, :column] -= errors[0, :, :column]
+        values[:, column] = code.table[of_column, 0]
+        left = values - rows[0]
+        return float(((left @ metric[0] * left).sum(dim=1) * weights[0]).sum())
+
+    state = 0
+    for column in range(columns):
+        best, end = float("inf"), int(states[0, column, -1]) % 8 if column < columns - 1 else None
+        for codes in itertools.product(range(2), repeat=6):
+            path, at = [], state
+            for newest in codes:
+                path.append(at := (at * 2 + newest) % 16)
+            if end is None or at % 8 == end:
+                best = min(best, cost(torch.tensor(path), column))
+        state = int(again[0, column, -1])
+        assert cost(again[0, column].long(), column) == pytest.approx(best, rel=1e-4)
 
 
 def test_rows_that_matter_more_are_nearer():

@@ -146,7 +146,7 @@ def _gains(
         some = [sizes[0] for sizes in by_storage.values()]
         if all(form.stored_bytes >= dense for form in some):  # these are the smallest
             continue
-        problem = problem_of(some[0], state, plan.layout.prefix, statistics)
+        problem = problem_of(some[0], state, plan, statistics)
         for sizes, known in zip(by_storage.values(), expected_errors(problem, list(by_storage)), strict=True):
             for form in sizes:
                 add(form, known)

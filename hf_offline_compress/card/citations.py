@@ -53,6 +53,14 @@ BIBTEX = {
   booktitle = {International Conference on Learning Representations},
   year = {2025}
 }""",
+    "QuantEase": """@misc{behdin2023quantease,
+  title = {{QuantEase}: Optimization-based Quantization for Language Models},
+  author = {Behdin, Kayhan and Acharya, Ayan and Gupta, Aman and Song, Qingquan and Zhu, Siyu and Keerthi, Sathiya and
+    Mazumder, Rahul},
+  year = {2023},
+  eprint = {2309.01885},
+  archivePrefix = {arXiv}
+}""",
     "GPTVQ": """@misc{vanbaalen2024gptvq,
   title = {{GPTVQ}: The Blessing of Dimensionality for {LLM} Quantization},
   author = {van Baalen, Mart and Kuzmin, Andrey and Nagel, Markus and others},

@@ -14,17 +14,19 @@ class Effort:
         judged: tokens of other calibration text on which loss is measured, at most.
         checking: operations a weight of the model that measuring its groups may take, before each further allocation.
         rounds: allocations by what was measured, at most, after the first one by what is expected.
+        passes: how often all columns of a trellis are coded again, the others as they are.
     """
 
     tokens: int
     judged: int
     checking: int
     rounds: int
+    passes: int
 
 
 EFFORTS = {
-    "fast": Effort(tokens=8_192, judged=0, checking=0, rounds=0),
+    "fast": Effort(tokens=8_192, judged=0, checking=0, rounds=0, passes=1),
     # Finding the codes of a weight takes about as long as so many operations.
-    "default": Effort(tokens=16_384, judged=2_048, checking=2**15, rounds=1),
-    "best": Effort(tokens=65_536, judged=8_192, checking=2**18, rounds=4),
+    "default": Effort(tokens=16_384, judged=2_048, checking=2**15, rounds=1, passes=2),
+    "best": Effort(tokens=65_536, judged=8_192, checking=2**18, rounds=4, passes=4),
 }

@@ -70,7 +70,6 @@ def solve_groups(
     Raises:
         CompressionError: what a solver gave is not finite, or not held by the model's own dtype.
     """
-    prefix = plan.layout.prefix
     # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
@@ -80,7 +79,7 @@ def solve_groups(
     def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> Solved:
         problems = []
         for index, group in batch:
-            problem = problem_of(group, state, prefix, statistics)
+            problem = problem_of(group, state, plan, statistics)
             own = judge(group) if judge else None
             problems.append(replace(problem, seed=seed + index, progress=step, judge=own))
         groups = [group for _, group in batch]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..measure.statistics import Statistics
-from ..plan.groups import Group
+from ..plan.groups import Group, Plan
+from ..request.effort import EFFORTS
 from ..solvers import Problem
 
 # Additive smoothing of token counts, which weigh the rows of an embedding (Laplace's rule has 1): a token that the text lacks
@@ -21,11 +22,19 @@ LEAST_IMPORTANCE, LEAST_SENSITIVITY = 0.01, 0.1
 LEAST_OFTEN = 0.03
 
 
-def problem_of(group: Group, state: Mapping[str, Any], prefix: str, statistics: Statistics) -> Problem:
-    """Return what is to be solved for a group: its matrices, and how errors in them are weighted."""
-    weights = tuple(matrix.dense(state, prefix) for matrix in group.matrices)
+def problem_of(group: Group, state: Mapping[str, Any], plan: Plan, statistics: Statistics) -> Problem:
+    """Return what is to be solved for a group of a plan: its matrices, and how errors in them are weighted."""
+    weights = tuple(matrix.dense(state, plan.layout.prefix) for matrix in group.matrices)
     first, objective = group.matrices[0], group.rule.objective
-    problem = Problem(group.structure, objective, group.size, weights, heads=first.heads, embedding=first.embedding)
+    problem = Problem(
+        group.structure,
+        objective,
+        group.size,
+        weights,
+        heads=first.heads,
+        embedding=first.embedding,
+        passes=EFFORTS[plan.recipe.effort].passes,
+    )
     if objective.importance != "none":
         return _important(group, problem, statistics)
     if not objective.calibrated:

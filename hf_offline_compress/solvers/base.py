@@ -30,6 +30,7 @@ class Problem:
         embedding: whether rows are looked up.
         judge: decoded rows of all members [rows, columns] → the model's loss with them, by which training chooses among its
             steps. None: by its own loss.
+        passes: how often all columns of a trellis are coded again, the others as they are.
         seed: of whatever is random.
         progress: called from time to time with the share that is done, 0 to 1.
     """
@@ -46,6 +47,7 @@ class Problem:
     heads: int = 1
     embedding: bool = False
     judge: Callable[[Tensor], float] | None = None
+    passes: int = 0
     seed: int = 0
     progress: Callable[[float], None] = lambda share: None
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .columns import Code, Streams
+from .columns import Code, Held, Streams
+from .coupling import Block
 
 # With fewer branches, states are kept code after code, so that neighbours in memory have neighbours before them.
 FEW_BRANCHES = 16
@@ -25,31 +26,37 @@ FEW_BRANCHES = 16
 LANES = 32
 
 
-def code_columns(left: Tensor, roots: Tensor | None, streams: Streams, code: Code) -> tuple[Tensor, Tensor | None]:
+def code_columns(
+    left: Tensor, block: Block | None, streams: Streams, code: Code, held: Held | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return the states [streams, steps, run] of a block of columns, and its errors; see `columns.code_columns`."""
     count, run, columns = left.shape
     states = torch.empty(count, -(-columns // code.width), run, dtype=torch.int16)
-    errors = torch.empty_like(left) if roots is not None else None
-    table, features = code.table.contiguous().numpy(), _features(code)
-    metric = (left[:1, 0, :, None] if roots is None else roots).contiguous().numpy()
-    members, own = streams.members.contiguous().numpy(), streams.weights.contiguous().numpy()
-    last, found = streams.last.numpy(), states.numpy()
-    reached = left.numpy() if errors is None else errors.numpy()
+    errors = None if block is None else torch.empty_like(left)
+    features, table = _features(code), code.table.contiguous().numpy()
+    if block is None:
+        unit = torch.eye(code.width).expand(1, states.shape[1], -1, -1)
+        block, members = Block(unit, left[:1, 0, :, None]), torch.zeros_like(streams.members)
+    else:
+        members = streams.members
+    matrices = [part.contiguous().numpy() for part in block]
+    ends = torch.full(states.shape[:2], -1, dtype=torch.int32) if held is None else held.ends
+    of_streams = [
+        tensor.numpy()
+        for tensor in (
+            left,
+            left if held is None else held.values,
+            left if errors is None else errors,
+            members.contiguous(),
+            streams.weights.contiguous(),
+            ends,
+            streams.last,
+            states,
+        )
+    ]
 
     def work(part: slice) -> None:
-        _code_streams(
-            left.numpy()[part],
-            reached[part],
-            metric,
-            roots is not None,
-            members[part],
-            own[part],
-            features,
-            table,
-            code.bits,
-            last[part],
-            found[part],
-        )
+        _code_streams(*(own[part] for own in of_streams), *matrices, errors is not None, features, table, code.bits)
 
     threads = max(1, min(torch.get_num_threads(), count))
     # A few parts a thread, so that all end at the same time.
@@ -157,8 +164,11 @@ def _survivors(costs, branches, few, best, which, before, oldest):  # type: igno
 
 
 @_compiled
-def _path(features, factors, bits, last, path):  # type: ignore[no-untyped-def]
-    """Set `path` [run] to the states of the cheapest path, by factors of each step [run, features]."""
+def _path(features, factors, bits, last, end, path):  # type: ignore[no-untyped-def]
+    """Set `path` [run] to the states of the cheapest path, by factors of each step [run, features].
+
+    Its last state without the oldest code is `end`, or any if that is negative.
+    """
     run, branches = len(path), 1 << bits
     rows, neighbours = features.shape[1], features.shape[2]
     count = rows * neighbours
@@ -174,9 +184,19 @@ def _path(features, factors, bits, last, path):  # type: ignore[no-untyped-def]
         _add_costs(features, factors[step], few, before, costs)
         if step < run - 1:
             _survivors(costs, branches, few, best, which, before, oldest[step])
-    state = costs.argmin()
-    if few:
-        state = state % older * branches + state // older
+    state: Any = 0
+    least = np.float32(np.inf)
+    if end < 0:
+        state = costs.argmin()
+        if few:
+            state = state % older * branches + state // older
+    else:
+        for oldest_code in range(branches):
+            one = oldest_code * older + end
+            code, newer = one % branches, one // branches
+            cost = costs[code, newer] if few else costs[newer, code]
+            if cost < least:
+                state, least = one, cost
     path[run - 1] = state
     for step in range(run - 2, -1, -1):
         newer = state >> bits
@@ -185,25 +205,24 @@ def _path(features, factors, bits, last, path):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _code_streams(left, errors, roots, fed_back, members, weights, features, table, bits, last, states):  # type: ignore[no-untyped-def]
+def _code_streams(  # type: ignore[no-untyped-def]
+    left, held, errors, members, weights, ends, last, states, metrics, carried, coupled, features, table, bits
+):
     """Code a block of columns of some streams; arguments as `code_columns` has them."""
     run, columns = left.shape[1], left.shape[2]
     width = table.shape[1]
     factors = np.empty((run, features.shape[0]), np.float32)
     path = np.empty(run, np.int64)
     for stream in range(len(left)):
-        own, error, root, state = left[stream], errors[stream], roots[members[stream] if fed_back else 0], last[stream]
+        own, before, error, state = left[stream], held[stream], errors[stream], last[stream]
+        carry = carried[members[stream]]
         for step in range(states.shape[1]):
             first = step * width
             single = width == 1 or first + 1 == columns
-            # The inverse of the root's part, upper triangular, brings errors into the metric of these columns.
-            e00, e01, e11 = np.float32(1), np.float32(0), np.float32(0 if single else 1)
-            if fed_back:
-                e00 = 1 / root[first, first]
-                if not single:
-                    e11 = 1 / root[first + 1, first + 1]
-                    e01 = -root[first, first + 1] * e00 * e11
-            m00, m01, m11 = e00 * e00 + e01 * e01, e01 * e11, e11 * e11
+            metric = metrics[members[stream], step]
+            m00, m01, m11 = metric[0, 0], np.float32(0), np.float32(0)
+            if not single:
+                m01, m11 = metric[0, 1], metric[1, 1]
             for row in range(run):
                 weight, t0 = weights[stream, row], own[row, first]
                 if width == 1:
@@ -216,24 +235,22 @@ def _code_streams(left, errors, roots, fed_back, members, weights, features, tab
                     factors[row, 2] = weight * m00
                     factors[row, 3] = 2 * weight * m01
                     factors[row, 4] = weight * m11
-            _path(features, factors, bits, state, path)
+            _path(features, factors, bits, state, ends[stream, step], path)
             state = path[run - 1]
             for row in range(run):
                 states[stream, step, row] = path[row]
-            if not fed_back:
+            if not coupled:
                 continue
             for row in range(run):
-                d0 = own[row, first] - table[path[row], 0]
-                x0, x1 = d0 * e00, np.float32(0)
+                x0, x1 = before[row, first] - table[path[row], 0], np.float32(0)
                 error[row, first] = x0
-                if not single:
-                    x1 = d0 * e01 + (own[row, first + 1] - table[path[row], 1]) * e11
-                    error[row, first + 1] = x1
                 line = own[row]
                 if single:
                     for column in range(first + 1, columns):
-                        line[column] -= x0 * root[first, column]
+                        line[column] -= x0 * carry[first, column]
                 else:
+                    x1 = before[row, first + 1] - table[path[row], 1]
+                    error[row, first + 1] = x1
                     for column in range(first + 2, columns):
-                        line[column] -= x0 * root[first, column] + x1 * root[first + 1, column]
+                        line[column] -= x0 * carry[first, column] + x1 * carry[first + 1, column]
         last[stream] = state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def viterbi_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
+def viterbi_path(costs: Tensor, last: Tensor, bits: int, ends: Tensor | None = None) -> Tensor:
     """Return the states [steps, streams] of the cheapest path of each stream; `costs` become costs of paths.
 
     A state is followed by those whose older bits are its newer ones: s → (s · 2^bits + code) mod states. Streams come last
@@ -20,6 +20,7 @@ def viterbi_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
         costs: of each state at each step [steps, states, streams].
         last: the state before the first step [streams].
         bits: of a code.
+        ends: the last state of each without its oldest code, or -1 where any will do [streams]; None: any, for all.
     """
     steps, count, streams = costs.shape
     branches, older = 2**bits, count // 2**bits
@@ -37,6 +38,9 @@ def viterbi_path(costs: Tensor, last: Tensor, bits: int) -> Tensor:
         here += before
         # States that differ in their oldest code alone have the same successors: only the cheapest of them can win.
         before = least(by_oldest[step], 0)[:, None]
+    if ends is not None:
+        newest = torch.arange(count, device=costs.device)[:, None] % older
+        costs[-1].masked_fill_((newest != ends) & (ends >= 0), torch.inf)
     path = [numbers[-1].argmin(0)]
     for step in range(steps - 2, -1, -1):
         newer = path[-1] >> bits

@@ -1,9 +1,10 @@
-"""Trellis codes: the best path through all states by dynamic programming, with error feedback between columns.
+"""Trellis codes: the best path through all states by dynamic programming, with error feedback and descent over columns.
 
 The streams of a matrix run down its rows, `width` columns at a time (see `Trellis`). Where errors are weighted by a
 layer's inputs, a block of columns is coded only once all columns before it are, and absorbs their errors, as in GPTQ.
 Within the block a row's error costs what it costs, however its neighbours were coded: so the best codes of a whole run of
-rows are a cheapest path through the states, on which rows that matter more get the nearer values.
+rows are a cheapest path through the states, on which rows that matter more get the nearer values. Once all columns have codes,
+each is coded again, the others as they are (`coupling`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ..runtime.trellis_compressed import decode_scales, trellis_table
 from ..structures import GroupShape, Mixture, Size, Trellis
 from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
-from .columns import Code, Streams, code_columns
+from .columns import Code, Held, Streams, code_columns
+from .coupling import Coupling, FirstTurn, NextTurn
 from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
 from .mixtures import by_class, mixtures
 
@@ -99,6 +101,7 @@ class _Task:
         diagonals: of the damped metric H of each member [members, columns]; None where all columns count alike.
         roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None.
         run: rows of a stream.
+        passes: how often all columns are coded again.
         mixtures: rates of each member.
         order: rows as the streams have them, class after class, [members, rows].
         progress: told how much is done.
@@ -110,6 +113,7 @@ class _Task:
     diagonals: Tensor | None
     roots: Tensor | None
     run: int
+    passes: int
     mixtures: Sequence[Mixture]
     order: Tensor
     progress: Sequence[Problem]
@@ -146,7 +150,7 @@ def _task(problems: Sequence[Problem]) -> _Task:
     order = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     mixtures = [structure.mixture(problem.size, problem.shape) for problem in problems]
     run = structure.rows_a_stream(first.shape)
-    return _Task(structure, weights, importance, diagonals, roots, run, mixtures, order, problems)
+    return _Task(structure, weights, importance, diagonals, roots, run, first.passes, mixtures, order, problems)
 
 
 def _in_classes(task: _Task) -> _Task:
@@ -254,7 +258,7 @@ def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:
                     problem.progress(0.98 * (done + share * more) / (streams * len(task.mixtures)))
 
             coded = Streams(weights[members, which], members, torch.zeros_like(members))
-            found = _encode_streams(left[members, which], task.roots, coded, code, progress)
+            found = _encode_streams(left[members, which], task, coded, code, progress)
             states |= dict(zip(here, found, strict=True))
     result = []
     for member, mixture in enumerate(task.mixtures):
@@ -286,30 +290,95 @@ def _coder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def _encode_streams(
-    left: Tensor, roots: Tensor | None, streams: Streams, code: Code, progress: Callable[[float], None]
+    rows: Tensor, task: _Task, streams: Streams, code: Code, progress: Callable[[float], None]
 ) -> Tensor:
     """Return the states [streams, column steps, run] of streams of one rate.
 
     Args:
-        left: rows of the streams [streams, run, columns], used up.
-        roots: of the metric of each matrix, or None.
+        rows: of the streams [streams, run, columns].
+        task: metric, and how often all columns are coded again.
         streams: weights of their rows, and which matrix each is of.
         code: of the rate.
         progress: called with the share that is done.
     """
+    if task.roots is None:
+        return _take_turn(rows, None, streams, code, progress)
+    segments, passes = _segments(streams), task.passes
+    turns = len(segments) * (1 + passes)
+
+    def progress_of(turn: int, count: int = 1) -> Callable[[float], None]:
+        return lambda share: progress((turn + count * share) / turns)
+
+    first_turn = FirstTurn(task.roots, code.width)
+    states = _take_turn(rows.clone(), first_turn, streams, code, progress_of(0, len(segments)))
+    # One matrix after the other: the metric of each is large.
+    first = 0
+    for number, (member, count) in enumerate(segments if passes else ()):
+        part = slice(first, first := first + count)
+        own = Streams(streams.weights[part], torch.zeros_like(streams.members[part]), streams.last[part])
+        metric = torch.cholesky_inverse(task.roots[member], upper=True)
+        next_turn = NextTurn.of(metric[None], code.width)
+        for turn in range(passes):
+            told = progress_of(len(segments) + number * passes + turn)
+            states[part] = _again(rows[part], states[part], next_turn, own, code, told)
+    return states
+
+
+def _again(
+    rows: Tensor,
+    states: Tensor,
+    coupling: NextTurn,
+    streams: Streams,
+    code: Code,
+    progress: Callable[[float], None],
+) -> Tensor:
+    """Return the states of streams of one matrix that all have codes already, each column coded again in turn."""
+    held = Held.of(states, code, rows.shape[2])
+    # Scales that fit the codes best, by which rows are scaled in the end: here the rows are divided by them.
+    shaped = held.values @ coupling.metrics[0]
+    scales = (shaped * rows).sum(dim=2) / (shaped * held.values).sum(dim=2).clamp_min(TINY)
+    scales = scales.where(scales > 0, 1.0)
+    targets = coupling.targets(held.values, rows / scales[..., None])
+    again = Streams(streams.weights * scales.square(), streams.members, torch.zeros_like(streams.last))
+    return _take_turn(targets, coupling, again, code, progress, held)
+
+
+def _segments(streams: Streams) -> list[list[int]]:
+    """Return the matrices that streams are of, and how many of them in a row each has."""
+    return torch.stack(streams.members.unique_consecutive(return_counts=True), dim=1).tolist()
+
+
+def _take_turn(
+    left: Tensor,
+    coupling: Coupling | None,
+    streams: Streams,
+    code: Code,
+    progress: Callable[[float], None],
+    held: Held | None = None,
+) -> Tensor:
+    """Return the states [streams, column steps, run] of columns that are coded one block after the other.
+
+    Args:
+        left: their targets [streams, run, columns], used up.
+        coupling: how columns depend on each other, or None.
+        streams: weights of their rows, and which matrix each is of.
+        code: of the rate.
+        progress: called with the share that is done.
+        held: what they were coded as before, if they were.
+    """
     columns, block = left.shape[2], BLOCK // code.width * code.width
-    segments = torch.stack(streams.members.unique_consecutive(return_counts=True), dim=1).tolist()
-    coder, states = _coder(left.device), []
+    coder, segments, states = _coder(left.device), _segments(streams), []
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        own = None if roots is None else roots[:, start:end, start:end]
-        found, errors = coder(left[:, :, start:end].contiguous(), own, streams, code)
+        own = None if coupling is None else coupling.block(start, end)
+        before = None if held is None else held.part(start, end, code.width)
+        found, errors = coder(left[:, :, start:end].contiguous(), own, streams, code, before)
         states.append(found)
-        if roots is not None and errors is not None and end < columns:
+        if coupling is not None and errors is not None and end < columns:
             first = 0
             for member, count in segments:
                 part = slice(first, first := first + count)
-                handed = errors[part].flatten(0, 1) @ roots[member, start:end, end:]
+                handed = errors[part].flatten(0, 1) @ coupling.beyond(member, start, end)
                 left[part, :, end:] -= handed.unflatten(0, (count, -1))
         progress(end / columns)
     return torch.cat(states, dim=1)
