@@ -180,7 +180,6 @@ class Int8(Execution):
         x = x.detach().reshape(-1, source.columns).float()
         x = x[:: max(1, len(x) // max(FEWEST, min(TRIED, NUMBERS_TRIED // source.rows)))]
         bias = None if source.bias is None else source.bias.detach().float()
-        bias = None if source.bias is None else source.bias.detach().float()
         outlying = _outlying(x)
         tried = len(x) >= FEWEST
         # The cheapest first: all inputs in one call, then some of them apart, then a scale for each token.
