@@ -1,10 +1,12 @@
 """ONNX files of a compressed model beside ONNX Runtime's own of the dense base, and torch.
 
 usage: python benchmarks/onnx_files.py FOLDER BASE LINES [--lines 400] [--stsb FOLDER] [--rounds 5] [--threads 1] [--cpu-time]
+                                                     [--sessions]
 
 FOLDER is a compressed encoder without a head or a causal language model, BASE the dense one, LINES a text. Files: ours in
 integers and in float32, the base's in float32, and that one by `quantize_dynamic`. A session is made in a fresh process,
-for its seconds and its memory.
+for its seconds and its memory; ours is also unpacked before (`unpack_onnx`), in a process of its own. With --sessions that is
+all, for ours alone.
 
 Of an encoder: agreement is the mean cosine of sentence embeddings on LINES, of our files with the compressed model in torch,
 of the base's with the base; with --stsb, Spearman's correlation (x 100) on --pairs of each stsb-LANGUAGE-dev.csv. Latency is
@@ -57,6 +59,19 @@ def measure_session(file: Path) -> None:
     cost = {"seconds": seconds, "peak": peak_memory() / 1e6 - before, "held": resident_memory() / 1e6 - before}
     _run_once(session)
     print(json.dumps({**cost, "used": resident_memory() / 1e6 - before}))
+
+
+def measure_unpacking(source: Path, target: Path) -> None:
+    """Print what unpacking a file costs, in this fresh process: seconds of one thread, and MB at the peak and afterwards."""
+    import onnx  # noqa: F401 # not part of what is measured, as little as onnxruntime
+
+    from hf_offline_compress import unpack_onnx
+
+    before, started = resident_memory() / 1e6, time.process_time()
+    unpack_onnx(source, target)
+    seconds = time.process_time() - started
+    peak, held = peak_memory() / 1e6 - before, resident_memory() / 1e6 - before
+    print(json.dumps({"seconds": seconds, "peak": peak, "held": held}))
 
 
 def _run_once(session: Any) -> None:
@@ -118,15 +133,26 @@ def spearman(run: Callable[[dict[str, Any]], Any], tokenizer: Any, options: Any)
         yield 100 * float(spearmanr(cosines, [float(row[2]) for row in rows]).statistic)
 
 
-def session_costs(files: dict[str, Path]) -> None:
-    """Print bytes, and what a session costs in a process of its own."""
+def session_costs(files: dict[str, Path], scratch: Path) -> None:
+    """Print bytes, and what a session costs in a process of its own; of ours also unpacked before, into a folder."""
     print("| file | MB | session, s | peak, MB | held, MB | after a run, MB |\n|---|---|---|---|---|---|")
     for name, file in files.items():
-        command = [sys.executable, "-c", f"import onnx_files as o; o.measure_session(o.Path({str(file)!r}))"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        cost, size = json.loads(done.stdout), file.stat().st_size / 1e6
-        cells = (f"{cost['seconds']:.1f}", f"{cost['peak']:.0f}", f"{cost['held']:.0f}", f"{cost['used']:.0f}")
-        print(f"| {name} | {size:.2f} | {' | '.join(cells)} |", flush=True)
+        _row(name, file, f"measure_session(o.Path({str(file)!r}))")
+        if name.startswith("ours"):
+            target = scratch / f"unpacked-{file.name}"
+            target.unlink(missing_ok=True)
+            _row(f"{name}: unpacking", target, f"measure_unpacking(o.Path({str(file)!r}), o.Path({str(target)!r}))")
+            _row(f"{name}, unpacked", target, f"measure_session(o.Path({str(target)!r}))")
+
+
+def _row(name: str, file: Path, call: str) -> None:
+    """Print what a call of this module costs in a fresh process, beside the size of a file that is there by then."""
+    command = [sys.executable, "-c", f"import onnx_files as o; o.{call}"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    cost = json.loads(done.stdout)
+    size, used = file.stat().st_size / 1e6, f"{cost['used']:.0f}" if "used" in cost else ""
+    cells = (f"{cost['seconds']:.2f}", f"{cost['peak']:.0f}", f"{cost['held']:.0f}", used)
+    print(f"| {name} | {size:.2f} | {' | '.join(cells)} |", flush=True)
 
 
 def of_encoder(files: dict[str, Path], models: dict[str, Any], tokenizer: Any, options: Any, lines: list[str]) -> None:
@@ -237,6 +263,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time in place of time on the clock")
     parser.add_argument("--keep", type=Path, help="a folder where the files stay; those that are there are used")
+    parser.add_argument("--sessions", action="store_true", help="only what sessions of ours cost")
     options = parser.parse_args()
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -251,12 +278,15 @@ def main() -> None:
     (architecture,) = AutoConfig.from_pretrained(options.base).architectures
     causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     with tempfile.TemporaryDirectory() as scratch:
-        place = options.keep or Path(scratch)
+        place = (options.keep or Path(scratch)).resolve()
         place.mkdir(exist_ok=True)
         out = place / "ours"
         if not out.exists():
             export_folder(options.folder, out, format="onnx", weights="both")
         files = {"ours int8": out / "onnx/model_quantized.onnx", "ours float32": out / "onnx/model.onnx"}
+        if options.sessions:
+            session_costs(files, place)
+            return
         dense = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(options.base, dtype="float32").eval()
         made = dict(zip(KINDS, (place / "dense-int8.onnx", place / "dense.onnx"), strict=True))
         if not all(file.exists() for file in made.values()):
@@ -264,7 +294,7 @@ def main() -> None:
         files |= dict(zip(("quantize_dynamic", "dense float32"), map(made.get, KINDS), strict=True))
         stored = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
         print(f"weights of the folder: {stored / 1e6:.2f} MB; {len(lines)} lines, {options.threads} threads\n")
-        session_costs(files)
+        session_costs(files, place)
         models = {"ours": dense_model(options.folder), "dense": dense}
         (of_causal_model if causal else of_encoder)(files, models, tokenizer, options, lines)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .compressor import CompressionResult, compress
     from .evaluate import EvaluationOptions, evaluate_folder
     from .export.exporting import export_folder
+    from .export.onnx.unpacking import unpack_onnx
     from .hub.push import Pushed, push_folder
     from .plan.groups import Plan
     from .plan.make import make_plan
@@ -50,6 +51,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "push_folder",
+    "unpack_onnx",
     "verify_folder",
     "write_card",
 ]
@@ -66,6 +68,7 @@ _LAZY = {
     "Pushed": "hub.push",
     "push_folder": "hub.push",
     "Report": "artifact.report",
+    "unpack_onnx": "export.onnx.unpacking",
     "Verification": "verifying",
     "verify_folder": "verifying",
     "write_card": "card",

@@ -31,8 +31,8 @@ AFTER = (np.array([[11], [13]]), np.array([[17, 2], [19, 3]]))
 class InOnnx:
     """A file, and the keys and values so far."""
 
-    def __init__(self, file):
-        self.session = session_of(file)
+    def __init__(self, session):
+        self.session = session
         inputs = self.session.get_inputs()
         self.names = [value.name for value in inputs]
         self.past = {
@@ -91,8 +91,8 @@ def exported(model_type):
 def test_a_file_reads_a_prompt_and_goes_on_from_it(model_type):
     model, stock, files = exported(model_type)
     expected = said(InTorch(model))
-    np.testing.assert_allclose(said(InOnnx(files["float32"])), expected, atol=1e-4)
-    found = said(InOnnx(files["int8"]))
+    np.testing.assert_allclose(said(InOnnx(session_of(files["float32"]))), expected, atol=1e-4)
+    found = said(InOnnx(session_of(files["int8"])))
     assert distance(found, said(InTorch(in_integers(stock, parts=2)))) < 5e-3
     assert distance(found, expected) > 1e-4  # really of integers
 

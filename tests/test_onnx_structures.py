@@ -19,8 +19,8 @@ IDS = np.array([0, 13, 3, 3, 7, 2], np.int64)
 EXACT = ("quantized", "codebook")
 
 
-def session_of(outputs, model):
-    """Return a session of a graph with the outputs that a function makes, given a builder and the graph's inputs."""
+def content_of(outputs, model):
+    """Return a file of a graph with the outputs that a function makes, given a builder and the graph's inputs."""
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["m", model.columns]))
     graph = ir.Graph([ids, x], [], nodes=[], opset_imports={"": 18}, name="g")
@@ -30,10 +30,18 @@ def session_of(outputs, model):
         value.name = name
         graph.outputs.append(value)
     builder.finish()
+    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+
+
+def session_of(file):
+    """Return a session of a file, or of what is in one."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    return onnxruntime.InferenceSession(content, options)
+    return onnxruntime.InferenceSession(file, options)
+
+
+def inputs_of(module):
+    return {"ids": IDS, "x": np.random.default_rng(0).standard_normal((4, module.columns)).astype(np.float32)}
 
 
 def outputs_of(builder, ids, x, module):
@@ -50,16 +58,16 @@ def outputs_of(builder, ids, x, module):
 
 
 def compare(module, exact):
-    x = np.random.default_rng(0).standard_normal((4, module.columns)).astype(np.float32)
-    session = session_of(lambda builder, ids, value: outputs_of(builder, ids, value, module), module)
+    session = session_of(content_of(lambda builder, ids, x: outputs_of(builder, ids, x, module), module))
     names = [output.name for output in session.get_outputs()]
-    found = dict(zip(names, session.run(None, {"ids": IDS, "x": x}), strict=True))
+    inputs = inputs_of(module)
+    found = dict(zip(names, session.run(None, inputs), strict=True))
     with torch.no_grad():
         dense = module.dense_weight().numpy()
     limits = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-6 * np.abs(dense).max()}
     np.testing.assert_allclose(found["whole"], dense.T, **limits)
     np.testing.assert_allclose(found["rows"], dense[IDS], **limits)
-    expected = x @ dense.T
+    expected = inputs["x"] @ dense.T
     np.testing.assert_allclose(found["product"], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     assert np.abs(found["numbers"]).max() <= LARGEST
     step = np.abs(found["scales"])[None]

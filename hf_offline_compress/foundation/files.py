@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CompressionError
 
@@ -52,12 +52,23 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         CompressionError: the disk is full.
     """
+    with whole_file(file) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[BinaryIO]:
+    """Give a hidden file beside `file` to write into; it takes that place once that is done without error.
+
+    Raises:
+        CompressionError: the disk is full. Nothing is left then.
+    """
     with _space_for(file):
-        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{file.name[:40]}.partial-", dir=file.parent)
         partial = Path(name)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(descriptor, "wb") as stream:
+                yield stream
             _settle(partial)
             partial.replace(file)
         finally:
