@@ -5,7 +5,9 @@ usage: python benchmarks/browser.py MODELS [--text FILE] [--rounds 3] [--threads
 MODELS is a folder for examples/browser (docs/browser.md). All files of a model are loaded in one page of headless Chromium
 and answer the same queries in turns, so that a load on the machine falls on all alike; the last one, say stock int8 as
 model_int8.onnx, is what the others are measured by. FILE has the lines that are searched (the page's own without it); every
-twelfth of them is a query too. Each round is a page of its own, and figures are medians of the rounds.
+twelfth of them is a query too. Each round is a page of its own, and figures are medians of the rounds. The first file of a
+model, ours, has a row for each way: unpacked before its session (examples/browser/unpack.js), and by it. "process" is what the
+whole process of the page had at most, the page itself included.
 Needs node, chromium and examples/browser/node_modules: .ci/browser installs them.
 """
 
@@ -62,6 +64,16 @@ def search(address: str, place: int, lines: list[str], rounds: int) -> list[dict
     return medians([drive(address, *steps)[-1] for _ in range(rounds)])
 
 
+def talk(address: str, place: int, question: str, rounds: int) -> dict[str, Any]:
+    """Return the row of the chat model at a place in the page's list."""
+    steps = [("open",), ("select", "#chat-model", str(place)), ("say", question, TOKENS), ("process",)]
+    rows = []
+    for _ in range(rounds):
+        *_, row, process = drive(address, *steps)
+        rows.append([{**row, "process": process or 0}])
+    return medians(rows)[0]
+
+
 def main() -> None:
     """Print a table of encoders and one of chat models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,19 +97,25 @@ def main() -> None:
             print("|---|---|---|---|---|---|---|---|")
             for place, model in enumerate(models["search"]):
                 rows = search(address, place, lines, options.rounds)
-                for row in rows:
+                other = search(f"{address}&unpack=no", place, lines, options.rounds)[0]
+                names = [f"{rows[0]['file']}, unpacked before", *(row["file"] for row in rows[1:])]
+                for name, row in (*zip(names, rows, strict=True), (f"{other['file']}, by the session", other)):
                     numbers = f"{row['bytes'] / 1e6:.1f} | {row['load'] / 1e3:.2f} | {row['memory'] / 1e6:.0f}"
                     speed = f"{row['query']:.1f} | {row['relative']:.2f} | {row['agreement']:.4f}"
-                    print(f"| {model['name']} | {row['file']} | {numbers} | {speed} |", flush=True)
+                    print(f"| {model['name']} | {name} | {numbers} | {speed} |", flush=True)
             if models["chat"]:
                 print(
-                    "\n| model | MB | load, s | memory, MB | first token, s | tokens a second |\n|---|---|---|---|---|---|"
+                    "\n| model | unpacked | MB | load, s | memory, MB | process, MB | first token, s | tokens a second |\n"
+                    "|---|---|---|---|---|---|---|---|"
                 )
             for place, model in enumerate(models["chat"]):
-                steps = [("open",), ("select", "#chat-model", str(place)), ("say", options.ask, TOKENS)]
-                (row,) = medians([[drive(address, *steps)[-1]] for _ in range(options.rounds)])
-                numbers = f"{row['bytes'] / 1e6:.1f} | {row['load'] / 1e3:.2f} | {row['memory'] / 1e6:.0f}"
-                print(f"| {model['name']} | {numbers} | {row['first'] / 1e3:.2f} | {row['rate']:.1f} |", flush=True)
+                for name, way in (("before", ""), ("by the session", "&unpack=no")):
+                    row = talk(address + way, place, options.ask, options.rounds)
+                    numbers = f"{row['bytes'] / 1e6:.1f} | {row['load'] / 1e3:.2f} | {row['memory'] / 1e6:.0f}"
+                    speed = f"{row['first'] / 1e3:.2f} | {row.get('rate') or 0:.2g}"
+                    print(
+                        f"| {model['name']} | {name} | {numbers} | {row['process'] / 1e6:.0f} | {speed} |", flush=True
+                    )
         finally:
             server.terminate()
 

@@ -142,6 +142,26 @@ def test_the_page_shows_what_each_file_costs(visit):
     assert quantized >= 0.99 and dense == pytest.approx(1, abs=1e-5)
 
 
+def test_both_ways_to_unpack_say_the_same(drive, models):
+    """Before the session, which is what the page does unless told otherwise, and by it, in one page and by its address."""
+    lines, queries = lines_and_queries()
+    search = [("fill", "#text", "\n".join(lines[:20])), ("fill", "#query", queries[0])]
+    search += [("click", "#search-form button"), ("idle",)]
+    asked = [("rows",), ("compare", queries[:1])]
+    with serving(models[0]) as address:
+        answers = drive(
+            address,
+            *(("open", "?query=&threads=1"), *search, *asked),
+            *(("click", "#unpack"), ("idle",), *asked),
+            *(("open", "?query=&threads=1&unpack=no"), *search, ("rows",)),
+        )
+    rows = [each for each in answers if isinstance(each, list) and len(each) == 20]
+    compared = [each for each in answers if isinstance(each, list) and len(each) == 2]
+    assert rows[0] == rows[1] == rows[2]
+    # of each file: how many weights were unpacked before
+    assert [[each["parts"] > 0 for each in files] for files in compared] == [[True, True], [False, False]]
+
+
 def write_counter(folder):
     """Write a chat model without weights: its next token is the number of tokens that its cache holds."""
     from onnx import TensorProto, helper, save
@@ -185,25 +205,33 @@ def write_counter(folder):
     return tokenizer
 
 
-def test_the_second_tab_answers(drive, tmp_path):
+@pytest.mark.parametrize("most", [8, 1])
+def test_the_second_tab_answers(drive, tmp_path, most):
     """By a cache that grows from call to call, and with the words as they come."""
     pytest.importorskip("onnx")
     tokenizer = write_counter(tmp_path / "counter")
     question = "the cat sat on the mat"
     begin = len(tokenizer(question)["input_ids"])
-    expected = tokenizer.decode(range(begin, begin + 8))
+    expected = tokenizer.decode(range(begin, begin + most))
     with serving(tmp_path) as address:
-        *_, said, bubbles, status = drive(
+        *_, said, bubbles, status, process = drive(
             address,
             ("open",),
             ("click", "#chat-tab"),
-            ("say", question, 8),
+            ("say", question, most),
             ("texts", ".bubble"),
             ("texts", "#chat-status"),
+            ("process",),
         )
-    assert said["text"] == expected and said["tokens"] == 8 and said["rate"] > 0
-    assert bubbles == [question, expected]
-    assert re.search(r"MB · loaded in [\d.]+ s · .* 8 tokens, the first after .* tokens a second", status[0])
+    assert said["text"] == expected and said["tokens"] == most
+    assert bubbles == [question, expected] and process > said["memory"] > 0
+    shown = r"MB · loaded in [\d.]+ s · .* 8 tokens, the first after .*, then [\d.]+ tokens a second$"
+    if most == 1:  # of which there is no speed
+        assert said["rate"] is None
+        shown = r"MB · loaded in [\d.]+ s · .* 1 token, the first after [\d.]+ s$"
+    else:
+        assert said["rate"] > 0
+    assert re.search(shown, status[0])
 
 
 def write_model(folder, config, files=("model_quantized",), **others):

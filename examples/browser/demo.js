@@ -1,9 +1,13 @@
 // The page and its worker in one module. Each model file has a worker of its own: the page stays responsive while a model
 // computes, and the memory of a model that is no longer wanted is given back, which WebAssembly itself never does.
 
+import { unpack } from "./unpack.js";
+
 const LIBRARY = new URL("node_modules/@huggingface/transformers/dist/transformers.min.js", import.meta.url).href;
 // The runtime of ONNX for processors alone: half the size of the one with WebGPU that the library asks for by default.
 const RUNTIME = new URL("node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded", import.meta.url).href;
+// The same without the library, in which nothing makes a session of one's own.
+const UNPACKING = new URL("node_modules/onnxruntime-web/dist/ort.wasm.min.mjs", import.meta.url).href;
 const MODELS = new URL("models/", import.meta.url).pathname; // to the library, a path is what is local
 const BATCH = 8; // lines
 const ROUNDS = 10; // of every query, when files are compared
@@ -23,40 +27,50 @@ function work() {
   };
   const memory = () => heap?.buffer.byteLength ?? 0;
 
-  async function load(entry, file, threads, report) {
-    const library = await import(LIBRARY);
+  async function bytesOf(address, report) {
+    const answer = await fetch(address);
+    if (!answer.ok) throw new Error(`There is no ${address}.`);
+    let bytes = 0;
+    const count = new TransformStream({
+      transform(chunk, stream) {
+        report({ bytes: (bytes += chunk.length) });
+        stream.enqueue(chunk);
+      },
+    });
+    return new Uint8Array(await new Response(answer.body.pipeThrough(count)).arrayBuffer());
+  }
+
+  async function load(entry, file, { threads, unpacking }, report) {
+    const start = performance.now();
+    const paths = { mjs: `${RUNTIME}.mjs`, wasm: `${RUNTIME}.wasm` };
+    const importing = import(LIBRARY);
+    // Rather than the library's progress_callback, for which it asks for every file twice.
+    let given = { model: await bytesOf(`${MODELS}${entry.name}/onnx/${file.file}`, report), externalData: [], memory: 0 };
+    const fetched = performance.now();
+    if (unpacking) given = await unpack(given.model, { module: UNPACKING, ...paths }, (done, of) => report({ done, of }));
+    const unpacked = performance.now();
+
+    const library = await importing;
     ({ TextStreamer } = library);
     const { env, pipeline } = library;
     // Every file comes from where the page came from, and is fetched anew, so that what is shown is what a visitor meets.
     Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: MODELS });
     Object.assign(env, { useBrowserCache: false, useWasmCache: false });
-    const { wasm } = env.backends.onnx;
-    wasm.wasmPaths = { mjs: `${RUNTIME}.mjs`, wasm: `${RUNTIME}.wasm` };
-    wasm.numThreads = threads;
-
-    const start = performance.now();
-    let fetched = start;
-    // Rather than the library's progress_callback, for which it asks for every file twice.
-    env.fetch = async (address, options) => {
-      const answer = await fetch(address, options);
-      if (!`${address}`.endsWith(".onnx")) return answer;
-      let bytes = 0;
-      const count = new TransformStream({
-        transform(chunk, stream) {
-          report({ bytes: (bytes += chunk.length) });
-          stream.enqueue(chunk);
-        },
-        flush() {
-          fetched = performance.now();
-        },
-      });
-      return new Response(answer.body.pipeThrough(count), answer);
-    };
+    Object.assign(env.backends.onnx.wasm, { wasmPaths: paths, numThreads: threads });
+    env.fetch = async (address, options) =>
+      given && `${address}`.endsWith(".onnx") ? new Response(given.model) : fetch(address, options);
     const config = await (await fetch(`${MODELS}${entry.name}/${entry.config}`)).json();
     const kind = entry.task === "chat" ? "text-generation" : "feature-extraction";
-    task = await pipeline(kind, entry.name, { config, device: "wasm", dtype: file.dtype });
+    const options = { config, device: "wasm", dtype: file.dtype };
+    if (given.externalData.length) options.session_options = { externalData: given.externalData };
+    task = await pipeline(kind, entry.name, options);
+    const beside = given.externalData.reduce((sum, { data }) => sum + data.length, 0);
+    const most = Math.max(given.memory, beside + memory());
+    const parts = given.externalData.length;
+    given = undefined; // the runtime has its own by now
     model = entry;
-    return { fetch: fetched - start, load: performance.now() - start, memory: memory(), threads };
+    const times = { fetch: fetched - start, unpack: unpacked - fetched, load: performance.now() - start };
+    return { ...times, parts, memory: most, threads };
   }
 
   // Rows of the answer are the texts' embeddings, of unit length.
@@ -79,7 +93,7 @@ function work() {
     await task(prompt, { max_new_tokens: most, do_sample: false, streamer });
     // The time to the first token is that of the prompt's own pass.
     const tokens = times.length;
-    const rate = tokens > 1 ? ((tokens - 1) * 1000) / (times.at(-1) - times[0]) : 0;
+    const rate = tokens > 1 ? ((tokens - 1) * 1000) / (times.at(-1) - times[0]) : null;
     return { tokens, first: times[0] - start, rate, memory: memory() };
   }
 
@@ -118,8 +132,8 @@ class Engine {
     return new Promise((resolve, reject) => this.#waiting.set(id, { resolve, reject, report }));
   }
 
-  async load(threads, report) {
-    this.loaded = await this.#call("load", [this.entry, this.file, threads], report);
+  async load(settings, report) {
+    this.loaded = await this.#call("load", [this.entry, this.file, settings], report);
     return this.loaded;
   }
 
@@ -168,7 +182,7 @@ const milliseconds = (ms) => `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
 
 function page() {
   const $ = (id) => document.getElementById(id);
-  const asked = new URLSearchParams(location.search); // ?query=…&threads=…
+  const asked = new URLSearchParams(location.search); // ?query=…&threads=…&unpack=no
   const threads = crossOriginIsolated ? Number(asked.get("threads")) || Math.min(4, navigator.hardwareConcurrency) : 1;
   const linesOf = () => $("text").value.split("\n").map((line) => line.trim()).filter(Boolean);
 
@@ -194,9 +208,10 @@ function page() {
     const engine = new Engine(entry, file);
     say(`Loading ${file.file} …`);
     try {
-      await engine.load(threads, ({ bytes }) =>
-        say(bytes < file.bytes ? `Fetching ${megabytes(bytes)} of ${megabytes(file.bytes)}` : "Unpacking …"),
-      );
+      await engine.load({ threads, unpacking: $("unpack").checked }, ({ bytes, done, of }) => {
+        if (bytes < file.bytes) say(`Fetching ${megabytes(bytes)} of ${megabytes(file.bytes)}`);
+        else say(of ? `Unpacking: ${done} of ${of}` : "Loading …");
+      });
     } catch (error) {
       engine.close();
       throw error;
@@ -331,11 +346,13 @@ function page() {
       const result = await talker.generate(messages, most, ({ text: more }) => (answer.textContent += more));
       messages.push({ role: "assistant", content: answer.textContent });
       const { load, memory } = talker.loaded;
+      const count = result.tokens === 1 ? "1 token" : `${result.tokens} tokens`;
+      const rate = result.rate && `, then ${result.rate < 10 ? result.rate.toPrecision(2) : result.rate.toFixed()} tokens a second`;
       const parts = [
         megabytes(talker.file.bytes),
         `loaded in ${seconds(load)}`,
         `${megabytes(memory)} of memory`,
-        `${result.tokens} tokens, the first after ${seconds(result.first)}, then ${result.rate.toFixed(1)} tokens a second`,
+        `${count}, the first after ${seconds(result.first)}${rate ?? ""}`, // a single token says nothing of speed
       ];
       tell(parts.join(" · "));
       return { ...talker.file, ...talker.loaded, ...result, text: answer.textContent };
@@ -361,6 +378,13 @@ function page() {
     files = [];
     $("hits").replaceChildren();
     tabulate(chosen());
+  }
+
+  function forget() {
+    talker?.close();
+    talker = undefined;
+    messages = [];
+    $("messages").replaceChildren();
   }
 
   // One thing at a time: a query that comes while another is answered waits for it.
@@ -402,11 +426,10 @@ function page() {
     $("text").value = await $("file").files[0].text();
     queue(show);
   };
-  $("chat-model").onchange = () => {
-    talker?.close();
-    talker = undefined;
-    messages = [];
-    $("messages").replaceChildren();
+  $("chat-model").onchange = forget;
+  $("unpack").onchange = () => {
+    forget();
+    if (models.search.length) queue(() => (reset(), show()));
   };
   $("chat-form").onsubmit = (event) => {
     event.preventDefault();
@@ -415,6 +438,7 @@ function page() {
     if (text) queue(() => say(text));
   };
 
+  $("unpack").checked = asked.get("unpack") !== "no";
   if (asked.has("query")) $("query").value = asked.get("query");
   // For tests and benchmarks, which drive the page as a visitor does and read off what it shows.
   window.demo = { ready: start(), idle: () => busy, search, compare, say, rows: () => files[0].rows };

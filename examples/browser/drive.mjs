@@ -5,6 +5,7 @@
 // STEPS is a JSON list of [name, argument ...]; the answers come as one JSON list on standard output, with all addresses that
 // were asked for and all messages on the console: { answers, requests, console }.
 
+import { existsSync, readFileSync } from "node:fs";
 import { text } from "node:stream/consumers";
 import { chromium } from "playwright-core";
 
@@ -30,6 +31,14 @@ const does = {
   open: async (query = "") => {
     await page.goto(url + query);
     return page.evaluate(() => window.demo.ready);
+  },
+  // Bytes that the page's process has had at most, all its workers included; where the system does not say, nothing.
+  process: async () => {
+    const session = await browser.newBrowserCDPSession();
+    const { processInfo } = await session.send("SystemInfo.getProcessInfo");
+    const pages = processInfo.filter(({ type }) => type === "renderer").map(({ id }) => `/proc/${id}/status`);
+    const peaks = pages.filter(existsSync).map((file) => /VmHWM:\s+(\d+) kB/.exec(readFileSync(file, "utf8"))[1] * 1024);
+    return peaks.length ? Math.max(...peaks) : undefined;
   },
   isolated: () => page.evaluate(() => crossOriginIsolated),
   fill: (selector, value) => page.fill(selector, value),
