@@ -215,7 +215,11 @@ _keys = itertools.count()
 _held: weakref.WeakValueDictionary[int, Bytes] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::int8_product", mutates_args=())
+# Of this module alone. Remote code has the folder's name in its own, which may have characters that operators may not.
+_NAMESPACE = "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::int8_product", mutates_args=())
 def int8_product(x: Tensor, key: int, rows: int) -> Tensor:
     """Return the product of x [..., columns] and what is held under a key, [..., rows]: what a compiled graph calls."""
     return _held[key].apply(x)
