@@ -73,6 +73,8 @@ def test_what_is_no_folder_is_refused(tmp_path, monkeypatch, kind, overwrite):
         ("file/out", "'.*file' is (no|not a) folder"),
         (".", "is the current folder, .*; pass a folder in it"),
         ("nul\0", "cannot be written: "),
+        ("caf\udce9", "is not valid UTF-8"),
+        ("gone/../out", "leads through 'gone', which does not exist"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch, name, message):

@@ -139,6 +139,7 @@ def check_target(
         raise CompressionError(f"The output folder '{target}' is {NODES[kind]}; pass a folder that does not exist yet.")
     if linked:
         raise CompressionError(f"The output folder '{target}' is a broken link; remove it, or pass another.")
+    _check_path(target, place)
     for source in map(Path, inputs):
         if source.is_dir() and place in (source.resolve(), *source.resolve().parents):
             raise CompressionError(
@@ -163,6 +164,26 @@ def check_target(
         what = "a mount point" if place.is_mount() else "the current folder"
         raise CompressionError(
             f"The output folder '{target}' is {what}, which cannot be replaced; pass a folder in it."
+        )
+
+
+def _check_path(target: Path, place: Path) -> None:
+    """Raise CompressionError if what is written could not be found again by the path as it was given.
+
+    Args:
+        target: as it was given.
+        place: where that leads to.
+    """
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as error:  # safetensors and JSON take no others
+        raise CompressionError(
+            f"The path of the output folder '{target}' is not valid UTF-8; rename what is not, or pass another."
+        ) from error
+    passed = [folder.parent for folder in (target, *target.parents) if folder.name == ".."]
+    if missing := [folder for folder in passed if not folder.exists()]:
+        raise CompressionError(
+            f"The output folder '{target}' leads through '{missing[-1]}', which does not exist; pass it without '..'."
         )
 
 
