@@ -6,6 +6,7 @@ import pytest
 from common import HEADS, make_model
 
 from hf_offline_compress import CompressionError, load_recipe, make_plan
+from hf_offline_compress.architectures import stock
 from hf_offline_compress.architectures.families import FAMILIES, KINDS, family_of
 from hf_offline_compress.architectures.stock import layout_of_config
 
@@ -115,3 +116,12 @@ def test_what_cannot_be_compressed(config, message):
 def test_unknown_head():
     with pytest.raises(CompressionError, match="BertForPoetry.*BertForMaskedLM"):
         layout_of_config({"model_type": "bert"}, "BertForPoetry")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_config(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(stock, "empty_model", full)
+    with pytest.raises(MemoryError):
+        layout_of_config({"model_type": "bert"}, "BertModel")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CompressionError, listing
+from ..errors import CompressionError, listing, refusing
 from ..runtime.architectures_compressed import Architecture, part_rows, within_layer
 from .families import SAME_INPUTS, family_of
 from .layout import Matrix, ParameterLayout
@@ -39,16 +39,10 @@ def layout_of_config(config: Mapping[str, Any], architecture: str, absent: Seque
     entry = family.entry
     import transformers
 
-    try:
+    what = f"The config.json does not describe a {architecture} that transformers can build"
+    with refusing(what, "Correct it, or download it again."):
         values = getattr(transformers, entry.config).from_dict(dict(config))
         return _layout(entry, empty_model(getattr(transformers, architecture), values), tuple(absent))
-    except CompressionError:
-        raise
-    except Exception as error:  # whatever the stock class says of a config that it cannot build
-        raise CompressionError(
-            f"The config.json does not describe a {architecture} that transformers can build: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
 
 
 def layout_of_model(model: PreTrainedModel) -> ParameterLayout:
