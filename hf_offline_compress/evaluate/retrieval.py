@@ -182,7 +182,7 @@ def _from_folder(folder: Path, limit: int | None) -> RetrievalSet:
 
 
 def _is_number(text: str) -> bool:
-    return text.strip().lstrip("-").replace(".", "", 1).isdigit()
+    return text.strip().lstrip("-").replace(".", "", 1).isdecimal()
 
 
 def _set(

@@ -147,7 +147,7 @@ def _read_csv(task: Task, path: Path, columns: Sequence[str] | None) -> list[Row
     if not lines:
         return []
     known = {name for names in (*task.texts, LABEL_COLUMNS) for name in names} | {"answers", "answer"}
-    numbered = columns is not None and all(column.isdigit() for column in columns)
+    numbered = columns is not None and all(column.isdecimal() for column in columns)
     has_header = not numbered and (columns is not None or bool(known & {cell.strip().lower() for cell in lines[0]}))
     names = [cell.strip() for cell in lines[0]] if has_header else [str(i + 1) for i in range(len(lines[0]))]
     body = lines[1:] if has_header else lines
@@ -209,7 +209,7 @@ def find_columns(task: Task, row: Row, columns: Sequence[str] | None, source: st
     if all(found):
         return [str(name) for name in found]
     # Without a header, three columns of which one holds numbers leave no doubt.
-    if all(name.isdigit() for name in row) and len(row) == len(wanted):
+    if all(name.isdecimal() for name in row) and len(row) == len(wanted):
         labels = [name for name in row if _is_label(task, row[name])]
         if len(labels) == 1:
             return [*(name for name in row if name not in labels), labels[0]]
@@ -279,6 +279,6 @@ def _answers(row: Row, name: str, context: str) -> tuple[tuple[str, ...], tuple[
         known = {key: [answer[key] for answer in known] for key in ("text", "answer_start")}
     texts = tuple(str(text) for text in known["text"])
     starts = known.get("answer_start") or (
-        [row["answer_start"]] if str(row.get("answer_start", "")).isdigit() else None
+        [row["answer_start"]] if str(row.get("answer_start", "")).isdecimal() else None
     )
     return texts, tuple(int(start) for start in starts) if starts else tuple(context.find(text) for text in texts)

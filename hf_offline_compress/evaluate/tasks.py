@@ -156,6 +156,8 @@ _ALL = (
     ),
 )
 TASKS = {task.name: task for task in _ALL}
+# Those that have modules of their own, for who is told what there is.
+EMBEDDING_TASKS = ("nanobeir[:SET]", "classification[:SET]")
 
 
 def find_task(name: str) -> Task:
@@ -165,5 +167,5 @@ def find_task(name: str) -> Task:
         CompressionError: there is none of that name.
     """
     if name.lower() not in TASKS:
-        raise CompressionError(f"There is no task '{name}'; known: {listing(TASKS)}.")
+        raise CompressionError(f"There is no task '{name}'; known: {listing((*TASKS, *EMBEDDING_TASKS))}.")
     return TASKS[name.lower()]

@@ -43,7 +43,7 @@ def waiting_time(error: BaseException) -> int | None:
     """Return the seconds that the Hub asks to wait, or None if it does not say."""
     response = _response(error)
     value = response.headers.get("Retry-After", "") if response is not None else ""
-    return int(value) if value.isdigit() else None
+    return int(value) if value.isdecimal() else None
 
 
 def status_of(error: BaseException) -> int | None:
