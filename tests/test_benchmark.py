@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_offline_compress import CompressionError, Recipe, Rule, compress, export_folder
+from hf_offline_compress.cli.benchmark import _print as print_benchmark
 from hf_offline_compress.evaluate import benchmarking, onnx_alternatives
 from hf_offline_compress.evaluate.alternatives import int8, tensor_bytes, with_linear_layers
 from hf_offline_compress.evaluate.benchmark_worker import Held
-from hf_offline_compress.evaluate.benchmarking import Cell, benchmark_folder
+from hf_offline_compress.evaluate.benchmarking import NAMES, Cell, benchmark_folder
 from hf_offline_compress.evaluate.onnx_alternatives import RUNTIMES
 from hf_offline_compress.evaluate.records import read_evaluations, write_evaluations
 from hf_offline_compress.structures import Kronecker
@@ -265,5 +266,22 @@ def test_wrong_requests(tmp_path, options, message):
 
 
 def test_numbers_on_the_command_line(tmp_path):
-    run = run_cli("benchmark", tmp_path, "--batch", "1,two")
+    run = run_cli("benchmark", tmp_path, "--batch", "1,2²")
     assert run.returncode == 1 and "--batch takes integers separated by commas" in run.stderr
+
+
+def test_names_are_printed_whole(capsys):
+    times = {"median_ms": 1234.5, "low_ms": 1200.1, "high_ms": 1300.2, "tokens_per_second": 12345.6}
+    numbers = {
+        "disk_bytes": 10**9,
+        "load_seconds": 12.3,
+        "loaded_bytes": 10**9,
+        "memory_bytes": 10**9,
+        "agreement": 1.0,
+    }
+    latency = [{"batch": batch, "length": 128, **times} for batch in (1, 8, 32)]
+    models = [{"name": name, "latency": latency, **numbers} for name in NAMES.values()]
+    print_benchmark({"device": "cpu", "threads": 2, "repeats": 9, "models": models, "unavailable": []})
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(shown.count(f"\n{name}  ") == 4 for name in NAMES.values())

@@ -11,6 +11,8 @@ from ..foundation.progress import stage
 from .options import AsJson, Debug, Device, Folder, Quiet, Revision, app
 from .output import calm, megabytes, print_json, print_table, run
 
+CELLS = 2  # that a table of times has beside names, which would be cut in a wider one
+
 
 @app.command()
 def benchmark(
@@ -44,7 +46,7 @@ def benchmark(
         from ..errors import CompressionError, UnsavedError
 
         def numbers(option: str, text: str) -> list[int]:
-            if not all(part.strip().isdigit() for part in text.split(",")):
+            if not all(part.strip().isdecimal() for part in text.split(",")):
                 raise CompressionError(f"--{option} takes integers separated by commas, e.g. 1,32, not '{text}'.")
             return [int(part) for part in text.split(",")]
 
@@ -86,7 +88,7 @@ def benchmark(
 
 def _print(result: dict[str, Any]) -> None:
     threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
-    print(f"{result['device']}, {threads}, medians of {result['repeats']} rounds with quartiles, in ms\n")
+    print(f"{result['device']}, {threads}, medians of {result['repeats']} rounds with quartiles\n")
     models = result["models"]
     cells = [f"{cell['batch']} x {cell['length']}" for cell in models[0]["latency"]]
     rows = [
@@ -97,11 +99,18 @@ def _print(result: dict[str, Any]) -> None:
             megabytes(model["loaded_bytes"]),
             megabytes(model["memory_bytes"]),
             f"{model['agreement']:.4f}" if model.get("agreement") is not None else "",
-            *(f"{c['median_ms']:.1f} ({c['low_ms']:.1f}-{c['high_ms']:.1f})" for c in model["latency"]),
         )
         for model in models
     ]
-    print_table(("model", "on disk", "load", "loaded", "peak", "agreement", *cells), rows)
+    print_table(("model", "on disk", "load", "loaded", "peak", "agreement"), rows)
+    for start in range(0, len(cells), CELLS):
+        chosen = slice(start, start + CELLS)
+        times = [
+            (m["name"], *(f"{c['median_ms']:.1f} ({c['low_ms']:.1f}-{c['high_ms']:.1f})" for c in m["latency"][chosen]))
+            for m in models
+        ]
+        print()
+        print_table(("milliseconds", *cells[chosen]), times)
     print()
     speeds = [(model["name"], *(f"{cell['tokens_per_second']:,.0f}" for cell in model["latency"])) for model in models]
     print_table(("tokens a second", *cells), speeds)
