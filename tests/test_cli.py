@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def test_inspect(compressed):
     assert content["weight_bytes"] == (out / "model.safetensors").stat().st_size
     assert content["report"]["recipe"]["rules"][0]["ratio"] == 3
     assert content["compression"]["groups"]["word_embeddings"]["structure"] == "low_rank"
+
+
+def test_names_that_the_output_cannot_show_are_escaped(compressed, tmp_path):
+    out = shutil.copytree(compressed[0], tmp_path / "日本")
+    old = {"fresh": True, "PYTHONIOENCODING": "ascii"}
+    shown, content = (run_cli("inspect", out, *options, **old) for options in ((), ("--json",)))
+    assert (shown.returncode, shown.stderr) == (0, "") and "\\u65e5" in shown.stdout
+    assert json.loads(content.stdout)["folder"] == "日本"
 
 
 def test_plan_needs_no_weights(base, tmp_path):
@@ -158,7 +167,8 @@ def test_overwrite(base, tmp_path):
     refused = run_cli(*arguments, "--ratio", 4)
     assert refused.returncode == 1 and "is not empty; pass another, or --overwrite" in refused.stderr
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
-    assert run_cli(*arguments, "--ratio", 4, "--overwrite").returncode == 0
+    done = run_cli(*arguments, "--ratio", 4, "--overwrite")  # whose card is renewed
+    assert (done.returncode, done.stderr) == (0, "")
     assert len((tmp_path / "out/model.safetensors").read_bytes()) < len(before)
 
 

@@ -172,7 +172,7 @@ def _keep_notes(old: Path, new: Path) -> bool:
         shutil.copyfile(old, new)
         return False
     if notes is not None:  # its metadata is of what the old folder was made from
-        new.write_text(f"---\n---\n{BEGIN}\n{notes}{END}\n", "utf-8")
+        new.write_text(f"---\n{{}}\n---\n{BEGIN}\n{notes}{END}\n", "utf-8")
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ def run(work: Callable[[], None], debug: bool, quiet: bool = False) -> None:
     A request to end is an exception wherever the work is, so that it leaves neither partial folders nor processes.
     """
     received: list[int] = []
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not undo the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _ended_by_signals(received), showing(not quiet), stage("working", at_once=False), alive():
             work()
@@ -102,12 +105,14 @@ class _Lines(logging.Handler):
 
 
 def calm(quiet: bool) -> None:
-    """Keep transformers' own bars and notes out of the output; ours are warnings, of one line each, and none if quiet."""
+    """Keep other libraries' bars and notes out of the output; ours are warnings, of one line each, and none if quiet."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     if quiet:
         transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
     logging.getLogger(__package__.partition(".")[0]).handlers = [_Lines(logging.ERROR if quiet else logging.WARNING)]
 
 
@@ -155,8 +160,13 @@ def _cut(name: str, width: int) -> str:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print plain JSON."""
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    """Print plain JSON; what the output's encoding lacks is escaped as JSON escapes it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(content, indent=2)
+    print(text)
 
 
 def megabytes(count: float) -> str:
