@@ -176,10 +176,11 @@ def test_snippets_of_the_published_card_load_the_repository(hub, folder, result)
         'get_class_from_dynamic_module("modeling_compressed.X", "{}", trust_remote_code=True)',
     ],
 )
-def test_every_way_that_snippets_load_is_renamed(call):
+@pytest.mark.parametrize("name", ["local", r"a\"b\\"])
+def test_every_way_that_snippets_load_is_renamed(call, name):
     card = f"{BEGIN}\n{END}\n```python\n{{}}\n```\n```bash\ncompress('{{}}')\n```\n"
-    ours = card.format(call.format("local"), call.format("local"))
-    assert with_model_id(ours, "me/x") == card.format(call.format("me/x"), call.format("local"))
+    ours = card.format(call.format(name), call.format(name))
+    assert with_model_id(ours, "me/x") == card.format(call.format("me/x"), call.format(name))
     theirs = ours.replace(BEGIN, "")
     assert with_model_id(theirs, "me/x") == theirs
 

@@ -7,7 +7,7 @@ import re
 _CODE = re.compile(r"^```(?:python|js)\n.*?^```", re.MULTILINE | re.DOTALL)
 # The name in what our snippets load; the second form is that of `get_class_from_dynamic_module`.
 _LOADED = re.compile(
-    r'((?:from_pretrained|SentenceTransformer)\(|get_class_from_dynamic_module\("[^"\n]*", |model_id = )"[^"\n]*"'
+    r'((?:from_pretrained|SentenceTransformer)\(|get_class_from_dynamic_module\("[^"\n]*", |model_id = )"(?:[^"\\\n]|\\.)*"'
 )
 
 
