@@ -356,8 +356,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     _check_finite(model, subject.shards or model.state_dict(), family_of(config).title)
     device = processes.device if processes.count > 1 else options.device
     with _measurable(model, device, ours=source is not None) as compute:
-        run = unfinished_run(options, compute, plan, texts, validation, tokenizer, processes)
         state: Mapping[str, Tensor] = subject.shards or compute.state_dict()
+        run = unfinished_run(options, compute, state, plan, texts, validation, tokenizer, processes)
         wider |= wider_tensors(plan, state)
         plan = planned(request.recipe, plan)
         if processes.is_main:
@@ -370,7 +370,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 return Statistics(), None
             with clock("calibrate"):
                 shared = {**how, "progress": progress, "processes": processes, "passes": passes}
-                return kept_statistics(run, partial(measure, compute, plan, texts, tokenizer, **shared), processes)
+                work = partial(measure, compute, plan, texts, tokenizer, **shared)
+                return kept_statistics(run, work, processes, passes)
 
         statistics, record = measured()
         divergence = divergence_from(compute, plan, texts, tokenizer, **how)

@@ -74,7 +74,8 @@ def test_the_same_bytes_by_all_statistics(base, mixed, tmp_path):
     assert whole == layers
 
 
-def test_no_more_is_read_than_one_layer_and_what_lies_outside(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resume", [False, True])
+def test_no_more_is_read_than_one_layer_and_what_lies_outside(resume, tmp_path, monkeypatch):
     base = save_shards(tmp_path / "base", "gpt2", "GPT2LMHeadModel", n_layer=6)
     alive, most, passes = {}, 0, []
     read, begun = Shards.__getitem__, LayerPasses.__init__
@@ -95,7 +96,8 @@ def test_no_more_is_read_than_one_layer_and_what_lies_outside(tmp_path, monkeypa
 
     monkeypatch.setattr(Shards, "__getitem__", counted)
     monkeypatch.setattr(LayerPasses, "__init__", noted)
-    compress(base, "balanced", effort="fast", calibration=TEXTS, progress=False, max_memory="8GB")
+    options = {"target": tmp_path / "out", "resume": resume, "max_memory": "8GB", "progress": False}
+    compress(base, "balanced", effort="fast", calibration=TEXTS, **options)
     sizes = {
         name: tensor.numel() * 4
         for name, tensor in make_model("gpt2", "GPT2LMHeadModel", layers=6).state_dict().items()
@@ -132,14 +134,8 @@ def test_the_cpu_has_several_names(base):
     assert all(t.equal(by_layers.model.state_dict()[name]) for name, t in whole.model.state_dict().items())
 
 
-def test_a_run_that_resumes_is_refused(base, tmp_path):
-    with pytest.raises(CompressionError, match="--resume.* do not go together"):
-        compress(base, "svd", target=tmp_path / "out", resume=True, max_memory="8GB", progress=False)
-    assert not list(tmp_path.iterdir())
-
-
 def test_too_little_names_what_would_do(base, mixed, tmp_path, monkeypatch):
-    options = {"calibration": TEXTS, "target": tmp_path / "out", "progress": False}
+    options = {"calibration": TEXTS, "target": tmp_path / "out", "resume": True, "progress": False}
     with monkeypatch.context() as patched:
         patched.setattr("hf_offline_compress.compressor.measure", None)  # no work is done
         with pytest.raises(
@@ -206,3 +202,25 @@ def test_tensors_come_back_from_their_file(tmp_path):
     assert torch.equal(spilled["a"], given["a"] + 1)
     del spilled["a"]
     assert "a" not in spilled and len(spilled) == 2
+
+
+def test_what_a_mark_lists_stays_until_the_next_one(tmp_path):
+    file, size = tmp_path / "kept", 4 * 1000
+    spilled = Spilled(file=file)
+    numbers = torch.arange(6000.0).view(6, 1000)
+    spilled["a"], spilled["b"] = numbers[:2]
+    mark = spilled.mark()
+    spilled["a"], spilled["c"] = numbers[2:4]
+    del spilled["b"]
+    spilled["d"] = numbers[4]
+    again = Spilled(file=file, mark=mark)  # as after a cut
+    assert list(again) == ["a", "b"] and torch.equal(torch.stack(list(again.values())), numbers[:2])
+    again["d"] = numbers[5]
+    assert torch.equal(Spilled(file=file, mark=again.mark())["d"], numbers[5])
+    length = file.stat().st_size
+    for _ in range(3):  # room that was marked as free is taken again
+        again["a"] = again["a"] + 1
+        again.mark()
+    assert file.stat().st_size <= length + size and torch.equal(again["a"], numbers[0] + 3)
+    again.clear()
+    assert not again and file.stat().st_size == 0

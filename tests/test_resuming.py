@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from common import TEXTS, content, error_of, save_inputs
 from processes import run_cli, run_python
+from safetensors.torch import load_file, save_file
 
 from hf_offline_compress import CompressionError, compress, compressor
 from hf_offline_compress.cli import app
@@ -22,15 +25,22 @@ modules: [all]
 rules:
 - {modules: [query, key], structure: low_rank, objective: sensitive, ratio: 2}
 - {modules: [word_embeddings], structure: trellis, objective: sensitive, ratio: 8}
+- {modules: [intermediate], structure: quantized, objective: sensitive, ratio: 3}
 - {structure: quantized, objective: calibrated, ratio: 3}
 """
-# A process that imports everything once, and forks one for each of its arguments: where that one is to be killed.
+# Steps of the pass forward through the three layers of the base, and of that forward and back.
+STEPS = (1 + 3 + 1) + (1 + 3 + 1 + 3 + 1)
+# Batches of matrices that are solved together.
+BATCHES = 12
+# A process that imports everything once, and forks one for each of its arguments: where that one is to be killed, and with
+# how much memory it runs.
 CUT = """
 import os, signal, sys
 import torch
 from transformers.models.bert import modeling_bert
 import hf_offline_compress.artifact.writing as writing
 import hf_offline_compress.compressor as compressor
+from hf_offline_compress.foundation.spilled import Spilled
 from hf_offline_compress.foundation.unfinished import UnfinishedRun
 
 base, recipe, text, out, *cuts = sys.argv[1:]
@@ -39,30 +49,35 @@ torch.set_num_threads(1)
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def run(cut):
-    put, measure, fsync, done = UnfinishedRun.put, compressor.measure, os.fsync, []
+def run(cut, max_memory):
+    put, spill, done, spilled = UnfinishedRun.put, Spilled.__setitem__, [], []
     def counted(run, name, value):
         if cut == f"within {len(done) + 1}":
             os.fsync = die  # the file is written, but not under its name
         put(run, name, value)
         done.append(name)
+        print(name.partition("-")[0], flush=True)
         if cut == f"after {len(done)}":
             die()
-    def measured(*args, **options):
-        print("measured", flush=True)
-        return measure(*args, **options)
-    UnfinishedRun.put, compressor.measure = counted, measured
+    def written(store, key, tensor):
+        spill(store, key, tensor)
+        spilled.append(key)
+        if cut == f"spilled {len(spilled)}":
+            store._file.flush()
+            die()
+    UnfinishedRun.put, Spilled.__setitem__ = counted, written
     if cut == "build":
         compressor.build_model = die
     if cut == "save":
         writing.check_saved = die
-    compressor.compress(base, recipe, calibration=text, target=out, resume=True, progress=False).save(out)
-    print("put", *[name.partition("-")[0] for name in done], flush=True)
+    options = {"calibration": text, "target": out, "resume": True, "max_memory": max_memory, "progress": False}
+    compressor.compress(base, recipe, **options).save(out)
 
-for cut in cuts:
-    print(cut + ":", flush=True)
+for given in cuts:
+    print(given + ":", flush=True)
+    cut, _, max_memory = given.partition(" with ")
     if not (child := os.fork()):
-        run(cut)
+        run(cut, max_memory or None)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == (0 if cut == "never" else signal.SIGKILL), cut
 """
@@ -74,45 +89,81 @@ def given(tmp_path_factory):
     return save_inputs(tmp_path_factory.mktemp("given"), RECIPE)
 
 
-def launch(given, out, *cuts):
-    run = run_python("-c", CUT, *given, out, *cuts)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout.splitlines()
-
-
-def test_a_run_that_is_cut_at_every_stage_goes_on(given, tmp_path, monkeypatch):
-    """Killed within and after the statistics, within and between solved groups, while building and while saving."""
-    cuts = ("within 1", "after 1", "after 2", "within 2", "after 3", "build", "save", "never")
-    told = launch(given, tmp_path / "cut", *cuts)
-    assert told.count("measured") == 2  # the first was not kept
-    assert told[-2:] == ["never:", "put"]  # all was there
-    monkeypatch.setattr(UnfinishedRun, "put", None)  # and an uncut one keeps nothing
+@pytest.fixture(scope="module")
+def uncut(given, tmp_path_factory):
+    """Return the bytes that an uncut run gives, with the base in memory; it keeps nothing."""
     base, recipe, text = given
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        compress(base, recipe, calibration=text, progress=False).save(tmp_path / "whole")
-    finally:
-        torch.set_num_threads(threads)
-    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    threads, out = torch.get_num_threads(), tmp_path_factory.mktemp("uncut") / "whole"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(UnfinishedRun, "put", None)
+        try:
+            torch.set_num_threads(1)
+            compress(base, recipe, calibration=text, progress=False).save(out)
+        finally:
+            torch.set_num_threads(threads)
+    assert [path.name for path in out.parent.iterdir()] == ["whole"]
+    return content(out)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "kept"),
+    [
+        (
+            ("within 1", "after 1", "after 2", "within 2", "after 3", "build", "save", "never"),
+            {"statistics": 1},
+        ),
+        (  # within and after every step of what is measured layer by layer
+            (
+                "spilled 2 with 8GB",
+                *(f"{cut} with 8GB" for _ in range(STEPS) for cut in ("within 1", "after 1")),
+                *(f"{cut} with 8GB" for cut in ("within 1", "after 2", "within 2", "build", "save", "never")),
+            ),
+            {"measuring": STEPS},
+        ),
+        (  # in either way what the other one has solved
+            ("after 6 with 8GB", "after 2", "after 9 with 9GB", "never"),
+            {"measuring": STEPS, "statistics": 1},
+        ),
+    ],
+    ids=["whole", "by layers", "both"],
+)
+def test_a_run_that_is_cut_at_every_stage_goes_on(cuts, kept, given, uncut, tmp_path):
+    """Killed within and after the statistics, within and between solved groups, while building and while saving."""
+    run = run_python("-c", CUT, *given, tmp_path / "cut", *cuts)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = Counter(line for line in run.stdout.splitlines() if not line.endswith(":"))
+    assert content(tmp_path / "cut") == uncut
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".cut.partial-")}
-    assert left == {"cut", "whole"}  # but for the folder that was being written, as after any kill
+    assert left == {"cut"}  # but for the folder that was being written, as after any kill
+    assert told == {**kept, "solved": BATCHES}  # nothing twice
+
+
+@pytest.fixture(params=[None, "8GB"], ids=["whole", "by layers"])
+def max_memory(request):
+    """Return how much memory a run may have."""
+    return request.param
 
 
 @pytest.fixture
-def leftover(given, tmp_path):
+def leftover(given, max_memory, tmp_path):
     """Return the folder of an output that a run was cut for."""
     base, recipe, text = given
-    out = tmp_path / "out"
-    compress(base, recipe, calibration=text, target=out, resume=True, progress=False)  # and not saved
-    return out
+    options = {"target": tmp_path / "out", "resume": True, "max_memory": max_memory, "progress": False}
+    compress(base, recipe, calibration=text, **options)  # and not saved
+    return tmp_path / "out"
 
 
-def test_another_run_does_not_go_on(given, leftover):
+def test_another_run_does_not_go_on(given, leftover, max_memory, tmp_path):
     base, recipe, text = given
 
     def again(base=base, recipe=recipe, text=text, **options):
-        compress(base, recipe, calibration=text, target=leftover, resume=True, progress=False, **options)
+        options = {"target": leftover, "resume": True, "max_memory": max_memory, "progress": False, **options}
+        compress(base, recipe, calibration=text, **options)
+
+    changed = load_file(base / "model.safetensors")
+    next(iter(changed.values())).view(-1)[0] += 1
+    other_base = shutil.copytree(base, tmp_path / "base")
+    save_file(changed, other_base / "model.safetensors", metadata={"format": "pt"})
 
     before = {path.name: path.stat().st_mtime_ns for path in leftover_of(leftover).iterdir()}
     for other, what in [
@@ -120,6 +171,7 @@ def test_another_run_does_not_go_on(given, leftover):
         ({"ratio": 2.5}, "recipe"),
         ({"batch_size": 3}, "batch size"),
         ({"text": TEXTS[1:]}, "calibration text"),
+        ({"base": other_base}, "base"),
     ]:
         with pytest.raises(CompressionError, match=rf"^'out\.partial' holds an unfinished run with another '?{what}"):
             again(**other)

@@ -1,7 +1,8 @@
 """What an unfinished run has worked out, kept in a folder beside its target, so that it can go on after any cut.
 
 `OUT.partial` holds `run.json`, which says what all that is kept depends on, and a file for each result. A file appears
-whole or not at all, and what is read from it is tensors and plain values: nothing in it is executed.
+whole or not at all, and what is read from it is tensors and plain values: nothing in it is executed. Tensors that are too
+many to be written at once lie in files beside (`spilled`), with marks of them among the results.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def _add(found: Any, part: Any) -> None:
         found.update(f"{part.dtype}{tuple(part.shape)}".encode())
         found.update(flat.view(torch.uint8).numpy())
     elif isinstance(part, Mapping):
-        _add(found, sorted(part.items()))
+        found.update(f"{{{len(part)}".encode())
+        for key in sorted(part):  # one value at a time: each may have to be read
+            _add(found, (key, part[key]))
     elif isinstance(part, list | tuple):
         found.update(f"[{len(part)}".encode())
         for each in part:

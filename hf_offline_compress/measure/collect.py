@@ -98,8 +98,7 @@ def measure(
         mixed = {m.name for g in plan.groups if any(s.mixes_outputs for s in g.rule.structures) for m in g.matrices}
         squares = {m.name for m in measured if not m.embedding and m.name not in mixed}
         # Inputs that something merely calibrated shares are not weighed: it asks for what the layer sees.
-        shared = {m.inputs for m in wanted if m not in asked} & {m.inputs for m in measured}
-        plain = {name: statistics.input_moments.pop(name) for name in shared if name in statistics.input_moments}
+        plain = {m.inputs for m in wanted if m not in asked}
         statistics.sensitivity = found = measure_sensitivity(
             model,
             measured,
@@ -108,11 +107,11 @@ def measure(
             seed=seed,
             squares=squares,
             input_moments=statistics.input_moments,
+            plain=plain,
             processes=processes,
             passes=passes,
             progress=bar("sensitivity"),
         )
-        statistics.input_moments.update(plain)
         if silent := [m.name for m in measured if m.name not in {*found.output_moments, *found.output_squares}]:
             raise CompressionError(
                 f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "

@@ -43,7 +43,7 @@ def collect(
         progress: wraps the batches, e.g. in a progress bar.
     """
     wanted, passes = list(matrices), passes or Passes(model)
-    statistics = Statistics(input_moments=passes.store())
+    statistics = Statistics(input_moments=passes.store("input_moments"))
     base: Any = model.base_model
     sums = Sums(processes)
     mask: Tensor | None = None
@@ -89,7 +89,7 @@ def collect(
 
     try:
         with _without_logits(model):
-            passes.go(Run(batches if handles else (), sums, run, enter, done, progress=progress))
+            passes.go(Run(batches if handles else (), sums, run, enter, done, "inputs", progress=progress))
     finally:
         for handle in handles:
             handle.remove()

@@ -3,8 +3,8 @@
 The second is for models that are larger than memory. All portions go through a layer before the next one is read, and
 backward likewise from the last layer on, each computed anew from its inputs. What hooks see is what they see in a run
 through the whole model, by the same kernels and for each module in the same order of the portions: so sums have the same
-bits. What is kept meanwhile are the hidden states of all portions, and for a backward pass, in a file, those between all
-layers.
+bits. What is kept meanwhile, in a file, are the hidden states of all portions, for a backward pass those between all layers.
+Between two layers there is nothing else, so that a run that was cut can go on from there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ..architectures.layout import Matrix
 from ..base.shards import Shards
 from ..errors import CompressionError
 from ..foundation.memory import release_memory
-from ..foundation.spilled import Spilled
+from ..foundation.unfinished import UnfinishedRun
 from .sharing import Sums
+from .stores import Stores
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -42,7 +43,8 @@ class Run:
         sums: which hooks add to.
         each: place and portion → runs the model, and where that is asked for backward.
         enter: told the portion before any part of it runs, so that hooks know of it.
-        done: called whenever sums that were added to are complete.
+        done: called whenever sums that were added to are complete; it puts them into stores.
+        name: tells it from other runs, where it may be cut and go on.
         backward: whether `each` does run backward.
         progress: wraps what is gone through, e.g. in a progress bar.
     """
@@ -52,6 +54,7 @@ class Run:
     each: Callable[[int, Any], None]
     enter: Callable[[Any], None] = _nothing
     done: Callable[[], None] = _nothing
+    name: str = ""
     backward: bool = False
     progress: Progress = iter
 
@@ -76,8 +79,8 @@ class Passes:
         """Where the model computes."""
         return next(self._model.parameters()).device
 
-    def store(self) -> MutableMapping[str, Tensor]:
-        """Return what keeps large statistics by their names."""
+    def store(self, name: str) -> MutableMapping[str, Tensor]:
+        """Return what keeps large statistics, by a name that tells it from others."""
         return {}
 
     def go(self, run: Run) -> None:
@@ -109,7 +112,7 @@ class LayerPasses(Passes):
             CompressionError: the model's layers cannot be told apart.
         """
         super().__init__(model)
-        self._shards, self._scratch = shards, scratch
+        self._shards, self._stores = shards, Stores(scratch)
         base: Any = model.base_model
         names = layer_names(base, matrices)
         depth = getattr(model.config, "num_hidden_layers", len(names))
@@ -127,9 +130,13 @@ class LayerPasses(Passes):
         """See the base class."""
         return torch.device("cpu")
 
-    def store(self) -> MutableMapping[str, Tensor]:
+    def keep_in(self, run: UnfinishedRun) -> None:
+        """Keep after every step what there is, and go on from what a cut run has kept of the same runs."""
+        self._stores.keep_in(run)
+
+    def store(self, name: str) -> MutableMapping[str, Tensor]:
         """See the base class."""
-        return Spilled(self._scratch)
+        return self._stores.open(name)
 
     def go(self, run: Run) -> None:
         """See the base class.
@@ -137,16 +144,24 @@ class LayerPasses(Passes):
         Raises:
             CompressionError: the model computes something between its layers.
         """
-        text = _Text(run, Spilled(self._scratch))
+        begun, numbers = self._stores.reached(run.name)
+        run.sums.numbers.update(numbers)
+        states = f"{run.name}_states"
+        text = _Text(run, self._stores.open(states))
         forwards = [partial(self._forward, text, i) for i in range(len(self._layers))]
         backwards = [partial(self._backward, text, i) for i in range(len(self._layers))]
         steps: list[Callable[[], None]] = [lambda: self._record(text), *forwards, lambda: self._end(text)]
         if run.backward:
             steps += [*reversed(backwards), lambda: self._begin(text)]
-        for step in run.progress(steps) if run.portions else ():
-            step()
-            run.done()
-            release_memory()
+        if 0 < begun < len(steps):
+            self._record(text)  # what layers are called with is not kept
+        for number, step in enumerate(run.progress(steps) if run.portions else (), start=1):
+            if number > begun:
+                step()
+                run.done()
+                self._stores.done(run.name, number, run.sums.numbers)
+                release_memory()
+        self._stores.close(states)
 
     def _record(self, text: _Text) -> None:
         """Find out what every layer is called with, and the hidden states before the first one."""
@@ -155,7 +170,7 @@ class LayerPasses(Passes):
             with self._present(self.outside):
                 for place in range(len(text.run.portions)):
                     hidden, calls = self._calls(text, place, self._layers)
-                    text.hidden.append(hidden.detach())
+                    text.states.setdefault((0, place), hidden)
                     text.calls.append(calls)
         finally:
             self.counting = True
@@ -203,11 +218,12 @@ class LayerPasses(Passes):
         with self._present(self.of_layers[index]):
             for place, portion in enumerate(text.run.portions):
                 text.run.enter(portion)
-                hidden = text.hidden[place]
+                hidden = text.states[index, place]
                 if text.run.backward:  # the graph is dropped, but the kernels are those of a run with one
-                    text.inputs[index, place] = hidden
-                    hidden = hidden.requires_grad_()
-                text.hidden[place] = self._run(index, text.calls[place][index], hidden).detach()
+                    hidden.requires_grad_()
+                else:
+                    del text.states[index, place]
+                text.states[index + 1, place] = self._run(index, text.calls[place][index], hidden)
 
     def _run(self, index: int, call: _Call, hidden: Tensor) -> Tensor:
         output = self._layers[index](hidden, *call.others, **call.options)
@@ -216,25 +232,26 @@ class LayerPasses(Passes):
 
     def _end(self, text: _Text) -> None:
         """Run what comes before and behind the layers; all that hooks see there counts now."""
+        depth = len(self._layers)
         with self._present(self.outside):
             for place, portion in enumerate(text.run.portions):
                 text.run.enter(portion)
-                hidden, call = text.hidden[place].requires_grad_(text.run.backward), text.calls[place][0]
-                given = self._like(hidden, call)
+                hidden = text.states.pop((depth, place)).requires_grad_(text.run.backward)
+                given = self._like(hidden, text.calls[place][0])
                 with forwards_replaced(self._layers, lambda *args, given=given, **options: given):
                     text.each(place)
                 if text.run.backward:
-                    text.gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
-        text.hidden.clear()
+                    text.states[depth, place] = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
 
     def _backward(self, text: _Text, index: int) -> None:
         with self._present(self.of_layers[index]):
             for place, portion in enumerate(text.run.portions):
                 text.run.enter(portion)
-                hidden = text.inputs.pop((index, place)).requires_grad_()
-                self._run(index, text.calls[place][index], hidden).backward(text.gradients[place])
+                hidden = text.states[index, place].requires_grad_()
+                gradient = text.states.pop((index + 1, place))
+                self._run(index, text.calls[place][index], hidden).backward(gradient)
                 assert hidden.grad is not None
-                text.gradients[place] = hidden.grad
+                text.states[index, place] = hidden.grad
 
     def _begin(self, text: _Text) -> None:
         """Go back from the first layer's inputs into the embeddings."""
@@ -243,7 +260,7 @@ class LayerPasses(Passes):
                 text.run.enter(portion)
                 hidden, _ = self._calls(text, place, self._layers[:1])
                 if hidden.requires_grad:
-                    hidden.backward(text.gradients[place])
+                    hidden.backward(text.states[0, place])
 
     @contextmanager
     def _present(self, names: Sequence[str]) -> Iterator[None]:
@@ -298,16 +315,13 @@ class _Text:
     Attributes:
         run: what is done with its portions.
         calls: of each portion, what its layers are called with.
-        hidden: of each portion, the hidden states that it has come to.
-        inputs: layer and place of a portion → the hidden states that go in.
-        gradients: of each portion, at the outputs of the layer that it has come back to.
+        states: layer and place of a portion → the hidden states that go in, where the run has come forward; and where it has
+            come back to, the gradients at them. What comes out of the last layer goes into one more.
     """
 
-    def __init__(self, run: Run, inputs: MutableMapping[Any, Tensor]) -> None:
-        self.run, self.inputs = run, inputs
+    def __init__(self, run: Run, states: MutableMapping[Any, Tensor]) -> None:
+        self.run, self.states = run, states
         self.calls: list[list[_Call]] = []
-        self.hidden: list[Tensor] = []
-        self.gradients: list[Tensor] = []
 
     def each(self, place: int) -> None:
         """Run a portion through the model."""

@@ -46,6 +46,7 @@ def measure_sensitivity(
     seed: int,
     squares: Collection[str] = (),
     input_moments: MutableMapping[str, Tensor] | None = None,
+    plain: Collection[str] = (),
     processes: Processes = ALONE,
     passes: Passes | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -64,16 +65,16 @@ def measure_sensitivity(
         seed: of the drawn directions.
         squares: names of the matrices of which only the diagonal is wanted, which takes much less memory.
         input_moments: of the inputs of layers and of a tied head (`Matrix.inputs`); these are weighted anew, in place.
+        plain: names of those that stay as they are.
         processes: that share the parts of the batches.
         passes: how the model is run; through all of it at once by default.
         progress: wraps the parts of the batches, e.g. in a progress bar.
     """
     wanted, passes = list(matrices), passes or Passes(model)
     sums = Sums(processes)
-    moments: MutableMapping[str, Tensor] = passes.store()
-    single: dict[str, Tensor] = {}
+    moments, single = passes.store("output_moments"), passes.store("output_squares")
     base: Any = model.base_model
-    inputs = _Inputs(model, sums, wanted, {} if input_moments is None else input_moments)
+    inputs = _Inputs(model, sums, wanted, {} if input_moments is None else input_moments, plain)
     gradients = _Gradients(sums, squares, inputs)
     by_module: dict[tuple[str, bool], list[Matrix]] = {}
     for matrix in wanted:
@@ -115,7 +116,7 @@ def measure_sensitivity(
         if processes.count > 1:  # a process may have no part of the text
             inputs.begin_all()
         with torch.enable_grad(), _frozen(model):
-            passes.go(Run(portions, sums, run, enter, done, backward=True, progress=progress))
+            passes.go(Run(portions, sums, run, enter, done, "sensitivity", backward=True, progress=progress))
     finally:
         for handle in handles:
             handle.remove()
@@ -174,12 +175,18 @@ class _Inputs:
     """
 
     def __init__(
-        self, model: Any, sums: Sums, matrices: Sequence[Matrix], moments: MutableMapping[str, Tensor]
+        self,
+        model: Any,
+        sums: Sums,
+        matrices: Sequence[Matrix],
+        moments: MutableMapping[str, Tensor],
+        plain: Collection[str],
     ) -> None:
         self._sums, self._moments = sums, moments
-        self._sharing = Counter(matrix.inputs for matrix in matrices if matrix.inputs in moments)
+        weighted = [matrix for matrix in matrices if matrix.inputs in moments and matrix.inputs not in plain]
+        self._sharing = Counter(matrix.inputs for matrix in weighted)
         # An embedding has inputs where a head is tied to it.
-        self._of_head = next((m.inputs for m in matrices if m.embedding and m.inputs in moments), None)
+        self._of_head = next((matrix.inputs for matrix in weighted if matrix.embedding), None)
         self._at_head: Tensor | None = None
         self.handles = []
         if self._of_head is not None:

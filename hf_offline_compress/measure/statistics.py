@@ -23,7 +23,7 @@ class Sensitivity:
     """
 
     output_moments: MutableMapping[str, Tensor] = field(default_factory=dict)
-    output_squares: dict[str, Tensor] = field(default_factory=dict)
+    output_squares: MutableMapping[str, Tensor] = field(default_factory=dict)
     head_share: float = 0.0
 
     def squares(self, name: str) -> Tensor:

@@ -50,7 +50,6 @@ def check_possible(recipe: Recipe, options: CompressionOptions) -> None:
         "max_loss (--max-loss)": options.max_loss is not None,
         "validation text (--validation)": options.validation is not None,
         "a smaller vocabulary": recipe.vocabulary is not None,
-        "resume (--resume)": options.resume,
         "an objective with an importance": any(rule.objective.importance != "none" for rule in recipe.rules),
         f"the device '{options.device}'": options.device is not None and torch.device(options.device).type != "cpu",
     }

@@ -16,6 +16,7 @@ from ..artifact.report import GroupReport, versions
 from ..foundation.processes import ALONE, Processes
 from ..foundation.unfinished import UnfinishedRun, digest, remembered
 from ..measure import statistics as measured
+from ..measure.passes import LayerPasses
 from ..measure.statistics import Statistics
 from ..measure.texts import CalibrationRecord, CalibrationText
 from ..plan.groups import Group, Plan
@@ -49,6 +50,7 @@ class Solved:
 def unfinished_run(
     options: CompressionOptions,
     model: PreTrainedModel,
+    state: Mapping[str, Tensor],
     plan: Plan,
     texts: CalibrationText | None,
     validation: CalibrationText | None,
@@ -61,7 +63,8 @@ def unfinished_run(
 
     Args:
         options: of the call.
-        model: the base, where it is computed.
+        model: the base, whose weights need not be there.
+        state: its tensors, where they are computed.
         plan: what is to become of it, before sizes are allocated.
         texts: to calibrate on, as the model reads them.
         validation: to judge by.
@@ -81,7 +84,7 @@ def unfinished_run(
     run.open(
         {
             "recipe": plan.recipe.to_dict(),
-            "base": digest(type(model).__name__, _plain(config), dict(model.state_dict())),
+            "base": digest(type(model).__name__, _plain(config), state),
             "calibration text": texts.sha256 if texts else None,
             "validation text": validation.sha256 if validation else None,
             "tokenizer": _digest_of_tokenizer(tokenizer),
@@ -89,7 +92,7 @@ def unfinished_run(
             "batch size": options.batch_size,
             "loss allowed": options.max_loss,
             "dtype": plan.dtype,
-            "device": str(next(model.parameters()).device),
+            "device": str(next(iter(state.values())).device),
             "version": {**versions(), "numpy": version("numpy"), "code": _digest_of_code()},
             "number of threads": torch.get_num_threads(),
             "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
@@ -100,10 +103,16 @@ def unfinished_run(
 
 
 def kept_statistics(
-    run: UnfinishedRun | None, measure: Callable[[], Measured], processes: Processes = ALONE
+    run: UnfinishedRun | None,
+    measure: Callable[[], Measured],
+    processes: Processes = ALONE,
+    passes: LayerPasses | None = None,
 ) -> Measured:
-    """Return the statistics that a run has kept, or measure them and keep them."""
+    """Return the statistics that a run has kept, or measure them and keep them; layer by layer where `passes` go so."""
     if run is None:
+        return measure()
+    if passes is not None:
+        passes.keep_in(run)
         return measure()
     classes: list[Any] = [cls for cls in vars(measured).values() if is_dataclass(cls)]
     found = run.get(STATISTICS, [*classes, CalibrationRecord])
