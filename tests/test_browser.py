@@ -167,6 +167,7 @@ def write_counter(folder):
     from onnx import TensorProto, helper, save
 
     tokenizer = make_tokenizer("llama")
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }} so {% endfor %}"
     shapes = {"past_key_values": ["batch_size", 1, "past", 4], "present": ["batch_size", 1, "total", 4]}
     inputs = {"input_ids": ["batch_size", "new"], "attention_mask": ["batch_size", "total"]}
     ids = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in inputs.items()]
@@ -211,7 +212,8 @@ def test_the_second_tab_answers(drive, tmp_path, most):
     pytest.importorskip("onnx")
     tokenizer = write_counter(tmp_path / "counter")
     question = "the cat sat on the mat"
-    begin = len(tokenizer(question)["input_ids"])
+    begin = len(tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=True)["input_ids"])
+    assert begin > len(tokenizer(question)["input_ids"])
     expected = tokenizer.decode(range(begin, begin + most))
     with serving(tmp_path) as address:
         *_, said, bubbles, status, process = drive(
@@ -224,7 +226,7 @@ def test_the_second_tab_answers(drive, tmp_path, most):
             ("process",),
         )
     assert said["text"] == expected and said["tokens"] == most
-    assert bubbles == [question, expected] and process > said["memory"] > 0
+    assert bubbles == [question, expected] and process > said["memory"] > 0 and said["load"] > 0
     shown = r"MB · loaded in [\d.]+ s · .* 8 tokens, the first after .*, then [\d.]+ tokens a second$"
     if most == 1:  # of which there is no speed
         assert said["rate"] is None

@@ -1,5 +1,6 @@
 """Causal models as ONNX files with a cache: what torch says of a prompt, of the tokens after it, and of padded rows."""
 
+import json
 import os
 import subprocess
 import sys
@@ -116,10 +117,13 @@ def test_inputs_and_outputs_are_named_as_loaders_ask_for_them():
 def test_the_example_needs_no_torch_and_says_what_torch_generates(tmp_path):
     base = make_model("llama", "LlamaForCausalLM", layers=1)
     tokenizer = make_tokenizer("llama")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
     result = compress(base, RECIPE, tokenizer=tokenizer, progress=False)
     result.save(tmp_path / "small")
     export_folder(tmp_path / "small", tmp_path / "out", format="onnx", weights="float32")
     assert (tmp_path / "out/generation_config.json").is_file()
+    # where transformers.js looks for it, which else says nothing and asks the model without
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == tokenizer.chat_template
     prompt = "the cat sat on"
     block = "import sys, runpy; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-c", block + "runpy.run_path(sys.argv[0], run_name='__main__')"]

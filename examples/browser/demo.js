@@ -64,6 +64,7 @@ function work() {
     const options = { config, device: "wasm", dtype: file.dtype };
     if (given.externalData.length) options.session_options = { externalData: given.externalData };
     task = await pipeline(kind, entry.name, options);
+    task.tokenizer.chat_template ??= entry.template;
     const beside = given.externalData.reduce((sum, { data }) => sum + data.length, 0);
     const most = Math.max(given.memory, beside + memory());
     const parts = given.externalData.length;
@@ -355,7 +356,7 @@ function page() {
         `${count}, the first after ${seconds(result.first)}${rate ?? ""}`, // a single token says nothing of speed
       ];
       tell(parts.join(" · "));
-      return { ...talker.file, ...talker.loaded, ...result, text: answer.textContent };
+      return { ...talker.file, ...result, ...talker.loaded, text: answer.textContent };
     });
   }
 

@@ -52,6 +52,7 @@ def model_in(folder: Path) -> dict[str, Any] | None:
     config = read_json(folder / place)
     if not files or not config:
         return None
+    template = folder / "chat_template.jinja"  # where the library does not look
     names = " ".join(config.get("architectures") or [])
     prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
     return {
@@ -59,6 +60,7 @@ def model_in(folder: Path) -> dict[str, Any] | None:
         "task": "chat" if "CausalLM" in names or "LMHead" in names else "search",
         "config": place,
         "pooling": pooling_of(folder),
+        "template": template.read_text("utf-8") if template.is_file() else None,
         "prompts": [prompts.get("query") or "", prompts.get("document") or prompts.get("passage") or ""],
         "files": [
             {"file": file, "dtype": dtype, "bytes": (folder / "onnx" / file).stat().st_size} for file, dtype in files

@@ -16,7 +16,7 @@ from ...artifact.record import fingerprint, weight_files
 from ...base.checkpoint import copy_companions
 from ...errors import CompressionError, listing, needs_extra
 from ...foundation import files
-from ...foundation.files import whole_folder
+from ...foundation.files import read_json, whole_folder
 from ...foundation.progress import stage
 from ...foundation.tensor_files import check_weights
 from ...runtime.architectures_compressed import CLASS_PREFIX, architecture_of
@@ -78,6 +78,7 @@ def export_onnx(
         stock.config.save_pretrained(partial)
         if out is not None:
             copy_companions(source, partial)
+            _put_chat_template(partial)
             if (source / REPORT_FILE).is_file():
                 shutil.copyfile(source / REPORT_FILE, partial / REPORT_FILE)
         content = _record(source, config, type(stock).__name__, kinds, opset)
@@ -156,6 +157,15 @@ def _has_token_types(folder: Path) -> bool:
         return False
     names: list[str] = AutoTokenizer.from_pretrained(folder).model_input_names
     return "token_type_ids" in names
+
+
+def _put_chat_template(folder: Path) -> None:
+    """Put a chat template that is a file of its own into tokenizer_config.json too: transformers.js looks there alone."""
+    template, file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    config = read_json(file)
+    if config is not None and template.is_file():
+        config.setdefault("chat_template", template.read_text("utf-8"))
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _keep_beside(old: Path, new: Path) -> None:
