@@ -198,7 +198,8 @@ def benchmark_folder(
     cells = [Cell(batch, length) for length in dict.fromkeys(lengths) for batch in dict.fromkeys(batches)]
     with TemporaryDirectory() as scratch:
         files, missing = _onnx_files(pair, models, str(where.device), Path(scratch))
-        workers, unavailable = _start(pair, models, str(where.device), threads, seed, progress, files)
+        smallest = min(cells, key=lambda cell: cell.batch * cell.length)
+        workers, unavailable = _start(pair, models, str(where.device), threads, seed, progress, files, smallest)
         try:
             measured = _measure(workers, cells, repeats, progress, _disk_bytes(pair))
             used_threads = next(iter(workers.values())).threads
@@ -284,8 +285,9 @@ def _start(
     seed: int,
     progress: bool,
     files: Mapping[str, Path],
+    smallest: Cell,
 ) -> tuple[dict[str, Worker], list[dict[str, str]]]:
-    """Start a process for every model and load it; return them, and what is not available and why."""
+    """Start a process for every model, load it and run it once; return them, and what is not available and why."""
     unavailable: list[dict[str, str]] = []
     workers: dict[str, Worker] = {}
     _warm(pair)
@@ -310,7 +312,7 @@ def _start(
         for kind in bar(list(workers), "starting", "model", progress):
             workers[kind].wait_until_ready()
         for kind in list(workers):
-            if reason := _missing(workers[kind], kind):
+            if reason := _missing(workers[kind], kind, smallest):
                 workers.pop(kind).close()
                 unavailable.append({"name": NAMES[kind], "reason": reason})
         if not workers:
@@ -322,10 +324,11 @@ def _start(
     return workers, unavailable
 
 
-def _missing(worker: Worker, kind: str) -> str | None:
-    """Load a worker's model; return why there is nothing to measure, or None."""
+def _missing(worker: Worker, kind: str, smallest: Cell) -> str | None:
+    """Load a worker's model and run it once; return why there is nothing to measure, or None."""
     try:
         loaded = worker.ask("load")
+        worker.ask("forward", batch=smallest.batch, length=smallest.length)
     except CompressionError as error:
         if kind not in ("int8", "ours-int8", *RUNTIMES):
             raise
@@ -338,11 +341,7 @@ def _missing(worker: Worker, kind: str) -> str | None:
 def _measure(
     workers: dict[str, Worker], cells: Sequence[Cell], repeats: int, progress: bool, disk: dict[str, int]
 ) -> list[dict[str, Any]]:
-    smallest = min(cells, key=lambda cell: cell.batch * cell.length)
-    loaded = {}
-    for name, worker in workers.items():
-        worker.ask("forward", batch=smallest.batch, length=smallest.length)
-        loaded[name] = worker.ask("memory")["now"]
+    loaded = {name: worker.ask("memory")["now"] for name, worker in workers.items()}
     times: dict[str, dict[Cell, list[float]]] = {name: {cell: [] for cell in cells} for name in workers}
     for cell in cells:
         for turn in bar(range(-WARM_UP, repeats), f"{cell.batch} x {cell.length}", "round", progress):
