@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import make_model
+from common import TEXTS, make_model, make_tokenizer
 
 from hf_offline_compress import CompressionError, Objective, Recipe, Rule, compress
 from hf_offline_compress.foundation.progress import showing
+from hf_offline_compress.request.effort import EFFORTS
 from hf_offline_compress.runtime.layers_compressed import LINEARS
 from hf_offline_compress.runtime.packing_compressed import unpack
 from hf_offline_compress.runtime.specs_compressed import weight_spec
@@ -18,7 +19,7 @@ from hf_offline_compress.solvers import Problem, expected_errors, solve, solve_a
 from hf_offline_compress.solvers import columns as columns_
 from hf_offline_compress.solvers.columns import Code, Held, Streams, _coefficients
 from hf_offline_compress.solvers.coupling import FirstTurn, NextTurn
-from hf_offline_compress.solvers.feedback import inverse_roots
+from hf_offline_compress.solvers.feedback import BLOCK, inverse_roots
 from hf_offline_compress.solvers.mixtures import mixtures
 from hf_offline_compress.solvers.paths import viterbi_path
 from hf_offline_compress.solvers.trellis import _rounded_scales
@@ -192,7 +193,7 @@ def test_columns_behind_make_good_the_errors_before_them():
     assert error(informed, solve(informed), metric) < 0.75 * error(plain, solve(plain), metric)
 
 
-@pytest.mark.parametrize("columns", [96, 33])
+@pytest.mark.parametrize("columns", [BLOCK + 33, 33])
 @pytest.mark.parametrize("size", [1, 3, 9, Mixture(((6, 1), (2, 2)))])
 def test_columns_that_are_coded_again_fit_each_other_better_every_time(size, columns):
     """The more so, the fewer bits there are: what later columns had to absorb at first is then as large as the weights."""
@@ -205,6 +206,19 @@ def test_columns_that_are_coded_again_fit_each_other_better_every_time(size, col
         found.append(solve(Problem(structure, CALIBRATED, size, (weight,), **options)).notes["error"] ** 2)
     assert found[3] < found[2] < found[1] < found[0]
     assert found[1] < 0.99 * found[0]
+
+
+def test_effort_says_how_often_columns_are_coded_again(monkeypatch):
+    rule = Rule(Trellis(state_bits=8), CALIBRATED, ratio=16.0)
+
+    def lost(passes):
+        monkeypatch.setitem(EFFORTS, "fast", replace(EFFORTS["fast"], passes=passes))
+        recipe = Recipe("some", (rule,), modules=("linears",), effort="fast")
+        model = make_model("bert", "BertModel")
+        result = compress(model, recipe, tokenizer=make_tokenizer("bert"), calibration=TEXTS, progress=False)
+        return sum(group.calibrated_error for group in result.report.groups)
+
+    assert lost(2) < lost(1) < lost(0)
 
 
 def test_a_column_that_is_coded_again_is_the_best_there_is_beside_the_others():
@@ -299,15 +313,25 @@ def test_matrices_without_a_normal_distribution(special):
     assert float((weight - result).norm()) <= 0.3 * float(weight.norm()) + 1e-6
 
 
-def test_batched_is_one_by_one():
-    metrics = (moments(40, 1), moments(40, 5))
+@pytest.mark.parametrize("passes", [0, 2])
+def test_batched_is_one_by_one(passes):
+    shares = []
     problems = [
-        Problem(Trellis(state_bits=8), CALIBRATED, 3, (normal(30, 40, seed=i),), input_moments=metric)
-        for i, metric in enumerate(metrics)
+        Problem(
+            Trellis(state_bits=8),
+            CALIBRATED,
+            3,
+            (normal(30, BLOCK + 12, seed=i),),
+            input_moments=moments(BLOCK + 12, seed),
+            passes=passes,
+            progress=shares.append,
+        )
+        for i, seed in enumerate((1, 5))
     ]
-    for problem, together in zip(problems, solve_all(problems), strict=True):
-        alone = solve(problem)
-        torch.testing.assert_close(decoded(problem, alone), decoded(problem, together), atol=1e-4, rtol=0.02)
+    together = solve_all(problems)
+    assert shares == sorted(shares) and shares[-1] == 1
+    for problem, found in zip(problems, together, strict=True):
+        torch.testing.assert_close(decoded(problem, solve(problem)), decoded(problem, found), atol=1e-4, rtol=0.02)
 
 
 @pytest.mark.parametrize("width,bits", sorted(set(RATES.values())))

@@ -23,7 +23,7 @@ from ..structures.trellis import DISTORTIONS, index_bits
 from .base import Factors, Problem
 from .columns import Code, Held, Streams, code_columns
 from .coupling import Coupling, FirstTurn, NextTurn
-from .feedback import BLOCK, DAMPING, inverse_roots, metric_of, row_importance, undetermined
+from .feedback import BLOCK, DAMPING, damped_moments, inverse_roots, metric_of, row_importance, undetermined
 from .mixtures import by_class, mixtures
 
 # Numbers that path costs of one block of columns may be: so few that they stay in the cache, and small beside the model.
@@ -98,7 +98,8 @@ class _Task:
         structure: its options.
         weights: [members, rows, columns], float32; a copy, from which outliers are taken out.
         importance: of each row's squared error, of mean 1, [members, rows].
-        diagonals: of the damped metric H of each member [members, columns]; None where all columns count alike.
+        moments: E[x xᵀ] of each member [columns, columns]; none where all columns count alike.
+        diagonals: of the damped metric H of each member [members, columns], or None.
         roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None.
         run: rows of a stream.
         passes: how often all columns are coded again.
@@ -110,6 +111,7 @@ class _Task:
     structure: Trellis
     weights: Tensor
     importance: Tensor
+    moments: Sequence[Tensor]
     diagonals: Tensor | None
     roots: Tensor | None
     run: int
@@ -131,6 +133,10 @@ class _Task:
             return rows
         return torch.linalg.solve_triangular(self.roots, rows, upper=True, left=False)
 
+    def metric(self, member: int) -> Tensor:
+        """Return the damped metric H of a member [columns, columns], float32; `moments` are there."""
+        return damped_moments(self.moments[member], DAMPING, self.weights.device).float()
+
 
 def _task(problems: Sequence[Problem]) -> _Task:
     """Return the problems as one task, rows still in their own order."""
@@ -140,17 +146,18 @@ def _task(problems: Sequence[Problem]) -> _Task:
     weights = torch.stack([weight.float() for problem in problems for weight in problem.weights])
     importance = torch.stack([row_importance(problem).to(weights) for problem in problems])
     importance = importance / importance.mean(dim=1, keepdim=True).clamp_min(1e-30)
-    metrics = [metric_of(problem) for problem in problems]
+    moments = [tensor for problem in problems for tensor in metric_of(problem) or ()]
     diagonals = roots = None
-    if metrics[0] is not None:
-        flat = [tensor for found in metrics for tensor in found or ()]
-        roots = inverse_roots(flat, DAMPING, weights.device)
-        squares = torch.stack([tensor.diagonal() for tensor in flat]).to(weights)
+    if moments:
+        roots = inverse_roots(moments, DAMPING, weights.device)
+        squares = torch.stack([tensor.diagonal() for tensor in moments]).to(weights)
         diagonals = squares / squares.mean(dim=1, keepdim=True).clamp_min(1e-30) + DAMPING
     order = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     mixtures = [structure.mixture(problem.size, problem.shape) for problem in problems]
     run = structure.rows_a_stream(first.shape)
-    return _Task(structure, weights, importance, diagonals, roots, run, first.passes, mixtures, order, problems)
+    return _Task(
+        structure, weights, importance, moments, diagonals, roots, run, first.passes, mixtures, order, problems
+    )
 
 
 def _in_classes(task: _Task) -> _Task:
@@ -316,8 +323,7 @@ def _encode_streams(
     for number, (member, count) in enumerate(segments if passes else ()):
         part = slice(first, first := first + count)
         own = Streams(streams.weights[part], torch.zeros_like(streams.members[part]), streams.last[part])
-        metric = torch.cholesky_inverse(task.roots[member], upper=True)
-        next_turn = NextTurn.of(metric[None], code.width)
+        next_turn = NextTurn.of(task.metric(member)[None], code.width)
         for turn in range(passes):
             told = progress_of(len(segments) + number * passes + turn)
             states[part] = _again(rows[part], states[part], next_turn, own, code, told)
@@ -334,13 +340,18 @@ def _again(
 ) -> Tensor:
     """Return the states of streams of one matrix that all have codes already, each column coded again in turn."""
     held = Held.of(states, code, rows.shape[2])
-    # Scales that fit the codes best, by which rows are scaled in the end: here the rows are divided by them.
-    shaped = held.values @ coupling.metrics[0]
-    scales = (shaped * rows).sum(dim=2) / (shaped * held.values).sum(dim=2).clamp_min(TINY)
-    scales = scales.where(scales > 0, 1.0)
+    # Rows are scaled in the end so that their codes fit best: here they are divided by these scales.
+    scales = _fitted_scales(held.values, rows, coupling.metrics[0])
     targets = coupling.targets(held.values, rows / scales[..., None])
     again = Streams(streams.weights * scales.square(), streams.members, torch.zeros_like(streams.last))
     return _take_turn(targets, coupling, again, code, progress, held)
+
+
+def _fitted_scales(values: Tensor, rows: Tensor, metric: Tensor) -> Tensor:
+    """Return by what values [streams, run, columns] come nearest to rows in a metric [columns, columns], [streams, run]."""
+    shaped = values @ metric
+    scales = (shaped * rows).sum(dim=2) / (shaped * values).sum(dim=2).clamp_min(TINY)
+    return scales.where(scales > 0, 1.0)
 
 
 def _segments(streams: Streams) -> list[list[int]]:
