@@ -208,6 +208,14 @@ def test_columns_that_are_coded_again_fit_each_other_better_every_time(size, col
     assert found[1] < 0.99 * found[0]
 
 
+@pytest.mark.parametrize("seed", [27, 97, 123])
+def test_rows_that_no_code_fits_are_not_coded_worse_again(seed):
+    """What is left of them in the metric is nearly nothing, and codes may point away from it."""
+    problem = Problem(SMALL, CALIBRATED, 2, (normal(20, 3, seed=seed),), input_moments=torch.ones(3, 3))
+    found = [solve(replace(problem, passes=passes)).notes["error"] for passes in range(4)]
+    assert all(after < 1.01 * before for before, after in itertools.pairwise(found))  # scales are rounded
+
+
 def test_effort_says_how_often_columns_are_coded_again(monkeypatch):
     rule = Rule(Trellis(state_bits=8), CALIBRATED, ratio=16.0)
 

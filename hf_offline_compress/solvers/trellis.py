@@ -31,6 +31,8 @@ COSTS_AT_ONCE = 2**22
 # In standard deviations of a row; values beyond are what outliers are looked for among.
 OUTLYING = 3.0
 TINY = 1e-12
+# Of the scale that a row had at first, what is left where its codes fit it badly, or point away from it.
+LEAST_FIT = 1 / 16
 # Rows that are summed over at a time.
 ROWS_AT_ONCE = 4096
 # Numbers of which the largest are looked for at a time.
@@ -54,7 +56,7 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
     wanted = task.shaped(task.sorted(task.weights))
     reached = task.shaped(_decoded(streams, task))
     best = _row_products(reached, wanted) / _squared_norms(reached).clamp_min(TINY)
-    best = torch.where(best > 0, best, task.sorted(scales))
+    best = best.maximum(LEAST_FIT * task.sorted(scales))
     scales, codes, bounds = _rounded_scales(torch.empty_like(best).scatter_(1, task.order, best))
     left = reached.mul_(task.sorted(scales)[..., None]).sub_(wanted)
     lost = (_squared_norms(left) * task.sorted(task.importance)).sum(dim=1)
@@ -348,10 +350,13 @@ def _again(
 
 
 def _fitted_scales(values: Tensor, rows: Tensor, metric: Tensor) -> Tensor:
-    """Return by what values [streams, run, columns] come nearest to rows in a metric [columns, columns], [streams, run]."""
+    """Return by what values [streams, run, columns] come nearest to rows in a metric [columns, columns], [streams, run].
+
+    No scale is below the least that may be stored: a fit within the same bounds each time is never worse than the last.
+    """
     shaped = values @ metric
     scales = (shaped * rows).sum(dim=2) / (shaped * values).sum(dim=2).clamp_min(TINY)
-    return scales.where(scales > 0, 1.0)
+    return scales.clamp_min(LEAST_FIT)
 
 
 def _segments(streams: Streams) -> list[list[int]]:
