@@ -118,6 +118,24 @@ def test_what_graphs_within_nodes_take_is_kept(tmp_path):
     np.testing.assert_allclose(session_of(target).run(None, {"x": x})[0], x @ codes, rtol=1e-5)
 
 
+def test_what_a_caller_may_pass_stays_as_it_is(tmp_path):
+    """A constant that is an input too, and what is computed from it."""
+    nodes = [
+        helper.make_node("Cast", [codes], [weight], to=TensorProto.FLOAT)
+        for codes, weight in (("codes", "weight"), ("others", "other"))
+    ]
+    nodes += [helper.make_node("MatMul", pair, [out]) for pair, out in ((["x", "weight"], "z"), (["z", "other"], "y"))]
+    codes = np.arange(64, dtype=np.int8).reshape(8, 8)
+    model = a_graph(*nodes, codes=codes, others=codes)
+    model.graph.input.append(helper.make_tensor_value_info("others", TensorProto.INT8, [8, 8]))
+    onnx.save(model, tmp_path / "packed.onnx")
+    target = unpack_onnx(tmp_path / "packed.onnx", tmp_path / "unpacked.onnx")
+    assert {value.name for value in onnx.load(target).graph.initializer} == {"weight", "others"}
+    x, passed = np.eye(8, dtype=np.float32), codes[::-1]
+    for feeds, factor in (({"x": x}, codes), ({"x": x, "others": passed}, passed)):
+        np.testing.assert_allclose(session_of(target).run(None, feeds)[0], codes.astype(np.float32) @ factor)
+
+
 def write_nothing(file):
     pass
 
@@ -129,6 +147,13 @@ def write_text(file):
 def write_dense(file):
     product = helper.make_node("MatMul", ["x", "weight"], ["y"])
     onnx.save(a_graph(product, weight=np.ones((8, 8), np.float32)), file)
+
+
+def write_integers(file):
+    """Integers with scales: what they stand for is four times as large."""
+    larger = helper.make_node("DequantizeLinear", ["numbers", "scale"], ["weight"])
+    product = helper.make_node("MatMul", ["x", "weight"], ["y"])
+    onnx.save(a_graph(larger, product, numbers=np.ones((8, 8), np.int8), scale=np.array(2, np.float32)), file)
 
 
 def write_damaged(file):
@@ -151,6 +176,7 @@ def write_damaged(file):
             "out.onnx",
             "'.*in.onnx' has nothing to unpack: no weight in it is computed from codes; use it as it is.$",
         ),
+        (write_integers, "out.onnx", "'.*in.onnx' has nothing to unpack: "),
         (write_damaged, "out.onnx", "ONNX Runtime does not compute what this file holds: "),
         (write_dense, "in.onnx", "'.*in.onnx' is there already; pass a file that does not exist yet.$"),
         (write_dense, "none/out.onnx", "'.*out.onnx' cannot be written: there is no folder '.*none'.$"),
@@ -165,7 +191,8 @@ def test_what_cannot_be_unpacked_is_one_sentence(tmp_path, write, target, senten
 
 
 def test_a_file_that_would_be_too_large_leaves_nothing(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacking, "LARGEST_FILE", 10_000)
+    source = folders[1] / "onnx/model.onnx"
+    monkeypatch.setattr(unpacking, "LARGEST_FILE", source.stat().st_size)
     with pytest.raises(CompressionError, match="may have 2 GB, and this one would be larger"):
-        unpack_onnx(folders[1] / "onnx/model.onnx", tmp_path / "out.onnx")
+        unpack_onnx(source, tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())

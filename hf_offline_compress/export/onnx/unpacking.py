@@ -18,14 +18,15 @@ from ...errors import CompressionError, listing, needs_extra, refusing
 from ...foundation.files import whole_file
 
 if TYPE_CHECKING:
+    import numpy as np
     from onnx import ModelProto, NodeProto, TensorProto
 
 # Bytes of constants: what is computed from fewer is left to the session.
 SMALL = 64
 # Bytes of constants: what is computed from fewer shares a session with others, since one takes milliseconds.
 TOGETHER = 1 << 16
-# Bytes of the largest message of protobuf, and so of an ONNX file.
-LARGEST_FILE = (1 << 31) - 1
+# Bytes of the weights of the largest ONNX file: protobuf takes 2 GiB, of which names and shapes need some.
+LARGEST_FILE = (1 << 31) - (1 << 20)
 # Whose outputs do not follow from their inputs, and what would only make integers larger.
 NOT_FOLDED = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 NOT_FOLDED |= {"DequantizeLinear"}
@@ -65,25 +66,17 @@ def unpack_onnx(source: str | Path, target: str | Path) -> Path:
             f"'{source}' has nothing to unpack: no weight in it is computed from codes; use it as it is."
         )
     with whole_file(target) as file:
-        written = 0
-        for part in _parts(packed):
-            written += file.write(part)
-            if written > LARGEST_FILE:
+        # Messages one behind the other are one file, since readers of protobuf merge the graphs in them.
+        file.write(packed.rest().SerializeToString())
+        for name, value in (each for group in packed.groups for each in packed.values(group)):
+            if file.tell() + value.nbytes > LARGEST_FILE:
                 raise CompressionError(
                     f"'{source}' cannot be unpacked: an ONNX file may have 2 GB, and this one would be larger; "
                     "make a session of the file as it is."
                 )
+            tensor = onnx.numpy_helper.from_array(value, name)
+            file.write(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString())
     return target
-
-
-def _parts(packed: Packed) -> Iterator[bytes]:
-    """Yield messages that are a file one behind the other, since readers of protobuf merge the graphs in them."""
-    from onnx import GraphProto, ModelProto
-
-    yield packed.rest().SerializeToString()
-    for group in packed.groups:
-        for tensor in packed.tensors(group):
-            yield ModelProto(graph=GraphProto(initializer=[tensor])).SerializeToString()
 
 
 @dataclass(frozen=True)
@@ -157,11 +150,11 @@ class Packed:
         rest.graph.initializer.extend(value for value in self.graph.initializer if value.name in asked)
         return rest
 
-    def tensors(self, group: Group) -> Iterator[TensorProto]:
-        """Compute the values of a group, and yield them."""
+    def values(self, group: Group) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """Compute the values of a group, and yield them with their names."""
         import numpy as np
         import onnxruntime
-        from onnx import ModelProto, ValueInfoProto, numpy_helper
+        from onnx import ModelProto, ValueInfoProto
 
         part = ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import)
         part.graph.name = "part"
@@ -179,7 +172,7 @@ class Packed:
             )
             values = session.run(group.names, {})
         for name, value in zip(group.names, values, strict=True):
-            yield numpy_helper.from_array(np.asarray(value), name)
+            yield name, np.asarray(value)
 
 
 def _is_folded(node: NodeProto) -> bool:
