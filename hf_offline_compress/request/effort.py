@@ -26,7 +26,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(tokens=8_192, judged=0, checking=0, rounds=0, passes=1),
-    # Finding the codes of a weight takes about as long as so many operations.
+    # Finding the codes of a weight takes about as long as so many operations, each time.
     "default": Effort(tokens=16_384, judged=2_048, checking=2**15, rounds=1, passes=1),
     "best": Effort(tokens=65_536, judged=8_192, checking=2**18, rounds=4, passes=4),
 }
