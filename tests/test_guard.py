@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_a_signal_to_end_ends_the_processes_of_benchmark(capsys, tmp_path, monke
     monkeypatch.setattr(benchmarking, "_warm", lambda pair: None)
     pair = type("Pair", (), {"folder": tmp_path, "architecture": "GPT2Model"})
     pair.base = pair
-    starts = lambda: benchmarking._start(pair, ("base", "compressed"), "cpu", None, 0, False, {})  # noqa: E731
+    cell = benchmarking.Cell(1, 4)
+    starts = lambda: benchmarking._start(pair, ("base", "compressed"), "cpu", None, 0, False, {}, cell)  # noqa: E731
     assert cut_short(starts, started, 2, capsys) == 128 + signal.SIGTERM
 
 
@@ -110,8 +112,9 @@ def sleepers(monkeypatch):
 
 def cut_short(work, started, count, capsys):
     def end():
-        while len(started) < count:
-            pass
+        until = time.monotonic() + 30
+        while len(started) < count and time.monotonic() < until:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Timer(0.2, end).start()
