@@ -321,9 +321,7 @@ def _encode_streams(
     first_turn = FirstTurn(task.roots, code.width)
     states = _take_turn(rows.clone(), first_turn, streams, code, progress_of(0, len(segments)))
     # One matrix after the other: the metric of each is large.
-    first = 0
-    for number, (member, count) in enumerate(segments if passes else ()):
-        part = slice(first, first := first + count)
+    for number, (member, part) in enumerate(segments if passes else ()):
         own = Streams(streams.weights[part], torch.zeros_like(streams.members[part]), streams.last[part])
         next_turn = NextTurn.of(task.metric(member)[None], code.width)
         for turn in range(passes):
@@ -359,9 +357,11 @@ def _fitted_scales(values: Tensor, rows: Tensor, metric: Tensor) -> Tensor:
     return scales.clamp_min(LEAST_FIT)
 
 
-def _segments(streams: Streams) -> list[list[int]]:
-    """Return the matrices that streams are of, and how many of them in a row each has."""
-    return torch.stack(streams.members.unique_consecutive(return_counts=True), dim=1).tolist()
+def _segments(streams: Streams) -> list[tuple[int, slice]]:
+    """Return the matrices that streams are of, and which of the streams each has."""
+    members, counts = streams.members.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    return list(zip(members.tolist(), map(slice, (ends - counts).tolist(), ends.tolist()), strict=True))
 
 
 def _take_turn(
@@ -391,11 +391,9 @@ def _take_turn(
         found, errors = coder(left[:, :, start:end].contiguous(), own, streams, code, before)
         states.append(found)
         if coupling is not None and errors is not None and end < columns:
-            first = 0
-            for member, count in segments:
-                part = slice(first, first := first + count)
+            for member, part in segments:
                 handed = errors[part].flatten(0, 1) @ coupling.beyond(member, start, end)
-                left[part, :, end:] -= handed.unflatten(0, (count, -1))
+                left[part, :, end:] -= handed.unflatten(0, (-1, left.shape[1]))
         progress(end / columns)
     return torch.cat(states, dim=1)
 
