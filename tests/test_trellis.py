@@ -131,7 +131,7 @@ def test_compiled_paths_are_those_of_the_version_for_every_device(columns, rate,
         found.append((states, (errors.square() * weights[..., None]).sum()))
     # Paths that cost the same but for rounding may differ.
     assert (found[0][0] == found[1][0]).float().mean() > 0.9
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=2e-3, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=0)
 
 
 def test_a_numba_that_cannot_be_imported_is_left_alone(monkeypatch):

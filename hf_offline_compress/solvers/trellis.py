@@ -46,6 +46,8 @@ def solve_trellises(problems: Sequence[Problem]) -> list[Factors]:
     An embedding may be most of a model: little of its size is held at a time.
     """
     task = _task(problems)
+    if task.moments:
+        task = replace(task, roots=inverse_roots(task.moments, DAMPING, task.weights.device))
     total = (_squared_norms(task.shaped(task.weights)) * task.importance).sum(dim=1)
     outliers = _take_outliers(task, task.structure.outlier_count(problems[0].shape))
     scales, _, _ = _rounded_scales(_row_squares(task.weights).sqrt())
@@ -85,8 +87,7 @@ def trellis_errors(problem: Problem) -> dict[Size, float]:
     task = _task([replace(problem, size=1)])
     _take_outliers(task, task.structure.outlier_count(problem.shape))
     variances = _row_squares(task.weights)[0].double()
-    columns = undetermined(problem, None if task.roots is None else task.roots[0]).cpu().sum()
-    energies = (variances * row_importance(problem).to(variances)).cpu() * columns
+    energies = (variances * row_importance(problem).to(variances)).cpu() * undetermined(problem).cpu().sum()
     found: dict[Size, float] = {size: float(energies.sum()) * DISTORTIONS[size] for size in sorted(DISTORTIONS)}
     # Within a stream the path favours the rows that matter, by itself; where that is enough, classes gain nothing.
     return found | (mixtures(energies, task.run) if problem.embedding else {})
@@ -102,7 +103,7 @@ class _Task:
         importance: of each row's squared error, of mean 1, [members, rows].
         moments: E[x xᵀ] of each member [columns, columns]; none where all columns count alike.
         diagonals: of the damped metric H of each member [members, columns], or None.
-        roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None.
+        roots: upper U with H⁻¹ = UᵀU [members, columns, columns], or None; needed where something is coded.
         run: rows of a stream.
         passes: how often all columns are coded again.
         mixtures: rates of each member.
@@ -149,17 +150,14 @@ def _task(problems: Sequence[Problem]) -> _Task:
     importance = torch.stack([row_importance(problem).to(weights) for problem in problems])
     importance = importance / importance.mean(dim=1, keepdim=True).clamp_min(1e-30)
     moments = [tensor for problem in problems for tensor in metric_of(problem) or ()]
-    diagonals = roots = None
+    diagonals = None
     if moments:
-        roots = inverse_roots(moments, DAMPING, weights.device)
         squares = torch.stack([tensor.diagonal() for tensor in moments]).to(weights)
         diagonals = squares / squares.mean(dim=1, keepdim=True).clamp_min(1e-30) + DAMPING
     order = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     mixtures = [structure.mixture(problem.size, problem.shape) for problem in problems]
     run = structure.rows_a_stream(first.shape)
-    return _Task(
-        structure, weights, importance, moments, diagonals, roots, run, first.passes, mixtures, order, problems
-    )
+    return _Task(structure, weights, importance, moments, diagonals, None, run, first.passes, mixtures, order, problems)
 
 
 def _in_classes(task: _Task) -> _Task:
