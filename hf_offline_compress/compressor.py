@@ -393,7 +393,9 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             if recipe.allocation == "by_gain":
                 with clock("allocate"):
                     offers = offers_of(state, sized, statistics, progress, processes)
-            sized, (factors, reports, lost), rounds[:] = allocated_and_solved(sized, offers, divergence, solve)
+            sized, (factors, reports, lost), rounds[:] = allocated_and_solved(
+                sized, offers, divergence, solve, processes
+            )
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
                 if not again:

@@ -1,6 +1,10 @@
 """A compression shared by several processes: the bytes of one process, one that writes, and an end when one dies."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Queue
+from threading import Barrier, get_ident
 
 import pytest
 import torch
@@ -8,9 +12,9 @@ from common import content, save_inputs
 from processes import run_python
 
 from hf_offline_compress import compress
-from hf_offline_compress.foundation.processes import Processes
+from hf_offline_compress.foundation.processes import ALONE, Processes, shared_out
+from hf_offline_compress.measure import sharing
 from hf_offline_compress.measure.sharing import Sums
-from hf_offline_compress.solve.sharing import owners
 
 RECIPE = """
 name: mine
@@ -112,64 +116,112 @@ def test_accelerate_launches_a_compression(given, alone, tmp_path):
     assert content(tmp_path / "out") == alone
 
 
-def test_sums_are_added_in_the_order_of_the_portions():
-    """As one process adds them: three processes, played one after the other."""
+class Threads:
+    """Processes played by threads: they hand each other values and tensors."""
+
+    def __init__(self, count):
+        self.count, self.told, self.barrier = count, [None] * count, Barrier(count, timeout=60)
+        self.sent = {(source, to): Queue() for source in range(count) for to in range(count)}
+
+    def run(self, work):
+        """Return what `work` returns of each process."""
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(work, [Played(index, self.count, "cpu", self) for index in range(self.count)]))
+
+
+@dataclass(frozen=True)
+class Played(Processes):
+    threads: Threads | None = None
+
+    def gather(self, value):
+        self.threads.told[self.index] = value
+        self.threads.barrier.wait()
+        found = list(self.threads.told)
+        self.threads.barrier.wait()
+        return found
+
+    def broadcast_(self, tensor, source):
+        tensor.copy_(self.gather(tensor.clone())[source])
+
+    def exchange(self, sent, received):
+        for other, tensor in sent:
+            self.threads.sent[self.index, other].put(tensor.clone())
+        for other, tensor in received:
+            tensor.copy_(self.threads.sent[other, self.index].get(timeout=60))
+
+
+def add_all(processes, portions, begun=None):
+    """Return sums over portions, of which each has another set of names."""
+    sums = Sums(processes)
+    if begun is not None:
+        sums.tensors["begun"] = begun.clone()
+    for place, portion in sums.over(portions):
+        x = portion.clone()
+        sums.add_gram("gram", x)
+        sums.add_gram("gram", x * 3)  # as of a module that is called twice
+        sums.add_gram("wide", torch.cat([x, x.sin(), x.cos()], dim=1))
+        if place % 3:
+            sums.add_gram("at times", x.T)
+        if begun is not None:
+            sums.add_gram("begun", x)
+        sums.add_gram("empty", x[:0])
+        sums.add("sum", x.sum(dim=0))
+        sums.count("rows", len(x) / 3)
+        x.zero_()  # the model goes on
+    return sums
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("portions", [1, 7])
+def test_sums_have_the_bits_of_one_process(count, portions):
     torch.manual_seed(0)
-    portions = [torch.randn(5, 4) * 10**i for i in range(-3, 4)]
-
-    def add(sums, portion):
-        sums.add_gram("gram", portion)
-        sums.add_gram("gram", portion * 3)  # as of a module that is called twice
-        sums.add("sum", portion.sum(dim=0))
-        sums.count("rows", len(portion) / 3)
-
-    one = Sums()
-    for _, portion in one.over(portions):
-        add(one, portion)
-
-    class Played(Processes):
-        def gather(self, value):
-            return told[self.rounds()]
-
-        def broadcast_(self, tensor, source):
-            place = self.rounds() * 3 + source
-            shares = found[place]
-            tensor.copy_(shares[self.asked.setdefault(place, 0)])
-            self.asked[place] += 1
-
-        def rounds(self):
-            return self.state["round"]
-
-    def shares(portion):
-        kept = Sums(Processes(0, 2, "cpu"))
-        add(kept, portion)
-        return kept._added
-
-    every = [shares(portion) for portion in portions] + [[], []]
-    found = [[each for _, each in added if isinstance(each, torch.Tensor)] for added in every]
-    as_told = [[(n, tuple(e.shape) if isinstance(e, torch.Tensor) else e) for n, e in added] for added in every]
-    told = [as_told[i : i + 3] for i in range(0, 9, 3)]
-    for index in range(3):
-        played = Played(index, 3, "cpu")
-        object.__setattr__(played, "state", {"round": 0})
-        object.__setattr__(played, "asked", {})
-        sums = Sums(played)
-        exchange = sums._exchange
-
-        def exchanged(exchange=exchange, played=played):
-            exchange()
-            played.state["round"] += 1
-
-        sums._exchange = exchanged
-        for _, portion in sums.over(portions):
-            add(sums, portion)
+    portions = [torch.randn(5, 4) * 10**i for i in range(-3, portions - 3)]
+    begun = torch.randn(4, 4)
+    one = add_all(ALONE, portions, begun)
+    for sums in Threads(count).run(lambda process: add_all(process, portions, begun)):
         assert sums.numbers == one.numbers
-        assert all(torch.equal(sums.tensors[name], one.tensors[name]) for name in ("gram", "sum"))
+        assert sums.tensors.keys() == one.tensors.keys()
+        assert all(torch.equal(sums.tensors[name], one.tensors[name]) for name in one.tensors)
+
+
+def test_each_product_is_formed_once_by_the_owner_of_its_sum(monkeypatch):
+    """And owners have about as much to do."""
+    formed = []
+
+    def add(total, x, known=sharing.add_gram_):
+        formed.append((get_ident(), x.shape[1]))
+        known(total, x)
+
+    monkeypatch.setattr(sharing, "add_gram_", add)
+
+    def work(process):
+        sums = Sums(process)
+        for _, portion in sums.over(portions):
+            for columns in (8, 8, 8, 32, 8, 8, 8, 32):
+                sums.add_gram(f"{columns} {len(sums._shares)}", portion[:, :columns])
+
+    portions = [torch.randn(5, 32) for _ in range(4)]
+    Threads(2).run(work)
+    assert len(formed) == 8 * len(portions)
+    loads = [sorted(columns for thread, columns in formed if thread == own) for own in {thread for thread, _ in formed}]
+    assert loads == [[8] * 12 + [32] * 4] * 2
+
+
+def test_results_of_a_map_are_in_the_order_of_the_items():
+    items = [3, 1, 4, 1, 5, 9, 2, 6]
+    done = [[], [], []]
+
+    def work(process):
+        return process.map(lambda item: done[process.index].append(item) or item * 10, items, works=items)
+
+    assert Threads(3).run(work) == [[item * 10 for item in items]] * 3
+    assert max(map(sum, done)) <= 11 and sorted(item for own in done for item in own) == sorted(items)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_work_is_divided_evenly(count):
     works = [8.0, 1.0, 1.0, 5.0, 3.0, 3.0, 2.0, 1.0]
-    chosen = owners(works, count)
-    loads = [sum(w for w, owner in zip(works, chosen, strict=True) if owner == process) for process in range(count)]
+    loads = [0.0] * count
+    chosen = shared_out(works, loads)
+    assert loads == [sum(w for w, own in zip(works, chosen, strict=True) if own == i) for i in range(count)]
     assert sum(loads) == sum(works) and max(loads) <= max(8.0, 1.34 * sum(works) / count)

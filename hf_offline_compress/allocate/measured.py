@@ -17,6 +17,7 @@ from torch import Tensor
 from ..architectures.layout import Matrix
 from ..artifact.building import factors_among, reconstructed
 from ..artifact.report import GroupReport
+from ..foundation.processes import ALONE, Processes
 from ..measure.divergence import Divergence
 from ..plan.groups import Group, Plan
 from ..request.effort import EFFORTS, Effort
@@ -65,7 +66,11 @@ class _Tried:
 
 
 def allocated_and_solved(
-    plan: Plan, offers: Offers | None, divergence: Divergence | None, solve: Callable[[Plan], Outcome]
+    plan: Plan,
+    offers: Offers | None,
+    divergence: Divergence | None,
+    solve: Callable[[Plan], Outcome],
+    processes: Processes = ALONE,
 ) -> tuple[Plan, Outcome, list[Round]]:
     """Return the plan with sizes, all of its groups solved, and the rounds that it took.
 
@@ -74,15 +79,20 @@ def allocated_and_solved(
         offers: what its groups may become; None where nothing is to be allocated.
         divergence: the dense model, where what is expected is to be checked.
         solve: solves the groups of a plan.
+        processes: that share what is measured of groups.
     """
     if offers and divergence:
-        return _by_measure(offers, divergence, solve, EFFORTS[plan.recipe.effort])
+        return _by_measure(offers, divergence, solve, EFFORTS[plan.recipe.effort], processes)
     sized = offers.sized() if offers else plan
     return sized, solve(sized), []
 
 
 def _by_measure(
-    offers: Offers, divergence: Divergence, solve: Callable[[Plan], Outcome], effort: Effort
+    offers: Offers,
+    divergence: Divergence,
+    solve: Callable[[Plan], Outcome],
+    effort: Effort,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, Outcome, list[Round]]:
     """Return the plan whose groups together were measured to lose least, its groups solved, and all rounds.
 
@@ -94,6 +104,7 @@ def _by_measure(
         solve: solves the groups of a plan.
         effort: how many allocations by what was measured, at most, and what measuring may cost; it ends as soon as one is no
             better than the one before.
+        processes: that share what is measured of groups, and go on with what the first one measures of all together.
     """
     prefix = offers.plan.layout.prefix
     factors: dict[str, float] = {}
@@ -115,7 +126,7 @@ def _by_measure(
             report = replace(report, forecast=divergence.of_curvature * offers.forecast(group))
             known[group] = _Tried(group, {name: tensors[name] for name in names}, report)
         found = [known[group] for group in plan.groups]
-        measured = divergence.of([pair for tried in found for pair in tried.weights(prefix)])
+        measured = processes.gather(divergence.of([pair for tried in found for pair in tried.weights(prefix)]))[0]
         history.append(Round(sum(tried.report.forecast or 0.0 for tried in found), measured))
         logger.info("allocated by measure: forecast %.4g, measured %.4g", history[-1].forecast, measured)
         if best is not None and measured >= min(step.measured for step in history[:-1]):
@@ -123,7 +134,9 @@ def _by_measure(
         if left:  # after the last allocation, what groups cost by themselves would change nothing any more
             unknown = [tried for tried in found if tried.report.measured is None]
             allowed = effort.checking * sum(group.parameters for group in plan.groups)
-            known |= {tried.group: tried for tried in _measured(unknown, divergence, prefix, factors, allowed)}
+            known |= {
+                tried.group: tried for tried in _measured(unknown, divergence, prefix, factors, allowed, processes)
+            }
             found = [known[group] for group in plan.groups]
             for tried in found:
                 _learn(tried, factors, least)
@@ -135,7 +148,12 @@ def _by_measure(
 
 
 def _measured(
-    unknown: Sequence[_Tried], divergence: Divergence, prefix: str, factors: Mapping[str, float], allowed: float
+    unknown: Sequence[_Tried],
+    divergence: Divergence,
+    prefix: str,
+    factors: Mapping[str, float],
+    allowed: float,
+    processes: Processes,
 ) -> Iterator[_Tried]:
     """Measure groups; those that are measured together share what they cost by what was expected of each."""
     by_group = {tried.group: tried for tried in unknown}
@@ -143,12 +161,16 @@ def _measured(
     def work(groups: Sequence[Group]) -> float:
         return divergence.work([matrix for group in groups for matrix in group.matrices], EVERY)
 
-    for groups in neighbours(list(by_group), work, allowed):
+    def cost(groups: Sequence[Group]) -> float:
+        return divergence.of([pair for group in groups for pair in by_group[group].weights(prefix)], EVERY)
+
+    together = neighbours(list(by_group), work, allowed)
+    costs = processes.map(cost, together, "group", works=[work(groups) for groups in together])
+    for groups, measured in zip(together, costs, strict=True):
         some = [by_group[group] for group in groups]
-        cost = divergence.of([pair for tried in some for pair in tried.weights(prefix)], EVERY)
         expected = [factors.get(tried.group.name, 1.0) * (tried.report.forecast or 0.0) + NOTHING for tried in some]
         for tried, own in zip(some, expected, strict=True):
-            yield replace(tried, report=replace(tried.report, measured=cost * own / sum(expected)))
+            yield replace(tried, report=replace(tried.report, measured=measured * own / sum(expected)))
 
 
 def _last_measured(tried: _Tried, known: Iterable[_Tried]) -> GroupReport:

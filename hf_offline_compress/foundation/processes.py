@@ -7,7 +7,7 @@ is computed from them is the same, however many processes there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,6 +51,7 @@ class Processes:
         items: Sequence[Item],
         unit: str = "batch",
         *,
+        works: Sequence[float] | None = None,
         desc: str = "",
         progress: bool = False,
     ) -> list[Result]:
@@ -60,10 +61,12 @@ class Processes:
             work: item → what shall be known of it; tensors on the CPU.
             items: the same in every process, batches in most cases.
             unit: what an item is.
+            works: about how long each takes, in any unit; by default all take as long.
             desc: what a progress bar says.
             progress: show one, in the main process.
         """
-        mine = range(self.index, len(items), self.count)
+        doers = shared_out([1.0] * len(items) if works is None else works, [0.0] * self.count)
+        mine = [i for i, doer in enumerate(doers) if doer == self.index]
         shown = bar(mine, desc, unit, progress and self.is_main)
         results = [(i, work(items[i])) for i in shown]
         results = [pair for each in self.gather(results) for pair in each]
@@ -85,6 +88,28 @@ class Processes:
         with _together():
             torch.distributed.broadcast(tensor, source)
 
+    def exchange(self, sent: Iterable[tuple[int, Tensor]], received: Iterable[tuple[int, Tensor]]) -> None:
+        """Send tensors to other processes, and fill tensors with what others send; all take part.
+
+        Args:
+            sent: other process, what it gets.
+            received: other process, and what is filled; from each process as much, and of the same shapes and dtypes, as it
+                sends to this one, in the same order.
+        """
+        import torch.distributed as dist
+
+        operations = [
+            dist.P2POp(operation, tensor, other)
+            for operation, pairs in ((dist.isend, sent), (dist.irecv, received))
+            for other, tensor in pairs
+            if tensor.numel()
+        ]
+        if not operations:
+            return
+        with _together():
+            for pending in dist.batch_isend_irecv(operations):
+                pending.wait()
+
     def wait(self) -> None:
         """Return when all processes have reached this call."""
         if self.count > 1:
@@ -95,6 +120,20 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def shared_out(works: Sequence[float], loads: list[float]) -> list[int]:
+    """Return for each piece of work the process that does it: the largest piece first, to the process with the least work.
+
+    Args:
+        works: how much each piece is.
+        loads: how much each process has already; what it gets is added.
+    """
+    chosen = [0] * len(works)
+    for i in sorted(range(len(works)), key=lambda i: -works[i]):
+        chosen[i] = min(range(len(loads)), key=loads.__getitem__)
+        loads[chosen[i]] += works[i]
+    return chosen
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..artifact.building import named_tensors, reconstructed, rounded_factors
 from ..artifact.report import GroupReport, group_report
 from ..foundation.memory import release_memory
-from ..foundation.processes import ALONE, Processes
+from ..foundation.processes import ALONE, Processes, shared_out
 from ..foundation.progress import bar as progress_bar
 from ..foundation.progress import note
 from ..foundation.unfinished import UnfinishedRun
@@ -25,7 +25,7 @@ from ..structures import Trellis
 from .precision import wider_storage
 from .problems import problem_of
 from .resuming import Solved, kept_solution
-from .sharing import expected_work, owners
+from .sharing import expected_work
 
 # Numbers that the weights, or the metrics, of groups solved together may be: gradients, optimizer states and factorizations
 # take several times as much.
@@ -73,7 +73,9 @@ def solve_groups(
     # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
-    solvers = owners([sum(expected_work(group) for _, group in batch) for batch in batches], processes.count)
+    solvers = shared_out(
+        [sum(expected_work(group) for _, group in batch) for batch in batches], [0.0] * processes.count
+    )
     last_use = {m.inputs: number for number, batch in enumerate(batches) for _, group in batch for m in group.matrices}
 
     def solve_batch(batch: Sequence[tuple[int, Group]], step: Callable[[float], None]) -> Solved:

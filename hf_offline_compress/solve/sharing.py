@@ -1,20 +1,9 @@
-"""Which process solves which groups."""
+"""How much work groups are, by which processes share them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..plan.groups import Group
 from ..structures import Trellis
-
-
-def owners(works: Sequence[float], count: int) -> list[int]:
-    """Return for each piece of work the process that does it: the largest piece first, to the process with the least work."""
-    loads, chosen = [0.0] * count, [0] * len(works)
-    for i in sorted(range(len(works)), key=lambda i: -works[i]):
-        chosen[i] = min(range(count), key=lambda process: loads[process])
-        loads[chosen[i]] += works[i]
-    return chosen
 
 
 def expected_work(group: Group) -> float:
