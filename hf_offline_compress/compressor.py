@@ -62,6 +62,7 @@ from .solve.judge import check_judged, perplexity_judge
 from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
+from .solve.room import bytes_beside
 from .vocabulary import PrunedVocabulary, prune_vocabulary, vocabulary_text
 
 if TYPE_CHECKING:
@@ -254,8 +255,7 @@ def compress(
         config = vocabulary.config(config)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
     plan = make_plan(config, request.recipe, architecture=architecture, dtype=wanted)
-    if options.target is not None and options.max_loss is None:
-        check_room(Path(options.target), plan.file_bytes)
+    _check_disk(plan, options)
     if request.validation and options.max_loss is None:
         check_judged(architecture)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code=options.trust_remote_code)
@@ -351,6 +351,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
 
     planned = partial(_planned, subject, layout, wider)
     plan = planned(request.recipe, subject.plan)
+    _check_disk(plan, options)
     texts = _texts_as_read(subject, request)
     passes = _passes(subject, plan, texts, options, processes)
     _check_finite(model, subject.shards or model.state_dict(), family_of(config).title)
@@ -434,6 +435,17 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     if tokenizer is not None:
         tokenizer = clamp_length(tokenizer, config)
     return CompressionResult(built, tokenizer, Report(**about), source.folder if source else None, run, processes)
+
+
+def _check_disk(plan: Plan, options: CompressionOptions) -> None:
+    """Raise CompressionError where the disk lacks room for the result, or for what is kept until it is saved."""
+    target = None if options.target is None else Path(options.target)
+    by_layers = options.max_memory is not None
+    beside = bytes_beside(plan, target, resume=options.resume, by_layers=by_layers)
+    if target is not None:  # the result of a search may have any size
+        check_room(target, plan.file_bytes if options.max_loss is None else 0, beside)
+    elif beside:
+        check_room(Path(tempfile.gettempdir()), 0, beside)
 
 
 def _passes(

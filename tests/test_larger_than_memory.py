@@ -1,17 +1,21 @@
 """Bases that are read layer by layer: the bytes of a base held whole, one layer at a time, and what cannot be done so."""
 
 import re
+import shutil
 import weakref
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from common import TEXTS, content, make_model, make_tokenizer
 
-from hf_offline_compress import CompressionError, compress
+from hf_offline_compress import CompressionError, compress, compressor
 from hf_offline_compress.base.shards import Shards
 from hf_offline_compress.foundation.processes import Processes
 from hf_offline_compress.foundation.spilled import Spilled
 from hf_offline_compress.measure.passes import LayerPasses, Passes, Run
+from hf_offline_compress.request.effort import EFFORTS
 from hf_offline_compress.solve.limit import check_alone, tell_peak
 
 # What every statistic is for: moments at inputs and outputs, and counts of tokens.
@@ -145,6 +149,66 @@ def test_too_little_names_what_would_do(base, mixed, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     enough = re.search(r"pass (\S+GB)\.", str(told.value))
     assert compress(base, mixed, max_memory=enough[1], **options).model.compressed_modules()
+
+
+@pytest.fixture
+def expected(monkeypatch):
+    """Return what a disk is expected to hold beside results, with as much text as there is."""
+    found = []
+
+    def noted(*args, known=compressor.bytes_beside, **options):
+        found.append(known(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(compressor, "bytes_beside", noted)
+    monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], tokens=512))
+    return found
+
+
+def test_nameless_files_are_no_larger_than_expected(base, mixed, expected, monkeypatch):
+    sizes, most, write = WeakKeyDictionary(), 0, Spilled.__setitem__
+
+    def counted(store, key, tensor):
+        nonlocal most
+        write(store, key, tensor)
+        sizes[store] = store._end
+        most = max(most, sum(sizes.values()))
+
+    def cleared(store, known=Spilled.clear):
+        known(store)
+        sizes.pop(store, None)
+
+    monkeypatch.setattr(Spilled, "__hash__", object.__hash__)
+    monkeypatch.setattr(Spilled, "__eq__", object.__eq__)
+    monkeypatch.setattr(Spilled, "__setitem__", counted)
+    monkeypatch.setattr(Spilled, "clear", cleared)
+    compress(base, mixed, calibration=TEXTS, max_memory="8GB", progress=False)
+    assert 0.5 * expected[0] < most <= expected[0]
+
+
+@pytest.mark.parametrize("max_memory", [None, "8GB"])
+def test_what_is_kept_is_no_larger_than_expected(base, mixed, tmp_path, expected, monkeypatch, max_memory):
+    """But for names and reports; what lies there already is not asked for again."""
+    monkeypatch.setattr(compressor, "build_model", None)
+    options = {"calibration": TEXTS, "target": tmp_path / "out", "resume": True, "progress": False}
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            compress(base, mixed, max_memory=max_memory, **options)
+    kept = [file.stat().st_size for file in (tmp_path / "out.partial").iterdir()]
+    assert 0.3 * expected[0] < sum(kept) <= expected[0] + 8_000 * len(kept)
+    assert expected[-1] == max(0, expected[0] - sum(kept))
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"max_memory": "8GB"}])
+def test_a_disk_without_room_for_what_is_kept_is_refused(base, mixed, tmp_path, monkeypatch, options):
+    needed = compress(base, mixed, calibration=None, progress=False).report.totals["stored_bytes"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000 + 2 * needed))
+    for name in ("load_model", "open_model"):
+        monkeypatch.setattr(compressor, name, None)  # no work is done
+    with pytest.raises(CompressionError, match=r"out' needs .* MB, .* MB of it for what is kept until it is saved"):
+        compress(base, mixed, calibration=TEXTS, target=tmp_path / "out", progress=False, **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_took_more_says_so(caplog):

@@ -17,13 +17,24 @@ BESIDE = 2_000_000
 SMALLEST_SHARD = 1_000
 
 
-def check_room(target: Path, weight_bytes: int) -> None:
-    """Raise CompressionError if the disk has too little space for a folder with this many bytes of weights."""
-    free, needed = shutil.disk_usage(existing(target.resolve())).free, weight_bytes + BESIDE
+def check_room(target: Path, weight_bytes: int, beside: int = 0) -> None:
+    """Raise CompressionError if the disk has too little space for a folder.
+
+    Args:
+        target: the folder.
+        weight_bytes: of its weights.
+        beside: bytes of what a run keeps on that disk until the folder is saved.
+    """
+    free, needed = shutil.disk_usage(existing(target.resolve())).free, weight_bytes + BESIDE + beside
     if free < needed:
+        kept = (
+            f", {beside / 1e6:,.1f} MB of it for what is kept until it is saved (--resume, --max-memory)"
+            if beside
+            else ""
+        )
         raise CompressionError(
-            f"'{target}' needs {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free; free some, or pass another "
-            "path."
+            f"'{target}' needs {needed / 1e6:,.1f} MB{kept}, and its disk has {free / 1e6:,.1f} MB free; free some, or pass "
+            "another path."
         )
 
 
