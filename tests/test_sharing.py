@@ -11,10 +11,14 @@ import torch
 from common import content, save_inputs
 from processes import run_python
 
-from hf_offline_compress import compress
+from hf_offline_compress import Objective, Rule, compress
+from hf_offline_compress.architectures.layout import Matrix
 from hf_offline_compress.foundation.processes import ALONE, Processes, shared_out
 from hf_offline_compress.measure import sharing
 from hf_offline_compress.measure.sharing import Sums
+from hf_offline_compress.plan.groups import Group
+from hf_offline_compress.solve.sharing import expected_work
+from hf_offline_compress.structures import Storage, Trellis
 
 RECIPE = """
 name: mine
@@ -225,3 +229,15 @@ def test_work_is_divided_evenly(count):
     chosen = shared_out(works, loads)
     assert loads == [sum(w for w, own in zip(works, chosen, strict=True) if own == i) for i in range(count)]
     assert sum(loads) == sum(works) and max(loads) <= max(8.0, 1.34 * sum(works) / count)
+
+
+@pytest.mark.parametrize(
+    ("objective", "least", "most"), [(Objective(l2=1.0, calibrated=True), 1.8, 3.0), (Objective(l2=1.0), 1.0, 1.0)]
+)
+def test_wide_metrics_are_work(objective, least, most):
+    """Of two groups with as many weights, the one of wider inputs; measured, 2.2 times as much of BERT-base."""
+    works = []
+    for rows, columns in ((3072, 768), (768, 3072)):
+        matrix = Matrix("dense", "output", 0, rows, columns, "dense")
+        works.append(expected_work(Group("one", Rule(Trellis(), objective), (matrix,), 4, Storage("float32"))))
+    assert least <= works[1] / works[0] <= most
