@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from .foundation.preflight import check_decoding, check_room, existing, found_de
 from .foundation.processes import ALONE, Processes, launched_processes
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
-from .measure.collect import divergence_from, measure
+from .measure.collect import course_of, divergence_from, measure
 from .measure.passes import LayerPasses
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
@@ -58,6 +58,7 @@ from .request.options import CompressionOptions
 from .request.reading import load_recipe
 from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
 from .solve.groups import solve_groups, tell_of_slow_search
+from .solve.in_order import solve_in_order
 from .solve.judge import check_judged, perplexity_judge
 from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .hub.push import Pushed
+
+Timed = TypeVar("Timed")
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,15 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
         # Moments are dropped as they are used, to save memory, unless they are needed again.
         again = max_loss is not None or divergence is not None
         rounds: list[Round] = []
+        shared: dict[str, Any] = {"processes": processes, "seed": options.seed}
+        in_order = partial(
+            solve_in_order,
+            state=state,
+            statistics=statistics,
+            course=partial(course_of, compute, plan, texts, tokenizer, batch_size=options.batch_size, **shared),
+            solve=partial(solve_groups, run=run, progress=False, **shared),
+            progress=progress,
+        )
 
         def solve(sized: Plan) -> Outcome:
             known = replace(statistics, input_moments=dict(statistics.input_moments)) if again else statistics
@@ -394,9 +406,9 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
             if recipe.allocation == "by_gain":
                 with clock("allocate"):
                     offers = offers_of(state, sized, statistics, progress, processes)
-            sized, (factors, reports, lost), rounds[:] = allocated_and_solved(
-                sized, offers, divergence, solve, processes
-            )
+            coded = clock.around("in_order", in_order)
+            outcome = allocated_and_solved(sized, offers, divergence, solve, coded, processes)
+            sized, (factors, reports, lost), rounds[:] = outcome
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
                 if not again:
@@ -603,3 +615,12 @@ class _Clock:
         release_memory()
         spent = self.seconds.get(stage, 0.0) + time.perf_counter() - started
         self.seconds[stage] = round(spent, 3)
+
+    def around(self, stage: str, work: Callable[..., Timed]) -> Callable[..., Timed]:
+        """Return the work as one that is timed."""
+
+        def timed(*args: Any) -> Timed:
+            with self(stage):
+                return work(*args)
+
+        return timed

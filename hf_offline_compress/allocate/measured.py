@@ -36,6 +36,8 @@ NOTHING = 1e-9
 # What solving gives: tensors by full name, a report of each group, and groups whose storage does not hold them, with the
 # dtypes that do.
 Outcome = tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]
+# A plan and its groups' tensors → those tensors with layers coded again, and reports of these by name.
+InOrder = Callable[[Plan, dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, GroupReport]]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Round:
     Attributes:
         forecast: sum of what was expected of the groups, in the unit of the divergence.
         measured: divergence of all groups together.
+        in_order: the same once layers were coded again in the order of the data; None where they were not.
     """
 
     forecast: float
     measured: float
+    in_order: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def allocated_and_solved(
     offers: Offers | None,
     divergence: Divergence | None,
     solve: Callable[[Plan], Outcome],
+    in_order: InOrder,
     processes: Processes = ALONE,
 ) -> tuple[Plan, Outcome, list[Round]]:
     """Return the plan with sizes, all of its groups solved, and the rounds that it took.
@@ -79,10 +84,15 @@ def allocated_and_solved(
         offers: what its groups may become; None where nothing is to be allocated.
         divergence: the dense model, where what is expected is to be checked.
         solve: solves the groups of a plan.
+        in_order: codes layers again in the order of the data, where the effort asks for it.
         processes: that share what is measured of groups.
     """
     if offers and divergence:
-        return _by_measure(offers, divergence, solve, EFFORTS[plan.recipe.effort], processes)
+        effort = EFFORTS[plan.recipe.effort]
+        sized, outcome, rounds = _by_measure(offers, divergence, solve, effort, processes)
+        if effort.in_order and not outcome[2]:
+            outcome, rounds = _in_order(sized, outcome, rounds, divergence, in_order, processes)
+        return sized, outcome, rounds
     sized = offers.sized() if offers else plan
     return sized, solve(sized), []
 
@@ -145,6 +155,43 @@ def _by_measure(
     plan, found = best
     together = {name: tensor for tried in found for name, tensor in tried.tensors.items()}
     return plan, (together, [_last_measured(tried, known.values()) for tried in found], {}), history
+
+
+def _in_order(
+    plan: Plan,
+    outcome: Outcome,
+    rounds: list[Round],
+    divergence: Divergence,
+    in_order: InOrder,
+    processes: Processes = ALONE,
+) -> tuple[Outcome, list[Round]]:
+    """Return what becomes of all groups with layers coded again, if that was measured to lose less; and the rounds."""
+    tensors, reports, _ = outcome
+    again, new = in_order(plan, tensors)
+    if not new:
+        return outcome, rounds
+    prefix = plan.layout.prefix
+    weights = [
+        pair
+        for group in plan.groups
+        for pair in zip(group.matrices, reconstructed(group, factors_among(group, again, prefix)), strict=True)
+    ]
+    measured = processes.gather(divergence.of(weights))[0]  # all processes go on with the same
+    best = min(range(len(rounds)), key=lambda i: rounds[i].measured)
+    logger.info("coded in order: measured %.4g, before %.4g", measured, rounds[best].measured)
+    told = [replace(step, in_order=measured) if i == best else step for i, step in enumerate(rounds)]
+    if measured >= rounds[best].measured:
+        return outcome, told
+    # What groups cost by themselves was measured before.
+    found = [
+        replace(
+            new[old.name], forecast=old.forecast, measured=old.measured, seconds=old.seconds + new[old.name].seconds
+        )
+        if old.name in new
+        else old
+        for old in reports
+    ]
+    return (again, found, {}), told
 
 
 def _measured(

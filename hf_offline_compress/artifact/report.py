@@ -41,7 +41,7 @@ class GroupReport:
         ratio: 4 bytes × parameters over stored bytes.
         storage: how the factors are kept.
         objective: what was minimised, with the weights of its terms.
-        relative_error: ‖W − Ŵ‖ / ‖W‖.
+        relative_error: ‖W − Ŵ‖ / ‖W‖. Of layers coded in order, W is what they were fitted to in the end.
         cosine_distance: mean over rows of 1 − cos(ŵ, w); zero rows left out.
         calibrated_error: the relative error weighted by real inputs, ‖(W − Ŵ) H^½‖ / ‖W H^½‖; None without calibration.
         seconds: time to solve it.

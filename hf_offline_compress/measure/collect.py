@@ -16,8 +16,9 @@ from ..foundation.progress import bar as progress_bar
 from ..plan.groups import Plan
 from ..request.effort import EFFORTS
 from ..runtime.architectures_compressed import token_limit
-from .divergence import Divergence
+from .divergence import Divergence, Replaced
 from .importance import measure_importance
+from .in_order import Course
 from .inputs import collect
 from .passes import Passes
 from .sensitivity import measure_sensitivity
@@ -165,6 +166,29 @@ def divergence_from(
     matrices = [matrix for group in plan.groups for matrix in group.matrices]
     mask_token = tokenizer.mask_token_id if masked else None
     return Divergence(model, matrices, batches, prefix=plan.layout.prefix, mask_token=mask_token)
+
+
+def course_of(
+    model: PreTrainedModel,
+    plan: Plan,
+    texts: CalibrationText | None,
+    tokenizer: Any,
+    embeddings: Replaced,
+    *,
+    seed: int,
+    batch_size: int | None,
+    processes: Processes = ALONE,
+) -> Course:
+    """Return the text that `measure`, called with the same, sees, before the first layer of the dense and the compressed model.
+
+    Args: see `measure` and `Course`.
+    """
+    assert texts is not None
+    masked = objective_of(plan.architecture) == "masked"
+    batches, _ = make_batches(
+        texts, tokenizer, masked=masked, **_text_options(model, plan, tokenizer, seed, batch_size)
+    )
+    return Course(model, plan.layout.matrices, batches, embeddings, prefix=plan.layout.prefix, processes=processes)
 
 
 def _text_options(

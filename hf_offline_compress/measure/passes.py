@@ -175,34 +175,34 @@ class LayerPasses(Passes):
         finally:
             self.counting = True
 
-    def _calls(self, text: _Text, place: int, layers: Sequence[nn.Module]) -> tuple[Tensor, list[_Call]]:
+    def _calls(self, text: _Text, place: int, layers: Sequence[nn.Module]) -> tuple[Tensor, list[Call]]:
         """Return the hidden states before the first of some layers, and how a portion's run calls these; it ends there.
 
         Layers give what they were given: were there anything between two of them, the second would be given something else.
         """
         first: Tensor | None = None
-        calls: list[_Call] = []
+        calls: list[Call] = []
 
         def called(index: int, hidden: Tensor, *others: Any, **options: Any) -> Any:
             nonlocal first
             first = hidden if first is None else first
-            call = _Call.of(others, options)
+            call = Call.of(others, options)
             if index != len(calls) or hidden is not first or call.takes_gradient:
                 raise _not_by_layers(self._model)
             calls.append(call)
             if index + 1 == len(layers):
-                raise _Reached
+                raise Reached
             return self._like(hidden, call)
 
         with forwards_replaced(layers, called):
             try:
                 text.each(place)
-            except _Reached:
+            except Reached:
                 assert first is not None
                 return first, calls
         raise _not_by_layers(self._model)
 
-    def _like(self, hidden: Tensor, call: _Call) -> Any:
+    def _like(self, hidden: Tensor, call: Call) -> Any:
         """Return hidden states in the form in which layers give them, which is tried once."""
         if self._template is None:
             own: Any = type(self._layers[0]).forward
@@ -225,7 +225,7 @@ class LayerPasses(Passes):
                     del text.states[index, place]
                 text.states[index + 1, place] = self._run(index, text.calls[place][index], hidden)
 
-    def _run(self, index: int, call: _Call, hidden: Tensor) -> Tensor:
+    def _run(self, index: int, call: Call, hidden: Tensor) -> Tensor:
         output = self._layers[index](hidden, *call.others, **call.options)
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
@@ -283,7 +283,7 @@ class LayerPasses(Passes):
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What a layer was called with beside hidden states.
 
     Attributes:
@@ -295,7 +295,7 @@ class _Call:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, others: tuple[Any, ...], options: dict[str, Any]) -> _Call:
+    def of(cls, others: tuple[Any, ...], options: dict[str, Any]) -> Call:
         """Return a call without a cache of keys and values, which would keep those of all layers."""
         from transformers.cache_utils import Cache
 
@@ -321,15 +321,15 @@ class _Text:
 
     def __init__(self, run: Run, states: MutableMapping[Any, Tensor]) -> None:
         self.run, self.states = run, states
-        self.calls: list[list[_Call]] = []
+        self.calls: list[list[Call]] = []
 
     def each(self, place: int) -> None:
         """Run a portion through the model."""
         self.run.each(place, self.run.portions[place])
 
 
-class _Reached(Exception):  # noqa: N818 - no error: a run has come as far as it should
-    pass
+class Reached(Exception):  # noqa: N818 - no error
+    """A run has come as far as it should."""
 
 
 @contextmanager

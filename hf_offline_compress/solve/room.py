@@ -27,8 +27,10 @@ def bytes_beside(plan: Plan, target: Path | None, *, resume: bool, by_layers: bo
     if by_layers:
         needed += FLOAT32 * _meanwhile(plan)
     if resume:
-        rounds = EFFORTS[plan.recipe.effort].rounds if plan.recipe.allocation == "by_gain" else 0
-        needed += (1 + rounds) * plan.stored_bytes
+        effort, again = EFFORTS[plan.recipe.effort], 0
+        if plan.recipe.allocation == "by_gain":
+            again = effort.rounds + effort.in_order
+        needed += (1 + again) * plan.stored_bytes
         if target is not None:
             needed -= sum(file.stat().st_size for file in place_of_unfinished(target).glob("*"))
     return max(0, needed)

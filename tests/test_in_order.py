@@ -1,0 +1,200 @@
+"""Layers coded again in the order of the data: what they see behind compressed ones, and what they are fitted to."""
+
+import json
+
+import pytest
+import torch
+from common import TEXTS, content, make_model, make_tokenizer, save_inputs
+from processes import run_python
+
+from hf_offline_compress import Recipe, Rule, compress, make_plan
+from hf_offline_compress.allocate.measured import Round, _in_order
+from hf_offline_compress.architectures.stock import layout_of_model
+from hf_offline_compress.artifact.report import GroupReport
+from hf_offline_compress.measure.divergence import exchanged
+from hf_offline_compress.measure.in_order import Change, Course
+from hf_offline_compress.measure.texts import Batch
+from hf_offline_compress.solve.in_order import _targets
+from hf_offline_compress.structures import LowRank
+
+
+def batch_of(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 20, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return Batch(ids, mask)
+
+
+@torch.no_grad()
+def inputs_at(model, module, batches):
+    """What goes into a module, run through the whole model: tokens of all batches."""
+    found = []
+    handle = model.base_model.get_submodule(module).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    for batch in batches:
+        model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    handle.remove()
+    return torch.cat(
+        [x.reshape(-1, x.shape[-1])[b.attention_mask.bool().flatten()] for x, b in zip(found, batches, strict=True)]
+    )
+
+
+# Normed behind the sum and before it; fused and transposed; gated; and of an order of its own.
+CASES = [
+    ("bert", "BertForMaskedLM", 2),
+    ("gpt2", "GPT2LMHeadModel", 2),
+    ("llama", "LlamaForCausalLM", 2),
+    ("modernbert", "ModernBertForMaskedLM", 2),
+    ("opt", "OPTForCausalLM", 2),
+]
+
+
+@pytest.mark.parametrize("model_type,head,sums", CASES)
+def test_what_a_layer_sees_is_what_it_sees_in_the_whole_model(model_type, head, sums):
+    model, batches = make_model(model_type, head, layers=2), [batch_of(0), batch_of(1)]
+    layout = layout_of_model(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def other(matrix):
+        weight = matrix.dense(state, layout.prefix)
+        return weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+
+    changed = {m.name: (m, other(m)) for m in layout.matrices if m.in_base}
+    outside = [pair for pair in changed.values() if pair[0].layer is None]
+    course = Course(model, layout.matrices, batches, outside, prefix=layout.prefix)
+    assert course.depth == 2
+    done = list(outside)
+    for index in range(course.depth):
+        own = [pair for pair in changed.values() if pair[0].layer == index]
+        with course.through(index, []) as put:
+            places = course.places(index, [matrix for matrix, _ in own])
+            assert [place.inputs for place in places] == list(dict.fromkeys(m.inputs for m, _ in own))
+            # Two outputs of a layer are added to what went in.
+            assert sum(place.residual is not None for place in places) == sums
+            for place in places:
+                module = next(m.module for m, _ in own if m.inputs == place.inputs)
+                change = course.change(index, place)
+                x = inputs_at(model, module, batches)
+                with exchanged(model, layout.prefix, done):
+                    y = inputs_at(model, module, batches)
+                torch.testing.assert_close(change.moments, y.T @ y / len(y), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(change.inputs, (x - y).T @ y / len(y), rtol=1e-3, atol=1e-4)
+                more = [pair for pair in own if pair[0].inputs == place.inputs]
+                put(more)
+                done += more
+    assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_an_output_is_added_to():
+    model, batches = make_model("bert", "BertModel", layers=1), [batch_of(0)]
+    layout = layout_of_model(model)
+    words = next(m for m in layout.matrices if m.kind == "word_embeddings")
+    weight = words.dense(model.state_dict(), "") * 0.5
+    course = Course(model, layout.matrices, batches, [(words, weight)], prefix="")
+    found = {}
+    # BERT's own name for it, in both forms of the model.
+    layer, own = "encoder.layer.0", [m for m in layout.matrices if m.layer == 0]
+    for name in ("attention.output", "output"):
+        module = model.get_submodule(f"{layer}.{name}")
+        handle = module.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(args))
+        inputs_at(model, f"{layer}.{name}", batches)
+        with exchanged(model, "", [(words, weight)]):
+            inputs_at(model, f"{layer}.{name}", batches)
+        handle.remove()
+    with course.through(0, []):
+        for place in course.places(0, own):
+            name = place.module.removesuffix(".dense")
+            if name not in found:
+                assert place.residual is None
+                continue
+            kept = batches[0].attention_mask.bool()
+            (_, r), (y, s) = (tuple(tensor[kept] for tensor in args) for args in found[name])
+            torch.testing.assert_close(course.change(0, place).residual, (r - s).T @ y / len(y), rtol=1e-3, atol=1e-5)
+
+
+def test_models_whose_layers_are_one_are_left_alone():
+    model = make_model("albert", "AlbertForMaskedLM")
+    layout = layout_of_model(model)
+    assert Course(model, layout.matrices, [batch_of()], [], prefix=layout.prefix).depth == 0
+
+
+@pytest.fixture
+def planned():
+    """Return a plan of one group."""
+    model = make_model("bert", "BertModel", layers=1)
+    recipe = Recipe("x", (Rule(LowRank()),), modules=("attention_output",))
+    return make_plan(model.config.to_dict(), recipe, architecture="BertModel")
+
+
+@pytest.mark.parametrize("measured,kept", [(0.6, True), (0.7, False), (0.8, False)])
+def test_what_is_coded_in_order_is_kept_only_where_less_is_lost(measured, kept, planned):
+    class Measured:
+        def of(self, replaced):
+            assert all(weight.eq(0).all() for _, weight in replaced)
+            return measured
+
+    (group,) = planned.groups
+    tensors = {name: torch.zeros(shape) for name, (shape, _) in planned.tensors().items()}
+    own = (group.name, "attention_output", "low_rank", group.size, (), 1, 1, 1, 1, 1.0, "float32", {})
+    old, new = GroupReport(*own, 0.5, 0.4, 2.0, 3.0, {}, 0.2, 0.1), GroupReport(*own, 0.3, 0.2, 1.0, 5.0)
+    rounds = [Round(0.9, 1.0), Round(0.9, 0.7), Round(0.9, 0.8)]
+    outcome = {"old": torch.ones(1)}, [old], {}
+    (found, reports, _), told = _in_order(
+        planned, outcome, rounds, Measured(), lambda plan, found: (tensors, {group.name: new})
+    )
+    assert told == [rounds[0], Round(0.9, 0.7, measured), rounds[2]]
+    assert found is (tensors if kept else outcome[0])
+    if kept:
+        assert (reports[0].relative_error, reports[0].forecast, reports[0].measured) == (0.3, 0.2, 0.1)
+        assert reports[0].seconds == old.seconds + new.seconds
+    else:
+        assert reports == [old]
+
+
+def test_targets_are_half_way_to_the_best_matrix_in_least_squares(planned):
+    model = make_model("bert", "BertModel", layers=1)
+    (group,) = planned.groups
+    generator = torch.Generator().manual_seed(0)
+    x, noise, r = (torch.randn(4096, 32, generator=generator) for _ in range(3))
+    now = x + 0.3 * noise
+    state = model.state_dict()
+    matrix = group.matrices[0]
+    weight = matrix.dense(state, "")
+    change = Change(now.T @ now / 4096, (x - now).T @ now / 4096, r.T @ now / 4096)
+    found = matrix.dense(_targets([group], state, "", change), "")
+    best = torch.linalg.lstsq(now, x @ weight.T + r).solution.T
+    share = ((found - weight) * (best - weight)).sum() / (best - weight).square().sum()
+    assert 0.43 < share < 0.5  # damped by a tenth
+    torch.testing.assert_close(found - weight, share * (best - weight), rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("model_type,head", [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])
+def test_best_codes_in_order_and_never_ends_worse(model_type, head):
+    model, tokenizer = make_model(model_type, head, layers=2), make_tokenizer(model_type)
+    texts = [f"{text} {other}" for text in TEXTS[:20] for other in TEXTS[:20]]
+    options = {"total_ratio": 4.5, "calibration": texts, "tokenizer": tokenizer, "progress": False, "effort": "best"}
+    found = compress(model, "tiny", **options)
+    (step,) = [step for step in found.report.rounds if step["in_order"] is not None]
+    assert step["measured"] == min(other["measured"] for other in found.report.rounds)
+    assert found.report.seconds["in_order"] > 0
+    assert all(group.forecast > 0 and group.measured >= 0 for group in found.report.groups)
+    again = compress(model, "tiny", **options).model.state_dict()
+    assert all(tensor.equal(again[name]) for name, tensor in found.model.state_dict().items())
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path):
+    base, _, _ = save_inputs(tmp_path, "")
+    text = tmp_path / "long.txt"
+    text.write_text("\n".join(f"{text} {other}" for text in TEXTS[:15] for other in TEXTS[:20]))
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    options = ["--recipe", "tiny", "--effort", "best", "--total-ratio", "4.5", "--calibration", text, "--json"]
+    for command in (["-m"], [*launch, "--module"]):
+        out = tmp_path / str(len(command))
+        run = run_python(
+            *command, "hf_offline_compress", "compress", base, out, *options, "--quiet", CUDA_VISIBLE_DEVICES=""
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert [step for step in json.loads(run.stdout)["rounds"] if step["in_order"] is not None]
+    assert content(tmp_path / "1") == content(tmp_path / str(len(launch) + 1))
