@@ -179,15 +179,15 @@ def course_of(
     batch_size: int | None,
     processes: Processes = ALONE,
 ) -> Course:
-    """Return the text that `measure`, called with the same, sees, before the first layer of the dense and the compressed model.
+    """Return text as `measure`, called with the same, sees it, before the first layer of the dense and the compressed model.
 
     Args: see `measure` and `Course`.
     """
     assert texts is not None
     masked = objective_of(plan.architecture) == "masked"
-    batches, _ = make_batches(
-        texts, tokenizer, masked=masked, **_text_options(model, plan, tokenizer, seed, batch_size)
-    )
+    options = _text_options(model, plan, tokenizer, seed, batch_size)
+    options["wanted"] = EFFORTS[plan.recipe.effort].in_order
+    batches, _ = make_batches(texts, tokenizer, masked=masked, **options)
     return Course(model, plan.layout.matrices, batches, embeddings, prefix=plan.layout.prefix, processes=processes)
 
 
