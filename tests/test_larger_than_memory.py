@@ -10,13 +10,14 @@ import pytest
 import torch
 from common import TEXTS, content, make_model, make_tokenizer
 
-from hf_offline_compress import CompressionError, compress, compressor
+from hf_offline_compress import CompressionError, compress, compressor, load_recipe, make_plan
 from hf_offline_compress.base.shards import Shards
 from hf_offline_compress.foundation.processes import Processes
 from hf_offline_compress.foundation.spilled import Spilled
 from hf_offline_compress.measure.passes import LayerPasses, Passes, Run
 from hf_offline_compress.request.effort import EFFORTS
 from hf_offline_compress.solve.limit import check_alone, tell_peak
+from hf_offline_compress.solve.room import _statistics, bytes_beside
 
 # What every statistic is for: moments at inputs and outputs, and counts of tokens.
 MIXED = """
@@ -197,6 +198,16 @@ def test_what_is_kept_is_no_larger_than_expected(base, mixed, tmp_path, expected
     kept = [file.stat().st_size for file in (tmp_path / "out.partial").iterdir()]
     assert 0.3 * expected[0] < sum(kept) <= expected[0] + 8_000 * len(kept)
     assert expected[-1] == max(0, expected[0] - sum(kept))
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_each_time_that_groups_are_solved_is_kept_once(effort):
+    config = make_model("bert", "BertForMaskedLM").config.to_dict()
+    recipe = load_recipe("tiny").override(total_ratio=4, effort=effort)
+    plan = make_plan(config, recipe, architecture="BertForMaskedLM")
+    times = 1 + EFFORTS[effort].rounds + (effort != "fast")
+    statistics = 4 * sum(_statistics(plan).values())
+    assert bytes_beside(plan, None, resume=True, by_layers=False) == times * plan.stored_bytes + statistics
 
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"max_memory": "8GB"}])
