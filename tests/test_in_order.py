@@ -1,10 +1,13 @@
 """Layers coded again in the order of the data: what they see behind compressed ones, and what they are fitted to."""
 
 import json
+from dataclasses import replace
+from functools import partial
+from math import isfinite
 
 import pytest
 import torch
-from common import TEXTS, content, make_model, make_tokenizer, save_inputs
+from common import TEXTS, WORDS, content, make_model, make_tokenizer, save_inputs
 from processes import run_python
 
 from hf_offline_compress import Recipe, Rule, compress, make_plan
@@ -12,9 +15,11 @@ from hf_offline_compress.allocate.measured import Round, _in_order
 from hf_offline_compress.architectures.stock import layout_of_model
 from hf_offline_compress.artifact.report import GroupReport
 from hf_offline_compress.measure.divergence import exchanged
-from hf_offline_compress.measure.in_order import Change, Course
+from hf_offline_compress.measure.in_order import Change, Course, _added_to
+from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import Batch
-from hf_offline_compress.solve.in_order import _targets
+from hf_offline_compress.request.objective import Objective
+from hf_offline_compress.solve.in_order import _targets, solve_in_order
 from hf_offline_compress.structures import LowRank
 
 
@@ -114,21 +119,61 @@ def test_what_an_output_is_added_to():
             torch.testing.assert_close(course.change(0, place).residual, (r - s).T @ y / len(y), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model_type,head,sums", CASES)
+def test_sums_are_found_as_narrow_dtypes_round_them(model_type, head, sums, dtype):
+    model = make_model(model_type, head, layers=1).to(dtype)
+    layout = layout_of_model(model)
+    course = Course(model, layout.matrices, [batch_of()], [], prefix=layout.prefix)
+    with course.through(0, []):
+        places = course.places(0, [m for m in layout.matrices if m.layer == 0])
+    assert sum(place.residual is not None for place in places) == sums
+
+
+def test_what_a_small_output_is_added_to_is_no_total():
+    total, output = torch.ones(4, 8).bfloat16(), torch.full((4, 8), 1e-3).bfloat16()
+    assert _added_to([("a", True, total)], output, [("b", True, total)]) is None
+    assert _added_to([("a", True, total)], output + 1, [("b", True, total + 1)]) == ("a", True)
+
+
+def test_relative_positions_as_many_as_tokens_are_no_places():
+    """DeBERTa's are: portions of 80 tokens and of 100, beside 80 relative positions."""
+    model, tokenizer = make_model("deberta-v2", "DebertaV2ForMaskedLM", layers=1), make_tokenizer("deberta-v2")
+    texts = [" ".join(WORDS[(i + 5 * j) % len(WORDS)] for j in range(14 + 4 * (i % 2))) for i in range(600)]
+    options = {"calibration": texts, "tokenizer": tokenizer, "batch_size": 5, "progress": False}
+    found = compress(model, "tiny", total_ratio=4, **options).report
+    assert any(step["in_order"] is not None for step in found.rounds)
+    assert {group.kind for group in found.groups} >= {"position_query", "position_key"}
+
+
 def test_models_whose_layers_are_one_are_left_alone():
     model = make_model("albert", "AlbertForMaskedLM")
     layout = layout_of_model(model)
     assert Course(model, layout.matrices, [batch_of()], [], prefix=layout.prefix).depth == 0
 
 
+def test_forward_passes_of_layers_themselves_stay():
+    model, tokenizer = make_model("gpt2", "GPT2LMHeadModel", layers=2), make_tokenizer("gpt2")
+    modules = [*model.transformer.h, model.lm_head]
+    own = [partial(type(module).forward, module) for module in modules]
+    for module, forward in zip(modules, own, strict=True):
+        module.forward = forward
+    texts = [f"{text} {other}" for text in TEXTS[:20] for other in TEXTS[:20]]
+    options = {"calibration": texts, "tokenizer": tokenizer, "progress": False, "total_ratio": 4.5}
+    found = compress(model, "tiny", **options).report
+    assert [module.forward for module in modules] == own
+    assert found.rounds and not any(step["in_order"] for step in found.rounds)
+
+
 @pytest.fixture
 def planned():
     """Return a plan of one group."""
     model = make_model("bert", "BertModel", layers=1)
-    recipe = Recipe("x", (Rule(LowRank()),), modules=("attention_output",))
+    recipe = Recipe("x", (Rule(LowRank(), Objective(l2=1.0, calibrated=True)),), modules=("attention_output",))
     return make_plan(model.config.to_dict(), recipe, architecture="BertModel")
 
 
-@pytest.mark.parametrize("measured,kept", [(0.6, True), (0.7, False), (0.8, False)])
+@pytest.mark.parametrize("measured,kept", [(0.6, True), (0.7, False), (0.8, False), (float("nan"), False)])
 def test_what_is_coded_in_order_is_kept_only_where_less_is_lost(measured, kept, planned):
     class Measured:
         def of(self, replaced):
@@ -144,7 +189,7 @@ def test_what_is_coded_in_order_is_kept_only_where_less_is_lost(measured, kept, 
     (found, reports, _), told = _in_order(
         planned, outcome, rounds, Measured(), lambda plan, found: (tensors, {group.name: new})
     )
-    assert told == [rounds[0], Round(0.9, 0.7, measured), rounds[2]]
+    assert told == [rounds[0], Round(0.9, 0.7, measured if isfinite(measured) else None), rounds[2]]
     assert found is (tensors if kept else outcome[0])
     if kept:
         assert (reports[0].relative_error, reports[0].forecast, reports[0].measured) == (0.3, 0.2, 0.1)
@@ -168,6 +213,23 @@ def test_targets_are_half_way_to_the_best_matrix_in_least_squares(planned):
     share = ((found - weight) * (best - weight)).sum() / (best - weight).square().sum()
     assert 0.43 < share < 0.5  # damped by a tenth
     torch.testing.assert_close(found - weight, share * (best - weight), rtol=0.05, atol=0.01)
+
+
+def test_what_overflows_behind_compressed_layers_is_left_as_it_was(planned):
+    class Overflown(Course):
+        def change(self, index, place):
+            found = super().change(index, place)
+            return replace(found, inputs=found.inputs * torch.nan)
+
+    model = make_model("bert", "BertModel", layers=1)
+    layout = layout_of_model(model)
+    tensors = {name: torch.zeros(shape) for name, (shape, _) in planned.tensors().items()}
+
+    def course(outside):
+        return Overflown(model, layout.matrices, [batch_of()], outside, prefix="")
+
+    found, reports = solve_in_order(planned, tensors, model.state_dict(), Statistics(), course, None, False)
+    assert not reports and found == tensors
 
 
 @pytest.mark.parametrize("model_type,head", [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])

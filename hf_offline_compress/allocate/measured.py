@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite, isnan
 
 from torch import Tensor
 
@@ -139,7 +140,7 @@ def _by_measure(
         measured = processes.gather(divergence.of([pair for tried in found for pair in tried.weights(prefix)]))[0]
         history.append(Round(sum(tried.report.forecast or 0.0 for tried in found), measured))
         logger.info("allocated by measure: forecast %.4g, measured %.4g", history[-1].forecast, measured)
-        if best is not None and measured >= min(step.measured for step in history[:-1]):
+        if best is not None and _lost(history[-1]) >= min(map(_lost, history[:-1])):
             break
         if left:  # after the last allocation, what groups cost by themselves would change nothing any more
             unknown = [tried for tried in found if tried.report.measured is None]
@@ -177,10 +178,12 @@ def _in_order(
         for pair in zip(group.matrices, reconstructed(group, factors_among(group, again, prefix)), strict=True)
     ]
     measured = processes.gather(divergence.of(weights))[0]  # all processes go on with the same
-    best = min(range(len(rounds)), key=lambda i: rounds[i].measured)
+    if not isfinite(measured):  # narrow dtypes may overflow, and JSON has no such numbers
+        return outcome, rounds
+    best = min(range(len(rounds)), key=lambda i: _lost(rounds[i]))
     logger.info("coded in order: measured %.4g, before %.4g", measured, rounds[best].measured)
     told = [replace(step, in_order=measured) if i == best else step for i, step in enumerate(rounds)]
-    if measured >= rounds[best].measured:
+    if measured >= _lost(rounds[best]):
         return outcome, told
     # What groups cost by themselves was measured before.
     found = [
@@ -192,6 +195,11 @@ def _in_order(
         for old in reports
     ]
     return (again, found, {}), told
+
+
+def _lost(step: Round) -> float:
+    """Return the divergence of all groups together; infinite where it is NaN, as narrow dtypes may overflow."""
+    return inf if isnan(step.measured) else step.measured
 
 
 def _measured(

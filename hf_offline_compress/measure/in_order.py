@@ -23,7 +23,7 @@ from .passes import Call, Reached, layer_names
 from .sharing import Sums
 from .texts import Batch
 
-# A tensor is the sum of two others where it is off by no more than this share of its norm.
+# A tensor is the sum of two others where it is off by no more than this share of its norm, or by what its dtype rounds.
 SAME = 1e-4
 # Rows of tensors that are compared.
 COMPARED = 256
@@ -60,6 +60,12 @@ class Change:
     moments: Tensor
     inputs: Tensor
     residual: Tensor | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        known = (self.moments, self.inputs, *(() if self.residual is None else (self.residual,)))
+        return all(bool(tensor.isfinite().all()) for tensor in known)
 
 
 class Course:
@@ -98,7 +104,9 @@ class Course:
         self._dense: dict[int, Tensor] = {}
         self._now: dict[int, Tensor] = {}
         mine = range(processes.index, len(self._batches), processes.count)
-        self.depth = len(self._layers)
+        # A layer's copy with a forward pass of its own, which libraries put there, may run the layer that it is a copy of.
+        replaced = any("forward" in vars(module) for layer in self._layers for module in layer.modules())
+        self.depth = 0 if replaced else len(self._layers)
         if not all(processes.gather(all(self._recorded(number) for number in mine))):
             self.depth = 0
         elif self.depth:
@@ -260,9 +268,12 @@ def _added_to(
     before: Sequence[tuple[str, bool, Tensor]], output: Tensor, behind: Sequence[tuple[str, bool, Tensor]]
 ) -> tuple[str, bool] | None:
     """Return which of the tensors before an output it is added to, so that the sum is one of those behind it."""
+    same, output = max(SAME, torch.finfo(output.dtype).eps), output.float()
     for (path, goes_in, one), (_, _, total) in product(before, behind):
-        if one.shape == output.shape == total.shape and (total - output - one).norm() <= SAME * total.norm():
-            return path, goes_in
+        if one.shape == output.shape == total.shape:
+            off, of = (total.float() - output - one.float()).norm(), total.float().norm()
+            if off <= same * of and 2 * off < output.norm():  # were `one` the total, it would be off by the output
+                return path, goes_in
     return None
 
 

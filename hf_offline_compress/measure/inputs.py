@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
-from .passes import Passes, Run
+from .passes import Passes, Run, forwards_replaced
 from .sharing import Sums
 from .statistics import CHOICES, Statistics
 from .texts import Batch
@@ -103,8 +103,5 @@ def _without_logits(model: Any) -> Iterator[None]:
     if outputs is None:
         yield
         return
-    outputs.forward = lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 1)
-    try:
+    with forwards_replaced([outputs], lambda index, hidden: hidden.new_zeros(*hidden.shape[:-1], 1)):
         yield
-    finally:
-        del outputs.forward  # that of its class is there again

@@ -334,14 +334,20 @@ class Reached(Exception):  # noqa: N818 - no error
 
 @contextmanager
 def forwards_replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward(index, *args, **options)` stand for the forward passes of layers."""
+    """Let `forward(index, *args, **options)` stand for the forward passes of layers, or of other modules."""
+    kept = [
+        vars(layer).get("forward") for layer in layers
+    ]  # of the module itself, as libraries put there that move weights
     for index, layer in enumerate(layers):
         layer.forward = lambda *args, index=index, **options: forward(index, *args, **options)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # that of its class is there again
+        for layer, own in zip(layers, kept, strict=True):
+            if own is None:
+                del layer.forward  # that of its class is there again
+            else:
+                layer.forward = own
 
 
 def layer_names(base: nn.Module, matrices: Sequence[Matrix]) -> list[str]:

@@ -26,6 +26,8 @@ from ..plan.groups import Group, Plan
 # The share of a correction that is believed, since it is fitted to few tokens, and what is added to the diagonal of the moments
 # that it is solved with, in parts of its mean. Both were chosen on validation text; all of it without loses.
 BELIEVED, DAMPED = 0.5, 0.1
+# Kinds that are applied to relative positions, of which there may be as many as tokens in a portion.
+RELATIVE = ("position_query", "position_key")
 
 Solve = Callable[[Plan, Mapping[str, Tensor], Statistics], tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]]
 
@@ -70,6 +72,8 @@ def solve_in_order(
                 for place in text.places(index, [group.matrices[0] for group in here]):
                     own = [group for group in here if group.matrices[0].inputs == place.inputs]
                     change = text.change(index, place)
+                    if not change.finite:  # a narrow dtype may overflow behind compressed layers
+                        return found, {}
                     moments = {place.inputs: statistics.input_moments[place.inputs]}
                     known = replace(statistics, input_moments=moments)
                     some = replace(plan, groups=tuple(own))
@@ -83,10 +87,11 @@ def solve_in_order(
 
 
 def _may_be_solved_again(group: Group) -> bool:
-    """Whether a group is one matrix of a layer, of a structure that is solved without training."""
+    """Whether a group is one matrix of a layer, applied to tokens, of a structure that is solved without training."""
     matrix = group.matrices[0]
     in_layer = matrix.layer is not None and matrix.in_base and not matrix.embedding
-    return len(group.matrices) == 1 and in_layer and group.structure.known_gains and group.rule.objective.calibrated
+    of_tokens = in_layer and matrix.kind not in RELATIVE
+    return len(group.matrices) == 1 and of_tokens and group.structure.known_gains and group.rule.objective.calibrated
 
 
 def _targets(groups: list[Group], state: Mapping[str, Tensor], prefix: str, change: Change) -> dict[str, Tensor]:
