@@ -106,6 +106,7 @@ def test_small_reaches_its_ratio_where_matrices_dominate(model_type, head):
         ({}, "'None' is not supported"),
         ({"model_type": "compressed_bert"}, "compressed already"),
         ({"model_type": "bert", "quantization_config": {"bits": 4}}, "quantized already"),
+        ({"model_type": "bert", "return_dict": False}, "outputs have no names; set it to true"),
     ],
 )
 def test_what_cannot_be_compressed(config, message):

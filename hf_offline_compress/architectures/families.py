@@ -116,7 +116,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family that a `config.json` belongs to.
 
     Raises:
-        CompressionError: the model is compressed or quantized already, or its architecture is not supported.
+        CompressionError: the model is compressed or quantized already, its outputs have no names, or its architecture is not
+            supported.
     """
     model_type = config.get("model_type")
     if config.get("compression") or str(model_type).startswith(TYPE_PREFIX):
@@ -126,6 +127,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if config.get("quantization_config"):
         raise CompressionError(
             "This model is quantized already (its config has a `quantization_config`); pass its full-precision base."
+        )
+    if config.get("return_dict") is False:
+        raise CompressionError(
+            "The base's config sets `return_dict` to false, so that its outputs have no names; set it to true, which changes "
+            "nothing else."
         )
     if model_type not in FAMILIES:
         raise CompressionError(

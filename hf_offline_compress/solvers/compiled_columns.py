@@ -174,7 +174,7 @@ def _path(values, squares, factors, bits, last, end, path):  # type: ignore[no-u
     older = count // branches
     costs, before = np.empty(count, np.float32), np.empty(count, np.float32)
     best, scratch = np.full(max(older, LANES), np.inf, np.float32), np.empty(count // 4, np.float32)
-    which, oldest = np.empty(len(best), np.int32), np.empty((run, older), np.int32)
+    which, oldest = np.zeros(len(best), np.int32), np.empty((run, older), np.int32)
     best[last % older] = 0
     for step in range(run):
         _spread(best, bits, scratch, before)
