@@ -45,9 +45,9 @@ def main() -> None:
         for size in options.sizes:
             recipe = load_recipe(options.recipe).override(total_ratio=100 / size)
             for effort in options.efforts:
-                losses, seconds = [], []
-                for in_order in (False, True):
-                    EFFORTS[effort] = replace(EFFORTS[effort], in_order=in_order)
+                losses, seconds, known = [], [], EFFORTS[effort]
+                for tokens in (0, known.in_order):
+                    EFFORTS[effort] = replace(known, in_order=tokens)
                     started = time.perf_counter()
                     result = compress(
                         subject.model,

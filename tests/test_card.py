@@ -192,7 +192,7 @@ def test_all_numbers_are_those_of_the_report(inputs):
     made_ = section(card, "How it was made")
     record = report["calibration"]
     assert f"{record['tokens']:,} tokens in {record['texts']} texts" in made_ and record["sha256"] in made_
-    assert all(f"{stage} {seconds:.1f} s" in made_ for stage, seconds in report["seconds"].items())
+    assert all(f"{stage.replace('_', ' ')} {seconds:.1f} s" in made_ for stage, seconds in report["seconds"].items())
     assert all(f"{name} {number}" in section(card, "Versions") for name, number in report["versions"].items())
 
 

@@ -232,6 +232,12 @@ def test_what_overflows_behind_compressed_layers_is_left_as_it_was(planned):
     assert not reports and found == tensors
 
 
+def test_no_text_is_run_where_nothing_may_be_coded_again():
+    recipe = Recipe("x", (Rule(LowRank(), Objective(l2=1.0, calibrated=True)),), modules=("pooler",))
+    plan = make_plan(make_model("bert", "BertModel").config.to_dict(), recipe, architecture="BertModel")
+    assert solve_in_order(plan, {}, {}, Statistics(), None, None, False) == ({}, {})
+
+
 @pytest.mark.parametrize("model_type,head", [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])
 def test_best_codes_in_order_and_never_ends_worse(model_type, head):
     model, tokenizer = make_model(model_type, head, layers=2), make_tokenizer(model_type)

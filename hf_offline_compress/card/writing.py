@@ -418,7 +418,9 @@ def _circumstances(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
         lines.append("calibration: none (no text was used)")
     if record := report.get("validation"):
         lines.append(f"validation: `{tables.cell(record['source'])}`, SHA-256 of the text `{record['sha256']}`")
-    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in (report.get("seconds") or {}).items())
+    times = ", ".join(
+        f"{stage.replace('_', ' ')} {seconds:.1f} s" for stage, seconds in (report.get("seconds") or {}).items()
+    )
     return [*lines, f"time: {times}"] if times else lines
 
 

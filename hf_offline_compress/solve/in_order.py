@@ -63,6 +63,8 @@ def solve_in_order(
         ]
 
     again = [group for group in plan.groups if _may_be_solved_again(group)]
+    if not again:
+        return found, reports
     everything = weights(list(plan.groups))
     text = course([(m, weight) for m, weight in everything if m.layer is None and m.in_base])
     with progress_bar(None, "coding in order", "group", progress, total=len(again)) as bar:
