@@ -9,13 +9,11 @@ standard error of the differences line by line, both in percent of the loss with
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 
-from seeds import judged_language_model, judged_minilm, put
+from seeds import compressed, judged_language_model, judged_minilm, put
 
-from hf_offline_compress import compress
 from hf_offline_compress.request.effort import EFFORTS
 from hf_offline_compress.request.reading import load_recipe
 
@@ -48,17 +46,9 @@ def main() -> None:
                 losses, seconds, known = [], [], EFFORTS[effort]
                 for tokens in (0, known.in_order):
                     EFFORTS[effort] = replace(known, in_order=tokens)
-                    started = time.perf_counter()
-                    result = compress(
-                        subject.model,
-                        recipe,
-                        calibration=subject.calibration,
-                        tokenizer=subject.tokenizer,
-                        effort=effort,
-                        progress=False,
-                    )
-                    seconds.append(time.perf_counter() - started)
-                    losses.append(subject.judge(result.model)[0])
+                    found, spent = compressed(subject, recipe, effort=effort)
+                    seconds.append(spent)
+                    losses.append(subject.judge(found)[0])
                 mean = float(losses[0].mean())
                 differences = losses[1] - losses[0]
                 change, error = float(differences.mean()), float(differences.std() / len(differences) ** 0.5)

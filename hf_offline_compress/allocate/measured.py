@@ -16,7 +16,7 @@ from math import inf, isfinite, isnan
 from torch import Tensor
 
 from ..architectures.layout import Matrix
-from ..artifact.building import factors_among, reconstructed
+from ..artifact.building import weights_among
 from ..artifact.report import GroupReport
 from ..foundation.processes import ALONE, Processes
 from ..measure.divergence import Divergence
@@ -66,8 +66,7 @@ class _Tried:
 
     def weights(self, prefix: str) -> list[tuple[Matrix, Tensor]]:
         """Return each member and the weight [rows, columns] that stands for it."""
-        factors = factors_among(self.group, self.tensors, prefix)
-        return list(zip(self.group.matrices, reconstructed(self.group, factors), strict=True))
+        return weights_among([self.group], self.tensors, prefix)
 
 
 def allocated_and_solved(
@@ -171,12 +170,7 @@ def _in_order(
     again, new = in_order(plan, tensors)
     if not new:
         return outcome, rounds
-    prefix = plan.layout.prefix
-    weights = [
-        pair
-        for group in plan.groups
-        for pair in zip(group.matrices, reconstructed(group, factors_among(group, again, prefix)), strict=True)
-    ]
+    weights = weights_among(plan.groups, again, plan.layout.prefix)
     measured = processes.gather(divergence.of(weights))[0]  # all processes go on with the same
     if not isfinite(measured):  # narrow dtypes may overflow, and JSON has no such numbers
         return outcome, rounds

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from ..architectures.layout import Matrix
 from ..base.checkpoint import BaseCheckpoint, quiet_transformers
 from ..plan.groups import Group, Plan
 from ..solvers import Factors
@@ -92,6 +93,15 @@ def reconstructed(group: Group, factors: Factors) -> Iterator[Tensor]:
         with torch.no_grad():  # not around the yield: it would hold for whoever asks, and stay if nobody asks again
             weight = _decoded(layer)
         yield weight
+
+
+def weights_among(groups: Iterable[Group], tensors: Mapping[str, Tensor], prefix: str) -> list[tuple[Matrix, Tensor]]:
+    """Return each matrix of some groups and the weight [rows, columns] that stands for it; see `factors_among`."""
+    return [
+        pair
+        for group in groups
+        for pair in zip(group.matrices, reconstructed(group, factors_among(group, tensors, prefix)), strict=True)
+    ]
 
 
 def _decoded(layer: Any) -> Tensor:

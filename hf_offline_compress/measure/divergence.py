@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..architectures.families import is_language_model, objective_of
 from ..architectures.layout import Matrix
-from .passes import forwards_replaced, layer_names
+from .passes import forwards_replaced, layer_names, removed
 from .sensitivity import has_logits
 from .statistics import CHOICES
 from .texts import Batch
@@ -161,13 +161,10 @@ class Divergence:
             return hook
 
         handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self._layers)]
-        try:
+        with removed(handles):
             for known in self._known:
                 known.told = self._told(known)
                 known.behind = list(here)
-        finally:
-            for handle in handles:
-                handle.remove()
         if any(count != len(self._known) for count in calls):  # layers that share weights, or are left out
             self._layers = []
         if self._layers and self._moved(self._known[0], len(self._layers)) > SAME * int(self._known[0].mask.sum()):
@@ -219,12 +216,8 @@ class Divergence:
             output["last_hidden_state"] = output["last_hidden_state"][places][None]
             return output
 
-        handle = self._base.register_forward_hook(hook) if self._narrow else None
-        try:
+        with removed([self._base.register_forward_hook(hook)] if self._narrow else []):
             yield
-        finally:
-            if handle:
-                handle.remove()
 
 
 def _count(places: Sequence[Tensor]) -> int:

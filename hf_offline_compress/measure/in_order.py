@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
 from .divergence import Replaced, exchanged
-from .passes import Call, Reached, layer_names
+from .passes import Call, Reached, hidden_of, layer_names, removed
 from .sharing import Sums
 from .texts import Batch
 
@@ -141,7 +141,7 @@ class Course:
         with torch.no_grad():
             for hidden, form in ((self._dense, self._layers[index]), (self._now, self._form)):
                 for number, given in hidden.items():
-                    hidden[number] = _first(self._run(form, index, number, given))
+                    hidden[number] = self._run(form, index, number, given)
 
     @torch.no_grad()
     def change(self, index: int, place: Place) -> Change:
@@ -177,11 +177,11 @@ class Course:
 
         def behind(module: nn.Module, args: Any, output: Any) -> None:
             nonlocal last
-            last = _first(output)
+            last = hidden_of(output)
 
         handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self._layers]
         handles += [layer.register_forward_hook(behind) for layer in self._layers]
-        with _removed(handles):
+        with removed(handles):
             self._run_base(number)
         self._calls[number] = calls
         return plain and len(calls) == len(self._layers)
@@ -194,7 +194,7 @@ class Course:
             found.append(args[0])
             raise Reached
 
-        with _removed([self._layers[0].register_forward_pre_hook(before)]):
+        with removed([self._layers[0].register_forward_pre_hook(before)]):
             self._run_base(number)
         return found[0]
 
@@ -204,9 +204,8 @@ class Course:
         with suppress(Reached):
             self._base(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
 
-    def _run(self, layer: nn.Module, index: int, number: int, hidden: Tensor) -> Any:
-        call = self._calls[number][index]
-        return layer(hidden, *call.others, **call.options)
+    def _run(self, layer: nn.Module, index: int, number: int, hidden: Tensor) -> Tensor:
+        return self._calls[number][index].run(layer, hidden)
 
     def _seen(
         self, layer: nn.Module, index: int, number: int, hidden: Tensor, place: Place
@@ -226,9 +225,9 @@ class Course:
                 handles.append(other.register_forward_pre_hook(lambda module, args: residual.append(args[0])))
             else:
                 handles.append(
-                    other.register_forward_hook(lambda module, args, output: residual.append(_first(output)))
+                    other.register_forward_hook(lambda module, args, output: residual.append(hidden_of(output)))
                 )
-        with _removed(handles), suppress(Reached):
+        with removed(handles), suppress(Reached):
             self._run(layer, index, number, hidden)
         return inputs[0], residual[0] if residual else None
 
@@ -246,10 +245,10 @@ class Course:
         for path, module in layer.named_modules():
             if path:
                 into: Any = lambda _, args, path=path: note(path, True, args[0] if args else None)  # noqa: E731
-                out: Any = lambda _, args, output, path=path: note(path, False, _first(output))  # noqa: E731
+                out: Any = lambda _, args, output, path=path: note(path, False, hidden_of(output))  # noqa: E731
                 handles += [module.register_forward_pre_hook(into), module.register_forward_hook(out)]
-        with _removed(handles):
-            note("", False, _first(self._run(layer, index, 0, hidden)))
+        with removed(handles):
+            note("", False, self._run(layer, index, 0, hidden))
         events[0] = ("", True, _rows(hidden)[:COMPARED])
         own = len(self._names[index]) + 1
         wanted: dict[str, str] = {}
@@ -279,17 +278,3 @@ def _added_to(
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks afterwards."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
-from .passes import Passes, Run, forwards_replaced
+from .passes import Passes, Run, forwards_replaced, removed
 from .sharing import Sums
 from .statistics import CHOICES, Statistics
 from .texts import Batch
@@ -87,12 +87,8 @@ def collect(
         for name in list(sums.tensors):
             statistics.input_moments[name] = sums.tensors.pop(name).div_(max(1, sums.numbers[name]))
 
-    try:
-        with _without_logits(model):
-            passes.go(Run(batches if handles else (), sums, run, enter, done, "inputs", progress=progress))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed(handles), _without_logits(model):
+        passes.go(Run(batches if handles else (), sums, run, enter, done, "inputs", progress=progress))
     return statistics
 
 

@@ -223,12 +223,7 @@ class LayerPasses(Passes):
                     hidden.requires_grad_()
                 else:
                     del text.states[index, place]
-                text.states[index + 1, place] = self._run(index, text.calls[place][index], hidden)
-
-    def _run(self, index: int, call: Call, hidden: Tensor) -> Tensor:
-        output = self._layers[index](hidden, *call.others, **call.options)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+                text.states[index + 1, place] = text.calls[place][index].run(self._layers[index], hidden)
 
     def _end(self, text: _Text) -> None:
         """Run what comes before and behind the layers; all that hooks see there counts now."""
@@ -249,7 +244,7 @@ class LayerPasses(Passes):
                 text.run.enter(portion)
                 hidden = text.states[index, place].requires_grad_()
                 gradient = text.states.pop((index + 1, place))
-                self._run(index, text.calls[place][index], hidden).backward(gradient)
+                text.calls[place][index].run(self._layers[index], hidden).backward(gradient)
                 assert hidden.grad is not None
                 text.states[index, place] = hidden.grad
 
@@ -302,6 +297,10 @@ class Call:
         kept = {name: None if isinstance(value, Cache) else value for name, value in options.items()}
         return cls(tuple(None if isinstance(value, Cache) else value for value in others), kept)
 
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the hidden states that a layer, called like this with some, gives."""
+        return hidden_of(layer(hidden, *self.others, **self.options))
+
     @property
     def takes_gradient(self) -> bool:
         """Whether gradients flow into more than the hidden states."""
@@ -332,12 +331,25 @@ class Reached(Exception):  # noqa: N818 - no error
     """A run has come as far as it should."""
 
 
+def hidden_of(output: Any) -> Any:
+    """Return the hidden states among what a layer gives."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def removed(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def forwards_replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Let `forward(index, *args, **options)` stand for the forward passes of layers, or of other modules."""
-    kept = [
-        vars(layer).get("forward") for layer in layers
-    ]  # of the module itself, as libraries put there that move weights
+    kept = [vars(layer).get("forward") for layer in layers]  # libraries that move weights put their own there
     for index, layer in enumerate(layers):
         layer.forward = lambda *args, index=index, **options: forward(index, *args, **options)
     try:

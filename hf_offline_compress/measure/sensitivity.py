@@ -25,7 +25,7 @@ from ..architectures.families import objective_of
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
 from ..plan.make import SEVERAL_INPUTS
-from .passes import Passes, Run
+from .passes import Passes, Run, removed
 from .sharing import Sums
 from .statistics import CHOICES, Sensitivity
 from .texts import Batch
@@ -112,14 +112,10 @@ def measure_sensitivity(
             kept = single if name in squares else moments
             kept[name] = sums.tensors.pop(name).div_(max(1, sums.numbers.get("tokens", 0)))
 
-    try:
+    with removed(handles), torch.enable_grad(), _frozen(model):
         if processes.count > 1:  # a process may have no part of the text
             inputs.begin_all()
-        with torch.enable_grad(), _frozen(model):
-            passes.go(Run(portions, sums, run, enter, done, "sensitivity", backward=True, progress=progress))
-    finally:
-        for handle in handles:
-            handle.remove()
+        passes.go(Run(portions, sums, run, enter, done, "sensitivity", backward=True, progress=progress))
     tokens, curvature = sums.numbers.get("tokens", 0), sums.numbers.get("curvature", 0.0)
     return Sensitivity(moments, single, curvature / max(1, tokens))
 

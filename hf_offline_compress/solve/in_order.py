@@ -14,8 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..architectures.layout import Matrix
-from ..artifact.building import factors_among, reconstructed
+from ..artifact.building import weights_among
 from ..artifact.report import GroupReport
 from ..foundation.progress import bar as progress_bar
 from ..measure.divergence import Replaced
@@ -54,18 +53,10 @@ def solve_in_order(
     """
     prefix = plan.layout.prefix
     found, reports = dict(tensors), dict[str, GroupReport]()
-
-    def weights(groups: list[Group]) -> list[tuple[Matrix, Tensor]]:
-        return [
-            pair
-            for group in groups
-            for pair in zip(group.matrices, reconstructed(group, factors_among(group, found, prefix)), strict=True)
-        ]
-
     again = [group for group in plan.groups if _may_be_solved_again(group)]
     if not again:
         return found, reports
-    everything = weights(list(plan.groups))
+    everything = weights_among(plan.groups, found, prefix)
     text = course([(m, weight) for m, weight in everything if m.layer is None and m.in_base])
     with progress_bar(None, "coding in order", "group", progress, total=len(again)) as bar:
         for index in range(text.depth):
@@ -83,7 +74,7 @@ def solve_in_order(
                     if not wider:  # else they stay as they are
                         found |= solved
                         reports |= {report.name: report for report in new}
-                        put(weights(own))
+                        put(weights_among(own, found, prefix))
                     bar.update(len(own))
     return found, reports
 

@@ -232,8 +232,8 @@ def _code_streams(  # type: ignore[no-untyped-def]
                 weight, t0 = weights[stream, row], own[row, first]
                 factors[row, width] = weight
                 if single:
+                    factors[row, width - 1] = 0  # of a second number that is in no column
                     factors[row, 0] = -2 * weight * t0 * metric[0, 0]
-                    factors[row, width - 1] = factors[row, 0] if width == 1 else np.float32(0)
                 else:
                     t1 = own[row, first + 1]
                     factors[row, 0] = -2 * weight * (t0 * metric[0, 0] + t1 * metric[0, 1])
