@@ -7,12 +7,13 @@ from math import isfinite
 
 import pytest
 import torch
-from common import TEXTS, WORDS, content, make_model, make_tokenizer, save_inputs
-from processes import run_python
+from common import TEXTS, WORDS, content, make_model, make_tokenizer, save_inputs, save_pair
+from processes import run_cli, run_python
 
-from hf_offline_compress import Recipe, Rule, compress, make_plan
+from hf_offline_compress import Recipe, Rule, compress, make_plan, write_card
 from hf_offline_compress.allocate.measured import Round, _in_order
 from hf_offline_compress.architectures.stock import layout_of_model
+from hf_offline_compress.artifact.reading import FITTED
 from hf_offline_compress.artifact.report import GroupReport
 from hf_offline_compress.measure.divergence import exchanged
 from hf_offline_compress.measure.in_order import Change, Course, _added_to
@@ -250,6 +251,26 @@ def test_best_codes_in_order_and_never_ends_worse(model_type, head):
     assert all(group.forecast > 0 and group.measured >= 0 for group in found.report.groups)
     again = compress(model, "tiny", **options).model.state_dict()
     assert all(tensor.equal(again[name]) for name, tensor in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "rounds,noted",
+    [
+        (None, False),
+        ([{"measured": 0.5, "in_order": None}, {"measured": 0.4}], False),
+        ([{"measured": 0.5, "in_order": 0.6}], False),
+        ([{"measured": 0.5, "in_order": 0.4}], True),
+        ([{"measured": None, "in_order": 0.4}], True),
+    ],
+)
+def test_what_errors_are_relative_to_is_said(rounds, noted, tmp_path):
+    """By `inspect` and the card, of layers that were coded in order and kept so."""
+    _, folder = save_pair(tmp_path)
+    report = json.loads((folder / "compression_report.json").read_text())
+    (folder / "compression_report.json").write_text(json.dumps(report | {"rounds": rounds}))
+    told = " ".join(run_cli("inspect", folder).stdout.split())
+    assert "weighted by the calibration inputs" in told
+    assert (FITTED in told) == (FITTED in write_card(folder).read_text()) == noted
 
 
 def test_two_processes_write_the_bytes_of_one(tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..architectures.families import FAMILIES
 from ..base.checkpoint import COMPANIONS
@@ -18,9 +19,6 @@ from ..runtime.architectures_compressed import CLASS_PREFIX, MODEL_TYPES, TYPE_P
 from .record import RECORD_FILE
 from .schemas import CONFIG, EVALUATION, REPORT
 from .sizes import file_sizes
-
-if TYPE_CHECKING:
-    pass
 
 REPORT_FILE = "compression_report.json"
 CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
@@ -34,6 +32,7 @@ WRITTEN = re.compile(
     rf"(.*/)?__pycache__/.*|{REPORT_FILE}|{RECORD_FILE}|{CARD_FILE}|{EVALUATION_FILE}|"
     rf"{ONNX_FOLDER}/(model(_quantized)?\.onnx|config\.json|export\.json)"
 )
+FITTED = "Layers were coded in order: their errors are relative to what they were fitted to, not to the base's weights."
 MODULE_FILE = re.compile(r"\d+_[\w-]+/[^/]+\.(json|txt|safetensors)")  # of sentence-transformers
 
 
@@ -134,6 +133,12 @@ def _report(folder: Path) -> dict[str, Any] | None:
             f"{title} names the architecture '{report['architecture']}', which this version does not know. {ADVICE}"
         )
     return report
+
+
+def note_on_errors(rounds: Sequence[Mapping[str, float | None]] | None) -> str:
+    """Return what must be said of errors where the `rounds` of a report have kept layers coded in order; else nothing."""
+    told = [(step.get("measured"), step.get("in_order")) for step in rounds or ()]
+    return FITTED if any(after is not None and (before is None or after < before) for before, after in told) else ""
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact.reading import REPORT_FILE
+from ..artifact.reading import REPORT_FILE, note_on_errors
 from ..errors import CompressionError, needs_extra
 from ..foundation.files import write_whole
 from ..foundation.parsing import read_yaml
@@ -284,7 +284,8 @@ def _reported(inputs: CardInputs, facts: Mapping[str, Any]) -> dict[str, Any]:
         "fence": tables.fence(f"{command} {recipe}"),
         "circumstances": _bullets(_circumstances(inputs, facts)),
         "sizes": tables.sizes(inputs),
-        "compressed": "Error is ‖W − Ŵ‖ / ‖W‖ of the weights; on real inputs it is weighted by the calibration text's.",
+        "compressed": "Error is ‖W − Ŵ‖ / ‖W‖ of the weights; on real inputs it is weighted by the calibration text's."
+        + (f" {note}" if (note := note_on_errors(inputs.report.get("rounds"))) else ""),
         "group_table": tables.group_table(inputs),
         "chart": tables.chart(inputs),
         "dense": _bullets(_dense(inputs)),

@@ -48,6 +48,8 @@ def inspect(
 
 
 def _print_report(contents: FolderContents, report: dict[str, Any]) -> None:
+    from ..artifact.reading import note_on_errors
+
     totals, calibration = report["totals"], report["calibration"]
     revision = f" at {report['base']['revision']}" if report["base"]["revision"] else ""
     text = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none"
@@ -82,6 +84,8 @@ def _print_report(contents: FolderContents, report: dict[str, Any]) -> None:
     ]
     print_table(("group", "structure", "bytes", "ratio", "error", "on text"), rows)
     print_text("error: relative error of the weights; on text: weighted by the calibration inputs.")
+    if note := note_on_errors(report.get("rounds")):
+        print_text(note)
     print_dense([(item["name"], item["parameters"], item["reason"]) for item in report["dense"]])
 
 

@@ -23,6 +23,8 @@ def print_summary(out: Path, base: str, report: Report, written: int, whole: int
         whole: bytes of all files of the folder.
         seconds: that all of it took, loading and saving too.
     """
+    from ..artifact.reading import note_on_errors
+
     kinds: dict[str, list[GroupReport]] = {}
     for group in report.groups:
         kinds.setdefault(group.kind, []).append(group)
@@ -51,6 +53,8 @@ def print_summary(out: Path, base: str, report: Report, written: int, whole: int
         if on_text
         else "expected loss: relative squared change of these weights; no text was used"
     )
+    if note := note_on_errors(report.rounds):
+        print_text(note)
     if report.vocabulary:
         print_vocabulary(report.vocabulary)
     if report.search:
