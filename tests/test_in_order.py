@@ -208,7 +208,7 @@ def test_targets_are_half_way_to_the_best_matrix_in_least_squares(planned):
     state = model.state_dict()
     matrix = group.matrices[0]
     weight = matrix.dense(state, "")
-    change = Change(now.T @ now / 4096, (x - now).T @ now / 4096, r.T @ now / 4096)
+    change = Change(now.T @ now / 4096, (x - now).T @ now / 4096, r.T @ now / 4096, 16_000)
     found = matrix.dense(_targets([group], state, "", change), "")
     best = torch.linalg.lstsq(now, x @ weight.T + r).solution.T
     share = ((found - weight) * (best - weight)).sum() / (best - weight).square().sum()

@@ -55,11 +55,13 @@ class Change:
         moments: E[x' x'ᵀ] [columns, columns].
         inputs: E[(x - x') x'ᵀ] [columns, columns].
         residual: E[(r - r') x'ᵀ] [rows, columns] of what outputs are added to; None where that is nothing.
+        tokens: how many.
     """
 
     moments: Tensor
     inputs: Tensor
     residual: Tensor | None
+    tokens: int
 
     @property
     def finite(self) -> bool:
@@ -159,8 +161,9 @@ class Course:
             if r is not None and s is not None:
                 sums.add("residual", (r - s).T @ y)
             sums.count("tokens", len(y))
-        means = {name: total.div_(max(1, sums.numbers["tokens"])) for name, total in sums.tensors.items()}
-        return Change(means["moments"], means["inputs"], means.get("residual"))
+        tokens = int(sums.numbers["tokens"])
+        means = {name: total.div_(max(1, tokens)) for name, total in sums.tensors.items()}
+        return Change(means["moments"], means["inputs"], means.get("residual"), tokens)
 
     def _recorded(self, number: int) -> bool:
         """Record what layers are called with on a portion; return whether they can be run one by one."""

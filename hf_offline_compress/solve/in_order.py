@@ -22,9 +22,9 @@ from ..measure.in_order import Change, Course
 from ..measure.statistics import Statistics
 from ..plan.groups import Group, Plan
 
-# The share of a correction that is believed, since it is fitted to few tokens, and what is added to the diagonal of the moments
-# that it is solved with, in parts of its mean. Both were chosen on validation text; all of it without loses.
-BELIEVED, DAMPED = 0.5, 0.1
+# A correction is fitted to few tokens. So only this share of it is believed, and the moments that it is solved with have as
+# many tokens more that are all noise, of their mean variance. Both were chosen on validation text; all of it without loses.
+BELIEVED, NOISE_TOKENS = 0.5, 1_600
 # Kinds that are applied to relative positions, of which there may be as many as tokens in a portion.
 RELATIVE = ("position_query", "position_key")
 
@@ -90,7 +90,7 @@ def _may_be_solved_again(group: Group) -> bool:
 def _targets(groups: list[Group], state: Mapping[str, Tensor], prefix: str, change: Change) -> dict[str, Tensor]:
     """Return the weights that groups of one matrix would best have, by full name."""
     moments = change.moments.double()
-    moments.diagonal().add_(DAMPED * moments.diagonal().mean().clamp_min(1e-30))
+    moments.diagonal().add_(NOISE_TOKENS / max(1, change.tokens) * moments.diagonal().mean().clamp_min(1e-30))
     root = torch.linalg.cholesky(moments)
     found: dict[str, Tensor] = {}
     for matrix in (group.matrices[0] for group in groups):
