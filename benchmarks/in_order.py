@@ -44,8 +44,8 @@ def main() -> None:
             recipe = load_recipe(options.recipe).override(total_ratio=100 / size)
             for effort in options.efforts:
                 losses, seconds, known = [], [], EFFORTS[effort]
-                for in_order in (False, True):
-                    EFFORTS[effort] = replace(known, in_order=in_order)
+                for tokens in (0, known.in_order):
+                    EFFORTS[effort] = replace(known, in_order=tokens)
                     found, spent = compressed(subject, recipe, effort=effort)
                     seconds.append(spent)
                     losses.append(subject.judge(found)[0])

@@ -17,6 +17,7 @@ from hf_offline_compress.artifact.reading import FITTED
 from hf_offline_compress.artifact.report import GroupReport
 from hf_offline_compress.measure.divergence import exchanged
 from hf_offline_compress.measure.in_order import Change, Course, _added_to
+from hf_offline_compress.measure.passes import hidden_of
 from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import Batch
 from hf_offline_compress.request.objective import Objective
@@ -33,10 +34,14 @@ def batch_of(seed=0):
 
 
 @torch.no_grad()
-def inputs_at(model, module, batches):
-    """What goes into a module, run through the whole model: tokens of all batches."""
+def inputs_at(model, module, batches, goes_in=True):
+    """What goes into a module, or comes out of it, run through the whole model: tokens of all batches."""
     found = []
-    handle = model.base_model.get_submodule(module).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    module = model.base_model.get_submodule(module)
+    if goes_in:
+        handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    else:
+        handle = module.register_forward_hook(lambda _, args, output: found.append(hidden_of(output)))
     for batch in batches:
         model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     handle.remove()
@@ -73,19 +78,27 @@ def test_what_a_layer_sees_is_what_it_sees_in_the_whole_model(model_type, head, 
     done = list(outside)
     for index in range(course.depth):
         own = [pair for pair in changed.values() if pair[0].layer == index]
-        with course.through(index, []) as put:
-            places = course.places(index, [matrix for matrix, _ in own])
+        with course.through(index, [], [matrix for matrix, _ in own]) as (places, put):
             assert [place.inputs for place in places] == list(dict.fromkeys(m.inputs for m, _ in own))
             # Two outputs of a layer are added to what went in.
             assert sum(place.residual is not None for place in places) == sums
             for place in places:
-                module = next(m.module for m, _ in own if m.inputs == place.inputs)
+                matrix = next(m for m, _ in own if m.inputs == place.inputs)
                 change = course.change(index, place)
-                x = inputs_at(model, module, batches)
+                x = inputs_at(model, matrix.module, batches)
                 with exchanged(model, layout.prefix, done):
-                    y = inputs_at(model, module, batches)
+                    y = inputs_at(model, matrix.module, batches)
                 torch.testing.assert_close(change.moments, y.T @ y / len(y), rtol=1e-3, atol=1e-4)
-                torch.testing.assert_close(change.inputs, (x - y).T @ y / len(y), rtol=1e-3, atol=1e-4)
+                assert (change.outputs is None) == (place.residual is None) != (change.inputs is None)
+                if change.outputs is None:
+                    torch.testing.assert_close(change.inputs, (x - y).T @ y / len(y), rtol=1e-3, atol=1e-4)
+                else:
+                    at = f"{matrix.module.removesuffix(place.module)}{place.residual.path}".removesuffix(".")
+                    r = inputs_at(model, at, batches, place.residual.goes_in)
+                    with exchanged(model, layout.prefix, done):
+                        s = inputs_at(model, at, batches, place.residual.goes_in)
+                    lost = (x - y) @ matrix.dense(state, layout.prefix).T + r - s
+                    torch.testing.assert_close(change.outputs, lost.T @ y / len(y), rtol=1e-3, atol=1e-4)
                 more = [pair for pair in own if pair[0].inputs == place.inputs]
                 put(more)
                 done += more
@@ -99,25 +112,32 @@ def test_what_an_output_is_added_to():
     words = next(m for m in layout.matrices if m.kind == "word_embeddings")
     weight = words.dense(model.state_dict(), "") * 0.5
     course = Course(model, layout.matrices, batches, [(words, weight)], prefix="")
-    found = {}
-    # BERT's own name for it, in both forms of the model.
+    found, inputs = {}, {}
+    # BERT's own names of output and what it is added to, in both forms of the model.
     layer, own = "encoder.layer.0", [m for m in layout.matrices if m.layer == 0]
     for name in ("attention.output", "output"):
         module = model.get_submodule(f"{layer}.{name}")
-        handle = module.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(args))
+
+        def note(module, args, output, name=name):
+            found.setdefault(name, []).append((module.dense(args[0]), args[1]))
+
+        handle = module.register_forward_hook(note)
         inputs_at(model, f"{layer}.{name}", batches)
         with exchanged(model, "", [(words, weight)]):
-            inputs_at(model, f"{layer}.{name}", batches)
+            inputs[f"{name}.dense"] = inputs_at(model, f"{layer}.{name}", batches)
         handle.remove()
-    with course.through(0, []):
-        for place in course.places(0, own):
+    with course.through(0, [], own) as (places, _):
+        for place in places:
             name = place.module.removesuffix(".dense")
             if name not in found:
                 assert place.residual is None
                 continue
             kept = batches[0].attention_mask.bool()
-            (_, r), (y, s) = (tuple(tensor[kept] for tensor in args) for args in found[name])
-            torch.testing.assert_close(course.change(0, place).residual, (r - s).T @ y / len(y), rtol=1e-3, atol=1e-5)
+            (o, r), (p, s) = (tuple(tensor[kept] for tensor in args) for args in found[name])
+            y = inputs[place.module]
+            torch.testing.assert_close(
+                course.change(0, place).outputs, (o + r - p - s).T @ y / len(y), rtol=1e-3, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -126,15 +146,15 @@ def test_sums_are_found_as_narrow_dtypes_round_them(model_type, head, sums, dtyp
     model = make_model(model_type, head, layers=1).to(dtype)
     layout = layout_of_model(model)
     course = Course(model, layout.matrices, [batch_of()], [], prefix=layout.prefix)
-    with course.through(0, []):
-        places = course.places(0, [m for m in layout.matrices if m.layer == 0])
+    with course.through(0, [], [m for m in layout.matrices if m.layer == 0]) as (places, _):
+        pass
     assert sum(place.residual is not None for place in places) == sums
 
 
 def test_what_a_small_output_is_added_to_is_no_total():
     total, output = torch.ones(4, 8).bfloat16(), torch.full((4, 8), 1e-3).bfloat16()
     assert _added_to([("a", True, total)], output, [("b", True, total)]) is None
-    assert _added_to([("a", True, total)], output + 1, [("b", True, total + 1)]) == ("a", True)
+    assert _added_to([("a", True, total)], output + 1, [("b", True, total + 1)]) == (("a", True), ("b", True))
 
 
 def test_relative_positions_as_many_as_tokens_are_no_places():
@@ -208,19 +228,23 @@ def test_targets_are_half_way_to_the_best_matrix_in_least_squares(planned):
     state = model.state_dict()
     matrix = group.matrices[0]
     weight = matrix.dense(state, "")
-    change = Change(now.T @ now / 4096, (x - now).T @ now / 4096, r.T @ now / 4096, 16_000)
-    found = matrix.dense(_targets([group], state, "", change), "")
-    best = torch.linalg.lstsq(now, x @ weight.T + r).solution.T
-    share = ((found - weight) * (best - weight)).sum() / (best - weight).square().sum()
-    assert 0.43 < share < 0.5  # damped by a tenth
-    torch.testing.assert_close(found - weight, share * (best - weight), rtol=0.05, atol=0.01)
+    lost = ((x - now) @ weight.T + r).T @ now / 4096
+    for change, wanted in (
+        (Change(now.T @ now / 4096, 16_000, outputs=lost), x @ weight.T + r),
+        (Change(now.T @ now / 4096, 16_000, inputs=(x - now).T @ now / 4096), x @ weight.T),
+    ):
+        found = matrix.dense(_targets([group], state, "", change), "")
+        best = torch.linalg.lstsq(now, wanted).solution.T
+        share = ((found - weight) * (best - weight)).sum() / (best - weight).square().sum()
+        assert 0.43 < share < 0.5  # damped by a tenth
+        torch.testing.assert_close(found - weight, share * (best - weight), rtol=0.05, atol=0.01)
 
 
 def test_what_overflows_behind_compressed_layers_is_left_as_it_was(planned):
     class Overflown(Course):
         def change(self, index, place):
             found = super().change(index, place)
-            return replace(found, inputs=found.inputs * torch.nan)
+            return replace(found, moments=found.moments * torch.nan)
 
     model = make_model("bert", "BertModel", layers=1)
     layout = layout_of_model(model)

@@ -111,6 +111,8 @@ def test_what_is_judged_on_is_not_measured_on():
             for ids, mask in zip(b.input_ids, b.attention_mask, strict=True)
         ]
 
+    part = lines(make_batches(text, tokenizer, used=800, **options)[0])
+    assert 800 <= sum(map(len, part)) < 840 and set(part) <= set(lines(seen))
     windows = lines(make_batches(text, tokenizer, **options | {"wanted": 10**6, "apart": 0})[0])
     assert 500 <= sum(map(len, lines(apart))) < 540 and 2000 <= sum(map(len, lines(seen))) < 2040
     assert len(lines(seen)) + len(lines(apart)) < len(windows)

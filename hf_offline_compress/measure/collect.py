@@ -186,7 +186,8 @@ def course_of(
     assert texts is not None
     masked = objective_of(plan.architecture) == "masked"
     options = _text_options(model, plan, tokenizer, seed, batch_size)
-    batches, _ = make_batches(texts, tokenizer, masked=masked, **options)  # none of what is judged by
+    used = EFFORTS[plan.recipe.effort].in_order  # of the same draw: none of what is judged by
+    batches, _ = make_batches(texts, tokenizer, masked=masked, used=used, **options)
     return Course(model, plan.layout.matrices, batches, embeddings, prefix=plan.layout.prefix, processes=processes)
 
 

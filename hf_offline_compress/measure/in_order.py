@@ -1,20 +1,22 @@
 """What the layers of a model see once everything before them is compressed, beside what they see in the dense model.
 
-A `Course` takes a text through both forms of a model, one layer after the other, and stops at the inputs of each linear layer:
-there it measures how they differ. Between two layers there are only hidden states, which are kept.
+A `Course` takes a text through both forms of a model, one layer after the other. The dense layer runs once; the other one as
+far as the inputs of each linear layer, whose weights are not settled before, and there both are compared. Between two layers
+there are only hidden states, which are kept.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..architectures.layout import Matrix
 from ..foundation.processes import ALONE, Processes
@@ -29,6 +31,18 @@ SAME = 1e-4
 COMPARED = 256
 
 
+class Tap(NamedTuple):
+    """Where a tensor is seen.
+
+    Attributes:
+        path: of a module within the layer of the model; "" for the layer itself.
+        goes_in: whether it goes into the module, or comes out of it.
+    """
+
+    path: str
+    goes_in: bool
+
+
 @dataclass(frozen=True)
 class Place:
     """Inputs of linear layers, and what the outputs of these are added to.
@@ -36,38 +50,39 @@ class Place:
     Attributes:
         inputs: their name (`Matrix.inputs`).
         module: the first linear layer that they go into, by its path within the layer of the model.
-        residual: the module, by such a path, that what the output is added to goes into, or comes out of; "" for the layer
-            itself. None where nothing was found.
-        goes_in: which of both.
+        residual: where what the output is added to is seen. None where nothing was found.
+        total: where the sum of both is seen.
     """
 
     inputs: str
     module: str
-    residual: str | None
-    goes_in: bool
+    residual: Tap | None = None
+    total: Tap | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """How inputs x' behind compressed layers differ from those of the dense model, x; means over tokens.
+    """How what linear layers see behind compressed ones, x', differs from what they see in the dense model, x.
+
+    All are means over tokens. One of `inputs` and `outputs` is there.
 
     Attributes:
         moments: E[x' x'ᵀ] [columns, columns].
-        inputs: E[(x - x') x'ᵀ] [columns, columns].
-        residual: E[(r - r') x'ᵀ] [rows, columns] of what outputs are added to; None where that is nothing.
         tokens: how many.
+        inputs: E[(x - x') x'ᵀ] [columns, columns], where outputs are not added to anything.
+        outputs: E[(W x + r - W x' - r') x'ᵀ] [rows, columns], with the dense weight W, and r that outputs are added to.
     """
 
     moments: Tensor
-    inputs: Tensor
-    residual: Tensor | None
     tokens: int
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
 
     @property
     def finite(self) -> bool:
         """Whether all numbers are."""
-        known = (self.moments, self.inputs, *(() if self.residual is None else (self.residual,)))
-        return all(bool(tensor.isfinite().all()) for tensor in known)
+        known = (self.moments, self.inputs, self.outputs)
+        return all(bool(tensor.isfinite().all()) for tensor in known if tensor is not None)
 
 
 class Course:
@@ -105,6 +120,8 @@ class Course:
         self._calls: dict[int, list[Call]] = {}
         self._dense: dict[int, Tensor] = {}
         self._now: dict[int, Tensor] = {}
+        # Of the layer that is gone through, what the dense form has at each place: rows of tokens, by portion.
+        self._compared: dict[tuple[str, int], Tensor] = {}
         mine = range(processes.index, len(self._batches), processes.count)
         # A layer's copy with a forward pass of its own, which libraries put there, may run the layer that it is a copy of.
         replaced = any("forward" in vars(module) for layer in self._layers for module in layer.modules())
@@ -115,20 +132,25 @@ class Course:
             with exchanged(model, prefix, embeddings):
                 self._now = {number: self._entering(number) for number in mine}
 
-    @torch.no_grad()
-    def places(self, index: int, matrices: Sequence[Matrix]) -> list[Place]:
-        """Return the inputs of some matrices of a layer, in the order of the data, if they are places of the text."""
-        found = self._found(index, matrices) if self._processes.is_main else []  # which has the first portion
-        return self._processes.gather(found)[0]
-
     @contextmanager
-    def through(self, index: int, replaced: Replaced) -> Iterator[Callable[[Replaced], None]]:
-        """Go through a layer; within, `change` compares its inputs, and what is yielded compresses more of it.
+    def through(
+        self, index: int, replaced: Replaced, matrices: Sequence[Matrix]
+    ) -> Iterator[tuple[list[Place], Callable[[Replaced], None]]]:
+        """Go through a layer; within, `change` compares what it sees at a place.
 
         Args:
             index: of the layer, the one after that of the last time.
             replaced: its matrices, and the weights that stand for them.
+            matrices: some of these.
+
+        Yields:
+            The places of their inputs, in the order of the data, and what puts other weights into the compressed layer.
         """
+        with torch.no_grad():
+            found = self._found(index, matrices) if self._processes.is_main else []  # which has the first portion
+            places = self._processes.gather(found)[0]
+            for number in self._dense:
+                self._run_dense(index, number, places)
         self._form = copy.deepcopy(self._layers[index])
         at = f"{self._prefix}{self._names[index]}."
         state = {at + name: tensor for name, tensor in self._form.state_dict().items()}  # views: this is its memory
@@ -139,31 +161,30 @@ class Course:
                     matrix.dense(state, self._prefix).copy_(weight)
 
         put(replaced)
-        yield put
+        yield places, put
+        self._compared.clear()
         with torch.no_grad():
-            for hidden, form in ((self._dense, self._layers[index]), (self._now, self._form)):
-                for number, given in hidden.items():
-                    hidden[number] = self._run(form, index, number, given)
+            for number, given in self._now.items():
+                self._now[number] = self._run(self._form, index, number, given)
 
     @torch.no_grad()
     def change(self, index: int, place: Place) -> Change:
-        """Return how the inputs at a place of the layer that is gone through differ."""
+        """Return how both forms differ at a place of the layer that is gone through."""
         sums = Sums(self._processes)
+        dense = self._layers[index].get_submodule(place.module)
         for number, _ in sums.over(self._batches):
-            kept = self._masks[number]
-            dense = self._seen(self._layers[index], index, number, self._dense[number], place)
-            now = self._seen(self._form, index, number, self._now[number], place)
-            x, r = (_rows(tensor)[kept].float() if tensor is not None else None for tensor in dense)
-            y, s = (_rows(tensor)[kept].float() if tensor is not None else None for tensor in now)
-            assert x is not None and y is not None
-            sums.add_gram("moments", y)
-            sums.add("inputs", (x - y).T @ y)
-            if r is not None and s is not None:
-                sums.add("residual", (r - s).T @ y)
-            sums.count("tokens", len(y))
+            y, residual = self._seen(index, number, place)
+            x = y.float()
+            sums.add_gram("moments", x)
+            compared = self._compared[place.inputs, number]
+            if residual is None:
+                sums.add("inputs", (compared - x).T @ x)
+            else:
+                sums.add("outputs", (compared - dense(y).float() - residual.float()).T @ x)
+            sums.count("tokens", len(x))
         tokens = int(sums.numbers["tokens"])
         means = {name: total.div_(max(1, tokens)) for name, total in sums.tensors.items()}
-        return Change(means["moments"], means["inputs"], means.get("residual"), tokens)
+        return Change(tokens=tokens, **means)
 
     def _recorded(self, number: int) -> bool:
         """Record what layers are called with on a portion; return whether they can be run one by one."""
@@ -210,29 +231,30 @@ class Course:
     def _run(self, layer: nn.Module, index: int, number: int, hidden: Tensor) -> Tensor:
         return self._calls[number][index].run(layer, hidden)
 
-    def _seen(
-        self, layer: nn.Module, index: int, number: int, hidden: Tensor, place: Place
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what a form of a layer has at a place: inputs, and what outputs are added to; it is run no further."""
-        inputs: list[Tensor] = []
-        residual = [hidden] if place.residual == "" else []
+    def _run_dense(self, index: int, number: int, places: Sequence[Place]) -> None:
+        """Run the dense layer on a portion, and keep what it has at the places: totals, or inputs where there are none."""
+        layer, kept = self._layers[index], self._masks[number]
+        taps = [place.total or Tap(place.module, True) for place in places]
+        with _tapped(layer, taps) as seen:
+            self._dense[number] = self._run(layer, index, number, self._dense[number])
+        for place, tap in zip(places, taps, strict=True):
+            self._compared[place.inputs, number] = _rows(seen[tap])[kept].float()
+
+    def _seen(self, index: int, number: int, place: Place) -> tuple[Tensor, Tensor | None]:
+        """Return what the compressed layer has at a place: rows of inputs, and of what outputs are added to.
+
+        It is run no further.
+        """
+        kept, goal = self._masks[number], Tap(place.module, True)
 
         def reached(module: nn.Module, args: Any) -> None:
-            inputs.append(args[0])
             raise Reached
 
-        handles = [layer.get_submodule(place.module).register_forward_pre_hook(reached)]
-        if place.residual:
-            other = layer.get_submodule(place.residual)
-            if place.goes_in:
-                handles.append(other.register_forward_pre_hook(lambda module, args: residual.append(args[0])))
-            else:
-                handles.append(
-                    other.register_forward_hook(lambda module, args, output: residual.append(hidden_of(output)))
-                )
-        with removed(handles), suppress(Reached):
-            self._run(layer, index, number, hidden)
-        return inputs[0], residual[0] if residual else None
+        with _tapped(self._form, [goal, *([place.residual] if place.residual else [])]) as seen:
+            handle = self._form.get_submodule(place.module).register_forward_pre_hook(reached)
+            with removed([handle]), suppress(Reached):
+                self._run(self._form, index, number, self._now[number])
+        return _rows(seen[goal])[kept], _rows(seen[place.residual])[kept] if place.residual else None
 
     def _found(self, index: int, matrices: Sequence[Matrix]) -> list[Place]:
         """See `places`."""
@@ -261,21 +283,41 @@ class Course:
         for start, (path, goes_in, _) in enumerate(events):
             if goes_in and path in wanted and wanted[path] not in found:
                 end = next((i for i, event in enumerate(events) if i > start and event[:2] == (path, False)), None)
-                source = None if end is None else _added_to(events[:start], events[end][2], events[end + 1 :])
-                found[wanted[path]] = Place(wanted[path], path, *(source or (None, True)))
+                added = None if end is None else _added_to(events[:start], events[end][2], events[end + 1 :])
+                found[wanted[path]] = Place(wanted[path], path, *(added or ()))
         return list(found.values())
+
+
+@contextmanager
+def _tapped(layer: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
+    """Collect the tensors that are seen at taps while a layer runs; the first at each."""
+    seen: dict[Tap, Tensor] = {}
+
+    def hook(tap: Tap) -> RemovableHandle:
+        module = layer.get_submodule(tap.path)
+
+        def going_in(module: nn.Module, args: Any) -> None:
+            seen.setdefault(tap, args[0])
+
+        def coming_out(module: nn.Module, args: Any, output: Any) -> None:
+            seen.setdefault(tap, hidden_of(output))
+
+        return module.register_forward_pre_hook(going_in) if tap.goes_in else module.register_forward_hook(coming_out)
+
+    with removed([hook(tap) for tap in dict.fromkeys(taps)]):
+        yield seen
 
 
 def _added_to(
     before: Sequence[tuple[str, bool, Tensor]], output: Tensor, behind: Sequence[tuple[str, bool, Tensor]]
-) -> tuple[str, bool] | None:
-    """Return which of the tensors before an output it is added to, so that the sum is one of those behind it."""
+) -> tuple[Tap, Tap] | None:
+    """Return which of the tensors before an output it is added to, and which of those behind it is the sum."""
     same, output = max(SAME, torch.finfo(output.dtype).eps), output.float()
-    for (path, goes_in, one), (_, _, total) in product(before, behind):
+    for (path, goes_in, one), (later, into, total) in product(before, behind):
         if one.shape == output.shape == total.shape:
             off, of = (total.float() - output - one.float()).norm(), total.float().norm()
             if off <= same * of and 2 * off < output.norm():  # were `one` the total, it would be off by the output
-                return path, goes_in
+                return Tap(path, goes_in), Tap(later, into)
     return None
 
 

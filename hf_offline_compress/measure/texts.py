@@ -162,6 +162,7 @@ def make_batches(
     vocabulary: int | None = None,
     wanted: int = TOKENS,
     apart: int = 0,
+    used: int | None = None,
 ) -> tuple[list[Batch], CalibrationRecord]:
     """Return some tokens of the texts, in batches of texts of like length; long texts are cut into windows.
 
@@ -175,13 +176,14 @@ def make_batches(
         vocabulary: tokens that the model has; the tokenizer may have more, for padding.
         wanted: approximate number of tokens.
         apart: tokens that are held out for `batches_apart`.
+        used: approximate number of these tokens that are returned; by default all.
 
     Raises:
         CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
             it is needed, or the model lacks some of them.
     """
     drawn = _drawn(text, tokenizer, positions, seed, wanted)
-    chosen = _first(drawn[len(_apart(drawn, apart)) :], wanted)
+    chosen = _first(drawn[len(_apart(drawn, apart)) :], wanted if used is None else min(used, wanted))
     tokens = sum(len(window.ids) for window in chosen)
     # GPT-2 has one token for everything special, and none for the unknown.
     unknown_token = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
@@ -217,7 +219,7 @@ def batches_apart(
     wanted: int = TOKENS,
     apart: int = 0,
 ) -> list[Batch]:
-    """Return the tokens that `make_batches`, with the same arguments, leaves out: `apart`, or fewer of little text."""
+    """Return the tokens that `make_batches`, with the same arguments but `used`, leaves out: `apart`, or fewer of little text."""
     drawn = _drawn(text, tokenizer, positions, seed, wanted)
     padding = padding_of(tokenizer, vocabulary)
     return _batches(_apart(drawn, apart), tokenizer, masked, seed, batch_size or BATCH_SIZE, padding)

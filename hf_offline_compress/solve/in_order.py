@@ -61,8 +61,9 @@ def solve_in_order(
     with progress_bar(None, "coding in order", "group", progress, total=len(again)) as bar:
         for index in range(text.depth):
             here = [group for group in again if group.matrices[0].layer == index]
-            with text.through(index, [(m, weight) for m, weight in everything if m.layer == index]) as put:
-                for place in text.places(index, [group.matrices[0] for group in here]):
+            before = [(m, weight) for m, weight in everything if m.layer == index]
+            with text.through(index, before, [group.matrices[0] for group in here]) as (places, put):
+                for place in places:
                     own = [group for group in here if group.matrices[0].inputs == place.inputs]
                     change = text.change(index, place)
                     if not change.finite:  # a narrow dtype may overflow behind compressed layers
@@ -97,8 +98,10 @@ def _targets(groups: list[Group], state: Mapping[str, Tensor], prefix: str, chan
         name = f"{matrix.full_module(prefix)}.weight"
         found.setdefault(name, state[name].clone())
         into = matrix.dense(found, prefix)
-        lacking = into.double() @ change.inputs.double()
-        if change.residual is not None:
-            lacking += change.residual[matrix.start : matrix.start + matrix.rows]
+        if change.outputs is not None:
+            lacking = change.outputs[matrix.start : matrix.start + matrix.rows].double()
+        else:
+            assert change.inputs is not None
+            lacking = into.double() @ change.inputs.double()
         into += BELIEVED * torch.cholesky_solve(lacking.T, root).T
     return found

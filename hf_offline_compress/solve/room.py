@@ -29,7 +29,7 @@ def bytes_beside(plan: Plan, target: Path | None, *, resume: bool, by_layers: bo
     if resume:
         effort, again = EFFORTS[plan.recipe.effort], 0
         if plan.recipe.allocation == "by_gain":
-            again = effort.rounds + effort.in_order
+            again = effort.rounds + bool(effort.in_order)
         needed += (1 + again) * plan.stored_bytes
         if target is not None:
             needed -= sum(file.stat().st_size for file in place_of_unfinished(target).glob("*"))
