@@ -1,6 +1,7 @@
 """What it brings to code layers again in the order of the data: one recipe with and without, on the same text.
 
-usage: python benchmarks/in_order.py --data FOLDER [--mlm FOLDER] [--recipe tiny] [--sizes 6.25] [--efforts default best]
+usage: python benchmarks/in_order.py --data FOLDER [--mlm FOLDER] [--causal FOLDER] [--models mlm] [--recipe tiny] [--sizes 6.25]
+           [--efforts default best]
 
 The models, the texts and the loss are those of `seeds.py --prefer validation`. `change` is that of the mean loss, `+-` the
 standard error of the differences line by line, both in percent of the loss without; `seconds` are of the whole compression.
@@ -25,21 +26,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--mlm", type=Path)
-    parser.add_argument("--models", nargs="+", choices=("minilm", "mlm"), default=["minilm"])
+    parser.add_argument("--causal", type=Path)
+    parser.add_argument("--by-line", action="store_true", help="causal: every line by itself, not windows of all")
+    parser.add_argument("--models", nargs="+", choices=("minilm", "mlm", "causal"), default=["minilm"])
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--sizes", nargs="+", type=float, default=[6.25], help="percent of the float32 bytes")
     parser.add_argument("--efforts", nargs="+", choices=("default", "best"), default=["best"])
     parser.add_argument("--lines", type=int, default=400)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if "mlm" in options.models and not options.mlm:
-        parser.error("--models mlm needs --mlm FOLDER")
+    for name in ("mlm", "causal"):
+        if name in options.models and not getattr(options, name):
+            parser.error(f"--models {name} needs --{name} FOLDER")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for name in options.models:
         if name == "minilm":
             subject = judged_minilm(options.data, True, options.lines)
         else:
-            subject = judged_language_model(options.mlm, options.data, True, options.lines, True, False)
+            masked, by_line = name == "mlm", options.by_line
+            folder = options.mlm if masked else options.causal
+            subject = judged_language_model(folder, options.data, True, options.lines, masked, by_line)
         for size in options.sizes:
             recipe = load_recipe(options.recipe).override(total_ratio=100 / size)
             for effort in options.efforts:
