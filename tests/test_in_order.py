@@ -16,7 +16,7 @@ from hf_offline_compress.architectures.stock import layout_of_model
 from hf_offline_compress.artifact.reading import FITTED
 from hf_offline_compress.artifact.report import GroupReport
 from hf_offline_compress.measure.divergence import exchanged
-from hf_offline_compress.measure.in_order import Change, Course, _added_to
+from hf_offline_compress.measure.in_order import Change, Course, Tap, _added_to
 from hf_offline_compress.measure.passes import hidden_of
 from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import Batch
@@ -153,8 +153,9 @@ def test_sums_are_found_as_narrow_dtypes_round_them(model_type, head, sums, dtyp
 
 def test_what_a_small_output_is_added_to_is_no_total():
     total, output = torch.ones(4, 8).bfloat16(), torch.full((4, 8), 1e-3).bfloat16()
-    assert _added_to([("a", True, total)], output, [("b", True, total)]) is None
-    assert _added_to([("a", True, total)], output + 1, [("b", True, total + 1)]) == (("a", True), ("b", True))
+    one, other = Tap("a", True), Tap("b", True)
+    assert _added_to([(one, total)], output, [(other, total)]) is None
+    assert _added_to([(one, total)], output + 1, [(other, total + 1)]) == (one, other)
 
 
 def test_relative_positions_as_many_as_tokens_are_no_places():

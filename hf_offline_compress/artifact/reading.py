@@ -138,7 +138,9 @@ def _report(folder: Path) -> dict[str, Any] | None:
 def note_on_errors(rounds: Sequence[Mapping[str, float | None]] | None) -> str:
     """Return what must be said of errors where the `rounds` of a report have kept layers coded in order; else nothing."""
     told = [(step.get("measured"), step.get("in_order")) for step in rounds or ()]
-    return FITTED if any(after is not None and (before is None or after < before) for before, after in told) else ""
+    # As it was decided when they were coded: NaN, which narrow dtypes may give, is worse than any number.
+    kept = any(after is not None and not (before is not None and after >= before) for before, after in told)
+    return FITTED if kept else ""
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

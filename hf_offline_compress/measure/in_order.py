@@ -235,89 +235,93 @@ class Course:
         """Run the dense layer on a portion, and keep what it has at the places: totals, or inputs where there are none."""
         layer, kept = self._layers[index], self._masks[number]
         taps = [place.total or Tap(place.module, True) for place in places]
-        with _tapped(layer, taps) as seen:
+        with _tapped(layer, taps, kept) as seen:
             self._dense[number] = self._run(layer, index, number, self._dense[number])
         for place, tap in zip(places, taps, strict=True):
-            self._compared[place.inputs, number] = _rows(seen[tap])[kept].float()
+            self._compared[place.inputs, number] = seen[tap].float()
 
     def _seen(self, index: int, number: int, place: Place) -> tuple[Tensor, Tensor | None]:
         """Return what the compressed layer has at a place: rows of inputs, and of what outputs are added to.
 
         It is run no further.
         """
-        kept, goal = self._masks[number], Tap(place.module, True)
-
-        def reached(module: nn.Module, args: Any) -> None:
-            raise Reached
-
-        with _tapped(self._form, [goal, *([place.residual] if place.residual else [])]) as seen:
-            handle = self._form.get_submodule(place.module).register_forward_pre_hook(reached)
-            with removed([handle]), suppress(Reached):
-                self._run(self._form, index, number, self._now[number])
-        return _rows(seen[goal])[kept], _rows(seen[place.residual])[kept] if place.residual else None
+        goal = Tap(place.module, True)
+        taps = [goal] if place.residual is None else [place.residual, goal]
+        with _tapped(self._form, taps, self._masks[number], last=goal) as seen, suppress(Reached):
+            self._run(self._form, index, number, self._now[number])
+        return seen[goal], None if place.residual is None else seen[place.residual]
 
     def _found(self, index: int, matrices: Sequence[Matrix]) -> list[Place]:
-        """See `places`."""
+        """Return the places of the inputs of some matrices of a layer, in the order of the data, by the first portion."""
         layer, hidden, tokens = self._layers[index], self._dense[0], len(self._masks[0])
-        # What goes into modules and comes out of them, in this order, by path.
-        events: list[tuple[str, bool, Tensor]] = [("", True, hidden)]
+        # What goes into modules and comes out of them, in this order.
+        events: list[tuple[Tap, Tensor]] = [(Tap("", True), _rows(hidden)[:COMPARED].clone())]
 
-        def note(path: str, goes_in: bool, tensor: Any) -> None:
+        def note(tap: Tap, tensor: Any) -> None:
             if isinstance(tensor, Tensor) and tensor.dim() > 1 and _rows(tensor).shape[0] == tokens:
-                events.append((path, goes_in, _rows(tensor)[:COMPARED].clone()))
+                events.append((tap, _rows(tensor)[:COMPARED].clone()))
 
         handles = []
         for path, module in layer.named_modules():
             if path:
-                into: Any = lambda _, args, path=path: note(path, True, args[0] if args else None)  # noqa: E731
-                out: Any = lambda _, args, output, path=path: note(path, False, hidden_of(output))  # noqa: E731
+                into: Any = lambda _, args, path=path: note(Tap(path, True), args[0] if args else None)  # noqa: E731
+                out: Any = lambda _, args, output, path=path: note(Tap(path, False), hidden_of(output))  # noqa: E731
                 handles += [module.register_forward_pre_hook(into), module.register_forward_hook(out)]
         with removed(handles):
-            note("", False, self._run(layer, index, 0, hidden))
-        events[0] = ("", True, _rows(hidden)[:COMPARED])
+            note(Tap("", False), self._run(layer, index, 0, hidden))
         own = len(self._names[index]) + 1
         wanted: dict[str, str] = {}
         for matrix in matrices:
             wanted.setdefault(matrix.module[own:], matrix.inputs)
         found: dict[str, Place] = {}
-        for start, (path, goes_in, _) in enumerate(events):
+        for start, ((path, goes_in), _) in enumerate(events):
             if goes_in and path in wanted and wanted[path] not in found:
-                end = next((i for i, event in enumerate(events) if i > start and event[:2] == (path, False)), None)
-                added = None if end is None else _added_to(events[:start], events[end][2], events[end + 1 :])
+                end = next((i for i, (tap, _) in enumerate(events) if i > start and tap == (path, False)), None)
+                added = None if end is None else _added_to(events[:start], events[end][1], events[end + 1 :])
                 found[wanted[path]] = Place(wanted[path], path, *(added or ()))
         return list(found.values())
 
 
 @contextmanager
-def _tapped(layer: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
-    """Collect the tensors that are seen at taps while a layer runs; the first at each."""
+def _tapped(
+    layer: nn.Module, taps: Iterable[Tap], kept: Tensor, last: Tap | None = None
+) -> Iterator[dict[Tap, Tensor]]:
+    """Copy rows of what is seen at taps while a layer runs, where it is seen first; what is seen may change later.
+
+    Args:
+        layer: to be run.
+        taps: of it.
+        kept: which rows, bool [tokens].
+        last: the tap at which the run ends by `Reached`.
+    """
     seen: dict[Tap, Tensor] = {}
+
+    def note(tap: Tap, tensor: Tensor) -> None:
+        if tap not in seen:
+            seen[tap] = _rows(tensor)[kept]
+        if tap == last:
+            raise Reached
 
     def hook(tap: Tap) -> RemovableHandle:
         module = layer.get_submodule(tap.path)
-
-        def going_in(module: nn.Module, args: Any) -> None:
-            seen.setdefault(tap, args[0])
-
-        def coming_out(module: nn.Module, args: Any, output: Any) -> None:
-            seen.setdefault(tap, hidden_of(output))
-
-        return module.register_forward_pre_hook(going_in) if tap.goes_in else module.register_forward_hook(coming_out)
+        if tap.goes_in:
+            return module.register_forward_pre_hook(lambda _, args: note(tap, args[0]))
+        return module.register_forward_hook(lambda _, args, output: note(tap, hidden_of(output)))
 
     with removed([hook(tap) for tap in dict.fromkeys(taps)]):
         yield seen
 
 
 def _added_to(
-    before: Sequence[tuple[str, bool, Tensor]], output: Tensor, behind: Sequence[tuple[str, bool, Tensor]]
+    before: Sequence[tuple[Tap, Tensor]], output: Tensor, behind: Sequence[tuple[Tap, Tensor]]
 ) -> tuple[Tap, Tap] | None:
     """Return which of the tensors before an output it is added to, and which of those behind it is the sum."""
     same, output = max(SAME, torch.finfo(output.dtype).eps), output.float()
-    for (path, goes_in, one), (later, into, total) in product(before, behind):
+    for (source, one), (sum_of_both, total) in product(before, behind):
         if one.shape == output.shape == total.shape:
             off, of = (total.float() - output - one.float()).norm(), total.float().norm()
             if off <= same * of and 2 * off < output.norm():  # were `one` the total, it would be off by the output
-                return Tap(path, goes_in), Tap(later, into)
+                return source, sum_of_both
     return None
 
 
