@@ -144,7 +144,8 @@ class Held:
         if self.on_gpu:
             peak, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
         else:
-            peak, now = peak_memory(), resident_memory()
+            now = resident_memory()
+            peak = peak_memory()  # read last: asking takes memory itself
         return {"peak": max(0, peak - self.before), "now": max(0, now - self.before)}
 
     def _class(self, transformers: Any) -> Any:
