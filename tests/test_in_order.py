@@ -17,7 +17,7 @@ from hf_offline_compress.artifact.reading import FITTED
 from hf_offline_compress.artifact.report import GroupReport
 from hf_offline_compress.measure.divergence import exchanged
 from hf_offline_compress.measure.in_order import Change, Course, Tap, _added_to
-from hf_offline_compress.measure.passes import hidden_of
+from hf_offline_compress.measure.passes import hidden_of, removed
 from hf_offline_compress.measure.statistics import Statistics
 from hf_offline_compress.measure.texts import Batch
 from hf_offline_compress.request.objective import Objective
@@ -239,6 +239,42 @@ def test_targets_are_half_way_to_the_best_matrix_in_least_squares(planned):
         share = ((found - weight) * (best - weight)).sum() / (best - weight).square().sum()
         assert 0.43 < share < 0.5  # damped by a tenth
         torch.testing.assert_close(found - weight, share * (best - weight), rtol=0.05, atol=0.01)
+
+
+def test_parts_of_a_fused_layer_have_their_own_rows_of_its_outputs():
+    model = make_model("gpt2", "GPT2Model", layers=1)
+    recipe = Recipe("x", (Rule(LowRank(), Objective(l2=1.0, calibrated=True), ratio=2.0),), modules=("key",))
+    (group,) = make_plan(model.config.to_dict(), recipe, architecture="GPT2Model").groups
+    matrix, state = group.matrices[0], model.state_dict()
+    assert matrix.start > 0
+    outputs = torch.zeros(3 * matrix.rows, matrix.columns)
+    outputs[matrix.start : matrix.start + matrix.rows] = 1.0
+    change = Change(torch.eye(matrix.columns), 1_600, outputs=outputs)
+    found = matrix.dense(_targets([group], state, "", change), "")
+    # Half of 1 in moments of one, and as much again of noise.
+    torch.testing.assert_close(found - matrix.dense(state, ""), torch.full_like(found, 0.25))
+
+
+def test_layers_run_no_further_than_they_are_looked_at():
+    """The dense one once, the compressed one to each place, and the dense output beside what it is added to."""
+    model = make_model("bert", "BertModel", layers=1)
+    layout = layout_of_model(model)
+    course = Course(model, layout.matrices, [batch_of()], [], prefix="")
+    run = []
+
+    def finished(module, args, output):
+        run.append(isinstance(module, torch.nn.Linear))
+
+    found = []
+    hooks = [torch.nn.modules.module.register_module_forward_hook(finished)]
+    own = [m for m in layout.matrices if m.layer == 0]
+    with removed(hooks), course.through(0, [], own) as (places, _):
+        for place in places:
+            run.clear()
+            course.change(0, place)
+            found.append(sum(run))
+        run.clear()
+    assert found == [0, 3 + 1, 4, 5 + 1] and sum(run) == 6  # at the end, the compressed layer once
 
 
 def test_what_overflows_behind_compressed_layers_is_left_as_it_was(planned):
