@@ -6,15 +6,16 @@ usage: python benchmarks/alternatives.py --data FOLDER [--base FOLDER] [--recipe
 The base is all-MiniLM-L6-v2 from the package of the extra demo, or a folder of a BERT with mean pooling; --data holds
 stsb-en-dev.csv. Alternatives: bfloat16; ONNX Runtime in float32, int8 by quantize_dynamic, and 4 bits by its weight-only
 quantizer (linear layers alone, and embeddings too, a scale for 32 weights); OpenVINO with int8 and 4-bit weights by NNCF,
-everything compressed (packages openvino and nncf); Model2Vec, which keeps one vector a token (package model2vec with
-skeletoken). What is not installed is left out, and said. Ours are compressed by presets with the bundled text, and run by
-torch (decoded once, and with int8 kernels) and as an ONNX file.
+everything compressed (packages openvino and nncf); GGUF files, run by the llama.cpp in the package gpt4all, with linear
+layers and word embeddings in 8 and 4 bits (packages gguf and gpt4all); Model2Vec, which keeps one vector a token (package
+model2vec with skeletoken). What is not installed is left out, and said. Ours are compressed by presets with the bundled
+text, and run by torch (decoded once, and with int8 kernels) and as an ONNX file.
 
 Each runs in a process of its own. Spearman's correlation (x 100) is that of cosines on STS-B dev, agreement the mean cosine
 with the float32 model's embeddings. Memory is that of the process after the sentences were embedded: all of it, libraries
 included, and what it has grown by since its libraries were imported. Milliseconds are those of one sentence at a time,
-without tokenizing, of 64 sentences; all take turns, in another order each time, and a ratio is the median of the ratios
-to float32 in torch in each turn, so that a load on the machine falls on all alike.
+without tokenizing (llama.cpp and Model2Vec: with it), of 64 sentences; all take turns, in another order each time, and a
+ratio is the median of the ratios to float32 in torch in each turn, so that a load on the machine falls on all alike.
 """
 
 from __future__ import annotations
@@ -136,6 +137,18 @@ def openvino(mode: str, **options: Any) -> Callable[[Path, Path, Path], None]:
     return make
 
 
+def gguf(quantization: str) -> Callable[[Path, Path, Path], None]:
+    """Return what writes a GGUF file."""
+
+    def make(base: Path, folder: Path, scratch: Path) -> None:
+        from gguf_file import write_gguf
+
+        del scratch
+        write_gguf(base, folder / "model.gguf", quantization)
+
+    return make
+
+
 def model2vec(base: Path, folder: Path, scratch: Path) -> None:
     """Distil static embeddings of 256 dimensions in half precision, as Model2Vec does by default."""
     from model2vec.distill import distill_from_model
@@ -182,6 +195,8 @@ def alternatives(recipes: list[str], effort: str | None) -> list[Alternative]:
         Alternative("4 bits, ONNX Runtime", onnx_4_bits("MatMul", "Gather"), "onnx"),
         Alternative("int8 weights, OpenVINO", openvino("INT8_ASYM"), "openvino"),
         Alternative("4-bit weights, OpenVINO", openvino("INT4_ASYM", group_size=64, all_layers=True), "openvino"),
+        Alternative("Q8_0 GGUF, llama.cpp", gguf("Q8_0"), "llama_cpp"),
+        Alternative("Q4_0 GGUF, llama.cpp", gguf("Q4_0"), "llama_cpp"),
         Alternative("Model2Vec", model2vec, "model2vec"),
     ]
     for recipe in recipes:
@@ -255,6 +270,18 @@ def in_openvino(threads: int) -> Callable[[Path], Encoder]:
     return load
 
 
+def in_llama_cpp(threads: int) -> Callable[[Path], Any]:
+    """Import llama.cpp, and return what loads a folder; it takes texts."""
+    from gpt4all import Embed4All
+
+    def load(folder: Path) -> Any:
+        given = {"model_path": folder, "allow_download": False, "device": "cpu", "n_threads": threads}
+        encoder = Embed4All("model.gguf", **given)
+        return lambda texts: np.asarray(encoder.embed(texts, prefix="", long_text_mode="truncate"))
+
+    return load
+
+
 def in_model2vec(threads: int) -> Callable[[Path], Any]:
     """Import Model2Vec, and return what loads a folder; it takes texts."""
     from model2vec import StaticModel
@@ -270,8 +297,10 @@ RUNTIMES: dict[str, Callable[[int], Callable[[Path], Any]]] = {
     "torch_int8": in_torch(decoding="int8"),
     "onnx": in_onnx_runtime,
     "openvino": in_openvino,
+    "llama_cpp": in_llama_cpp,
     "model2vec": in_model2vec,
 }
+TAKE_TEXTS = ("llama_cpp", "model2vec")
 
 
 def worker(runtime: str, folder: Path, tokenizer_file: Path, threads: int, cpu_time: bool) -> None:
@@ -287,7 +316,7 @@ def worker(runtime: str, folder: Path, tokenizer_file: Path, threads: int, cpu_t
     clock = time.process_time if cpu_time else time.perf_counter
 
     def embed(text: str) -> Any:
-        if runtime == "model2vec":
+        if runtime in TAKE_TEXTS:
             return encode([text])[0]
         return encode(feeds(text))[0].mean(axis=0)
 
@@ -302,7 +331,7 @@ def worker(runtime: str, folder: Path, tokenizer_file: Path, threads: int, cpu_t
             now = resident_memory()
             said: Any = {"resident": now / 1e6, "grown": (now - before) / 1e6}
         else:
-            inputs = [[text] if runtime == "model2vec" else feeds(text) for text in asked["texts"]]
+            inputs = [[text] if runtime in TAKE_TEXTS else feeds(text) for text in asked["texts"]]
             started = clock()
             for each in inputs:
                 encode(each)
@@ -365,7 +394,7 @@ def made(alternative: Alternative, base: Path, work: Path) -> Path | None:
 def size(folder: Path) -> tuple[float, float]:
     """Return megabytes of the weights, and of the whole folder."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    weights = [file for file in files if file.suffix in (".safetensors", ".onnx", ".bin", ".xml")]
+    weights = [file for file in files if file.suffix in (".safetensors", ".onnx", ".bin", ".xml", ".gguf")]
     return sum(file.stat().st_size for file in weights) / 1e6, sum(file.stat().st_size for file in files) / 1e6
 
 
