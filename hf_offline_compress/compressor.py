@@ -57,13 +57,13 @@ from .plan.make import make_plan
 from .request.options import CompressionOptions
 from .request.reading import load_recipe
 from .request.recipe import DEFAULT_RECIPE, STORAGES, Recipe
+from .solve.disk_space import bytes_beside
 from .solve.groups import solve_groups, tell_of_slow_search
 from .solve.in_order import solve_in_order
 from .solve.judge import check_judged, perplexity_judge
 from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
-from .solve.room import bytes_beside
 from .vocabulary import PrunedVocabulary, prune_vocabulary, vocabulary_text
 
 if TYPE_CHECKING:
@@ -450,7 +450,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
 
 
 def _check_disk(plan: Plan, options: CompressionOptions) -> None:
-    """Raise CompressionError where the disk lacks room for the result, or for what is kept until it is saved."""
+    """Raise CompressionError where the disk lacks space for the result, or for what is kept until it is saved."""
     target = None if options.target is None else Path(options.target)
     by_layers = options.max_memory is not None
     beside = bytes_beside(plan, target, resume=options.resume, by_layers=by_layers)

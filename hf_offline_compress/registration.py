@@ -20,7 +20,7 @@ from typing import Any
 from .runtime.architectures_compressed import ARCHITECTURES, MODEL_TYPES, TYPE_PREFIX
 
 SUPPORTED_TRANSFORMERS = ((5, 20), (6, 0))
-# Verifies and publishes a model; set by the package, whose upper rooms are none of this one's business.
+# Verifies and publishes a model; set by the package, since this layer may not import those above it.
 publish: Any = None
 _TABLE = "transformers.models.auto.configuration_auto"
 

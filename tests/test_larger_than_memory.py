@@ -16,8 +16,8 @@ from hf_offline_compress.foundation.processes import Processes
 from hf_offline_compress.foundation.spilled import Spilled
 from hf_offline_compress.measure.passes import LayerPasses, Passes, Run
 from hf_offline_compress.request.effort import EFFORTS
+from hf_offline_compress.solve.disk_space import _statistics, bytes_beside
 from hf_offline_compress.solve.limit import check_alone, tell_peak
-from hf_offline_compress.solve.room import _statistics, bytes_beside
 
 # What every statistic is for: moments at inputs and outputs, and counts of tokens.
 MIXED = """

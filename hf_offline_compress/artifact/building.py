@@ -105,7 +105,7 @@ def weights_among(groups: Iterable[Group], tensors: Mapping[str, Tensor], prefix
 
 
 def _decoded(layer: Any) -> Tensor:
-    """Return a layer's weight; a large one is decoded in blocks of rows, since decoding takes several times as much room."""
+    """Return a layer's weight; a large one is decoded in blocks of rows, since decoding takes several times as much memory."""
     if not hasattr(layer, "row_blocks"):
         weight: Tensor = layer.dense_weight()
         return weight

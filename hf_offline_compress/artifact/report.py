@@ -17,7 +17,7 @@ from ..plan.groups import Dense, Group, Plan
 from ..request.recipe import STORAGES
 from ..solvers import Problem
 
-# Numbers of a weight that are compared at a time; an embedding is large, and comparing takes several times as much room.
+# Numbers of a weight that are compared at a time; an embedding is large, and comparing takes several times as much memory.
 NUMBERS_AT_ONCE = 2**21
 VERSIONED = ("hf-offline-compress", "transformers", "torch", "huggingface_hub", "safetensors", "tokenizers")
 # Numba compiles the search for codes; sums are rounded otherwise without it.

@@ -1,1 +1,1 @@
-"""What every room may use, and what knows nothing of models: files, progress, arguments, parsing, processes."""
+"""What every layer may use, and what knows nothing of models: files, progress, arguments, parsing, processes."""

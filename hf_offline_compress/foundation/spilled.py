@@ -48,7 +48,7 @@ class Spilled(MutableMapping[Any, Tensor]):
         self._held: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
     def mark(self) -> dict[Hashable, Place]:
-        """Return where everything lies, which is on the disk then; the room of what was removed may be used again.
+        """Return where everything lies, which is on the disk then; the space of what was removed may be used again.
 
         Whoever means to go on with it keeps it before anything else is written.
         """
@@ -61,7 +61,7 @@ class Spilled(MutableMapping[Any, Tensor]):
         return dict(self._places)
 
     def clear(self) -> None:
-        """Remove all tensors, marked ones too, and give their room back to the disk."""
+        """Remove all tensors, marked ones too, and free their disk space."""
         for known in (self._places, self._held, self._removed, self._free):
             known.clear()
         self._file.truncate(0)

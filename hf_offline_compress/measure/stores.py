@@ -62,5 +62,5 @@ class Stores:
             self._run.put(MEASURING, self._reached)
 
     def close(self, name: str) -> None:
-        """Give back the room of a store that nobody needs any more."""
+        """Delete a store that is no longer needed."""
         self._open.pop(name).clear()

@@ -26,7 +26,7 @@ from ..foundation.processes import ALONE, Processes
 from ..measure.texts import cut, padding_of
 from ..runtime.architectures_compressed import architecture_of
 
-# A batch is cut so that its logits take no more room than this, as long as it has more than one sequence.
+# A batch is cut so that its logits take no more memory than this, as long as it has more than one sequence.
 LOGITS_BYTES = 128 * 2**20
 PLACES_AT_ONCE = 128
 # What is tokenized at once: lines, and characters of a text.

@@ -70,7 +70,7 @@ def solve_groups(
     Raises:
         CompressionError: what a solver gave is not finite, or not held by the model's own dtype.
     """
-    # Embeddings, which need the most room, come last: by then the moments of all layers have been dropped.
+    # Embeddings, which need the most memory, come last: by then the moments of all layers have been dropped.
     order = sorted(enumerate(plan.groups), key=lambda item: item[1].matrices[0].embedding)
     batches = _batches(order)
     solvers = shared_out(

@@ -13,7 +13,7 @@ from ..structures.quantized import MAX_BITS
 from .base import Factors, Problem
 from .feedback import DAMPING, feed_back, inverse_roots, metric_of, row_importance, undetermined
 
-# Of a matrix so much is rounded, and packed, at a time, since both take several times as much room.
+# Of a matrix so much is rounded, and packed, at a time, since both take several times as much memory.
 COLUMNS_ROUNDED, ROWS_PACKED = 64, 4096
 # Of what a group spans: the values may span so much less.
 SHRINK = [1 - 0.03 * i for i in range(21)]

@@ -1,4 +1,4 @@
-"""The rooms of the package: what each may import, in the order in which the data flows, without circles."""
+"""The layers of the package: what each may import, in the order in which the data flows, without cycles."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import hf_offline_compress
 
 PACKAGE = Path(hf_offline_compress.__file__).parent
-# From the bottom up: a module imports from its own room and from those before it. Root modules are rooms of one.
-ROOMS = (
+# From the bottom up: a module imports from its own layer and from those before it. A root module is a layer by itself.
+LAYERS = (
     ("errors", "version"),
     ("runtime",),
     ("foundation",),
@@ -37,7 +37,7 @@ ROOMS = (
     ("cli",),
     ("__main__",),
 )
-FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+FLOOR = {layer: floor for floor, layers in enumerate(LAYERS) for layer in layers}
 
 
 def modules():
@@ -49,7 +49,7 @@ def modules():
 MODULES = dict(modules())
 
 
-def room_of(module):
+def layer_of(module):
     return module.partition(".")[0]
 
 
@@ -69,18 +69,18 @@ def imports_of(module):
                 yield inner if inner in MODULES else ".".join(base)
 
 
-def test_every_module_has_a_room():
-    assert {room_of(module) for module in MODULES} == set(FLOOR)
+def test_every_module_has_a_layer():
+    assert {layer_of(module) for module in MODULES} == set(FLOOR)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    own = FLOOR[room_of(module)]
-    above = [name for name in imports_of(module) if room_of(name) != room_of(module) and FLOOR[room_of(name)] >= own]
+    own = FLOOR[layer_of(module)]
+    above = [name for name in imports_of(module) if layer_of(name) != layer_of(module) and FLOOR[layer_of(name)] >= own]
     assert not above, f"{module} imports {above}, which {'are' if len(above) > 1 else 'is'} not below it"
 
 
-def test_no_circles_within_rooms():
+def test_no_cycles():
     graph = {module: {name for name in imports_of(module) if name != module} for module in MODULES}
     done, path = set(), []
 
@@ -99,6 +99,6 @@ def test_no_circles_within_rooms():
 
 
 def test_the_runtime_is_alone():
-    assert not {name for module in MODULES if room_of(module) == "runtime" for name in imports_of(module)} - {
-        name for name in MODULES if room_of(name) == "runtime"
+    assert not {name for module in MODULES if layer_of(module) == "runtime" for name in imports_of(module)} - {
+        name for name in MODULES if layer_of(name) == "runtime"
     }

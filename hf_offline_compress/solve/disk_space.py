@@ -1,4 +1,4 @@
-"""How much room on the disk a run takes beside its result: what it keeps to be resumed, and what does not stay in memory."""
+"""How much disk space a run takes beside its result: what it keeps to be resumed, and what does not stay in memory."""
 
 from __future__ import annotations
 
