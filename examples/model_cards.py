@@ -76,7 +76,7 @@ RUNS = (
     Run(
         "chat-small",
         "chat",
-        ("--recipe", "small", "--effort", "fast"),
+        ("--recipe", "small"),
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         onnx=True,
     ),
