@@ -1,4 +1,4 @@
-"""What a model gives on fixed small inputs: recorded when a folder is saved, compared wherever it is loaded again.
+"""A model's outputs on fixed small inputs: recorded when a folder is saved, compared wherever it is loaded again.
 
 This file is also a program, `python probe.py FOLDER OUT {with,without}`, which loads a folder in a clean process, with
 the package or without it, and writes what it found as JSON. So it imports nothing of the package.

@@ -1,4 +1,4 @@
-"""What was kept, and at what cost: the one record that folder, card and command line use."""
+"""The report of a compression, sizes and errors, as folder, card and command line use it."""
 
 from __future__ import annotations
 

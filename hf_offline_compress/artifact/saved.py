@@ -1,4 +1,4 @@
-"""What was just saved is loaded again, in this process, and must say what the model in memory says."""
+"""A saved folder is loaded again in this process, and must give the outputs of the model in memory."""
 
 from __future__ import annotations
 

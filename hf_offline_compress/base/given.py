@@ -1,4 +1,4 @@
-"""A base or a tokenizer that is passed in Python: for what is no model, what to pass instead is said."""
+"""A base or a tokenizer passed in Python: errors name what to pass instead of anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a base say of the texts that it reads: in which languages, and after which prompts."""
+"""Languages and prompts of a base's texts, as its files name them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user could do to a base instead, in a line or two: bfloat16, and int8 by torch's dynamic quantization."""
+"""Simple alternatives to compressing a base: bfloat16, and int8 by torch's dynamic quantization."""
 
 from __future__ import annotations
 

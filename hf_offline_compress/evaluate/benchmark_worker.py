@@ -1,4 +1,4 @@
-"""A process that holds one model and does as it is told, so that the memory of one is not mixed with another's.
+"""A process that holds one model, so that the memory of one is not mixed with another's.
 
 It reads a JSON object a line and answers each by one. The first says what to hold, see `Held`; then come
 ``{"do": "load"}``, ``{"do": "forward", "batch": 1, "length": 128}``, ``{"do": "memory"}`` and

@@ -1,4 +1,4 @@
-"""Speed, memory and bytes of a compressed folder beside its base and what a user could do to the base instead.
+"""Speed, memory and bytes of a compressed folder beside its base and simple alternatives.
 
 Every model has a fresh process of its own, for the sake of its memory. All of them stay, and answer one after the other,
 round after round: whatever slows the machine down for a while slows all of them.

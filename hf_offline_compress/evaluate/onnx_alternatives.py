@@ -1,4 +1,4 @@
-"""What a user could do to a base with ONNX: its graph in float32, and in int8 by ONNX Runtime's own quantization."""
+"""Simple alternatives in ONNX: a base's graph in float32, and in int8 by ONNX Runtime's own quantization."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class OnnxModel(torch.nn.Module):
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         if "input_ids" not in self.inputs:
-            raise CompressionError(f"'{file.name}' takes no input_ids, so it is no file of a text model.")
+            raise CompressionError(f"'{file.name}' takes no input_ids, so it is not a text model.")
 
     @property
     def has_hidden_states(self) -> bool:

@@ -1,1 +1,1 @@
-"""What other tools load, made from a compressed folder."""
+"""Export of a compressed folder to formats that other tools load."""

@@ -1,4 +1,4 @@
-"""What an unfinished run has worked out, kept in a folder beside its target, so that it can go on after any cut.
+"""Results of an unfinished run, kept in a folder beside its target, so that it can be resumed after any interruption.
 
 `OUT.partial` holds `run.json`, which says what all that is kept depends on, and a file for each result. A file appears
 whole or not at all, and what is read from it is tensors and plain values: nothing in it is executed. Tensors that are too

@@ -1,4 +1,4 @@
-"""What was measured on text, and sums of outer products."""
+"""Statistics of calibration text, and sums of outer products."""
 
 from __future__ import annotations
 

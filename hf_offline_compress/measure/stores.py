@@ -1,4 +1,4 @@
-"""What passes through the layers of a model leave in files, and how far they have come: kept, where a run may be cut."""
+"""Files that passes through a model's layers write, and how far each has come, so that a run can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much is measured before bytes are given away, and how often that is checked and done again."""
+"""Effort: how much is measured before bytes are allocated, and how often the allocation is checked and repeated."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class CompressionConfigMixin:
         version = compression.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or version < OLDEST_VERSION:
             raise ValueError(
-                f"The compression format {version!r} is none that this code reads ({OLDEST_VERSION} to {FORMAT_VERSION}); "
+                f"The compression format {version!r} is not one that this code reads ({OLDEST_VERSION} to {FORMAT_VERSION}); "
                 "compress the base again."
             )
         if version > FORMAT_VERSION:

@@ -29,7 +29,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], ignore_mismatched_sizes: b
     """
     if model.config.compression is None:
         raise ValueError(
-            f"The config.json says nothing of a compression (`compression` is null), so there is no {type(model).__name__} to be "
+            f"The config.json describes no compression (`compression` is null), so there is no {type(model).__name__} to be "
             "loaded: get the folder again, or load a dense checkpoint by its stock class."
         )
     modules = compressed_modules(model)

@@ -1,4 +1,4 @@
-"""What a run that can be resumed keeps: its statistics, and what was solved; and all that these depend on."""
+"""What a resumable run keeps: its statistics, its solved groups, and all that these depend on."""
 
 from __future__ import annotations
 

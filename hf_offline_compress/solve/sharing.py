@@ -1,4 +1,4 @@
-"""How much work groups are, by which processes share them."""
+"""Estimates of the work of groups, by which processes share them."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def prune_vocabulary(
     if beyond and fixed - tokens:
         raise CompressionError(
             f"The tokenizer of '{name}' has tokens that the model lacks, and its config names rows that are no tokens, so its "
-            "vocabulary cannot be pruned; make its config true."
+            "vocabulary cannot be pruned; correct its config."
         )
     written = json.dumps(pruned_tokenizer(content, model, kept), ensure_ascii=False, separators=(",", ":"))
     new = _tokenizer_of(tokenizer, written, numbered(kept), name)

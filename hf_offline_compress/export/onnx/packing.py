@@ -1,4 +1,4 @@
-"""Whole numbers of a few bits in ONNX, packed in planes whose bits divide a byte, so that bytes are all it takes."""
+"""Integers of a few bits in ONNX, packed in planes whose bits divide a byte, so that bytes are all it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices of a stock graph are given what they are made from, at each place where they are used."""
+"""The matrices of a stock graph are replaced by what decodes them, at each place where they are used."""
 
 from __future__ import annotations
 
