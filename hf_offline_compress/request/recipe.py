@@ -140,8 +140,8 @@ class Recipe:
     effort: str = field(
         default="default",
         metadata={
-            "help": "how much is measured: fast, nothing, bytes follow predictions; default, bytes are allocated again after "
-            "measuring; best, with more text and several times"
+            "help": "fast: bytes follow predicted losses; default: they are allocated again after measuring, and layers are "
+            "coded in order; best: the same with more text, several times"
         },
     )
     rest: str | None = field(

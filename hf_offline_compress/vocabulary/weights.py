@@ -45,8 +45,8 @@ def keep_rows(model: PreTrainedModel, rows: Sequence[int], changes: Mapping[str,
             continue
         if (before, *shape[1:]) != tuple(parameter.shape) or shape[0] != len(rows):
             raise CompressionError(
-                f"The model's '{name}' has the shape {list(parameter.shape)}, and its config describes {before:,} tokens; correct "
-                "its config (vocab_size, num_labels, …), then prune its vocabulary."
+                f"The model's '{name}' has the shape {list(parameter.shape)}, and its config describes {before:,} tokens; "
+                "correct its config (vocab_size, num_labels, …), then prune its vocabulary."
             )
         if id(parameter) not in pruned:
             kept = parameter[index.to(parameter.device)].clone()
