@@ -33,8 +33,9 @@ $(SPACE): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[space]'
 	touch $@
 
+# Three processes for two cores, since many tests wait for other processes.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # The wheel in an empty environment, with what it requires and the extra for cards: missing package data is noticed here.
 test-wheel: $(STAMP)

@@ -21,13 +21,17 @@ logging.set_verbosity_error()
 LONGEST = (
     "docs",
     "round_trip",
-    "runtime",
-    "onnx_families",
     "onnx_causal",
+    "benchmark",
     "push",
-    "export",
-    "evaluate",
-    "registration",
+    "onnx_families",
+    "cli",
+    "browser",
+    "resuming",
+    "runtime",
+    "compress",
+    "space",
+    "in_order",
 )
 
 
