@@ -83,8 +83,8 @@ class CompressionResult:
         tokenizer: of the base; None if it has none.
         report: what was done.
         source: the base's folder, from which companion files are carried along; None for a model in memory.
-        run: what was kept to go on after a cut; forgotten once the model is saved.
-        processes: that have made it, each of which has it; the first of them writes.
+        run: intermediate results for resuming; deleted once the model is saved.
+        processes: those that computed the result; the first one writes it.
     """
 
     model: PreTrainedModel
@@ -106,7 +106,7 @@ class CompressionResult:
         max_shard_size: str | int = "50GB",
         decoding: str | None = None,
     ) -> Path:
-        """Write a finished, self-contained folder, whole or not at all, and return its path.
+        """Write a finished, self-contained folder atomically, and return its path.
 
         Args:
             folder: where to; it must not exist yet, or be empty.
@@ -116,7 +116,7 @@ class CompressionResult:
                 "auto"; see the model's `set_decoding`.
 
         Raises:
-            CompressionError: the folder holds something, and `overwrite` is not given or it is none of ours; or there is
+            CompressionError: the folder is not empty, and `overwrite` is not given or it is not ours; or there is
                 no such decoding.
         """
         from .card import renew_card
@@ -166,7 +166,7 @@ class CompressionResult:
             max_shard_size: larger weights are split into files of this size.
 
         Raises:
-            CompressionError: a check fails, or the Hub does not take it; the sentence says what is published.
+            CompressionError: a check fails, or the Hub rejects it; the message says what was published.
         """
         from .hub.push import push_folder
 
@@ -217,17 +217,17 @@ def compress(
     options: CompressionOptions | None = None,
     **changes: Any,
 ) -> CompressionResult:
-    """Return a smaller model that does nearly what `base` does; nothing is fine-tuned, and `base` is left as it is.
+    """Return a smaller model that approximates `base`; nothing is fine-tuned, and `base` is not changed.
 
     Args:
         base: a Hub id, a local folder, or a stock model in memory.
         recipe: a preset's name, a YAML file, or a `Recipe`.
-        options: all that follows in one object, which several calls can share.
-        **changes: any of these, by name; they change `options`.
+        options: all options below as one object, reusable across calls.
+        **changes: any of these by name, overriding `options`.
         {options}
 
     Raises:
-        CompressionError: something in the request cannot be done. Nothing has been written.
+        CompressionError: the request cannot be met. Nothing has been written.
     """
     check_base(base)
     request = _request(recipe, chosen(CompressionOptions, options, changes))

@@ -1,4 +1,4 @@
-"""The one exception that users meet."""
+"""The exceptions that users see."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 class CompressionError(ValueError):
-    """Something that was asked for cannot be done.
+    """A request that cannot be met.
 
-    The message is one sentence or two: what was asked, what is wrong, what would work. It is raised before any work is
+    The message has one or two sentences: the request, the problem and a remedy. It is raised before any work is
     done wherever that is possible, and nothing has been written when it is raised. The command line prints the message
     and exits with 1.
     """
 
 
 class UnsavedError(CompressionError):
-    """What was measured could not be written down.
+    """The results could not be saved.
 
     Attributes:
         result: what would have been returned.

@@ -107,7 +107,7 @@ def _announce(table: ModuleType) -> None:
 
 
 class _TableFinder(MetaPathFinder):
-    """Waits for transformers' table of configs to be imported, announces our types in it, and goes away."""
+    """Waits until transformers' config table is imported, adds our types to it, and removes itself."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the table's usual spec, with a loader that announces our types once the module has run."""

@@ -311,6 +311,16 @@ def test_what_factors_cost_in_memory(inputs, integers, decoding, said):
     assert said in costs and ("cannot be resized" in costs) == bool(integers)
 
 
+@pytest.mark.parametrize("module", ["embeddings.word_embeddings", "wte", "embed_tokens", "embeddings.tok_embeddings"])
+@pytest.mark.parametrize("structure", ["trellis", "low_rank"])
+def test_a_vocabulary_that_cannot_be_resized_is_named_in_every_architecture(inputs, module, structure):
+    changed = copy.deepcopy(inputs)
+    changed.config["compression"]["groups"] = {
+        "word_embeddings": {"structure": structure, "members": [{"module": module}]}
+    }
+    assert ("cannot be resized" in section(render_card(changed), "Limitations")) == (structure == "trellis")
+
+
 def test_limits_name_the_structures_as_the_runtime_has_them():
     from hf_offline_compress.runtime.structures_compressed import WEIGHTS
     from hf_offline_compress.runtime.weights_compressed import CompressedWeight, DecodedWeight

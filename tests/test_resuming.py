@@ -262,7 +262,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         try:
             UnfinishedRun(tmp_path / "out").open({})
         except CompressionError as error:
-            os._exit(7 if "still going on" in str(error) else 1)
+            os._exit(7 if "still running" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 

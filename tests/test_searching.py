@@ -77,7 +77,7 @@ def test_a_model_within_the_loss(model_type, head):
     [
         ({"max_loss": 0}, "above 0 and below 1"),
         ({"max_loss": 2}, "above 0 and below 1"),
-        ({"max_loss": 0.1, "total_ratio": 4}, "exclude each other"),
+        ({"max_loss": 0.1, "total_ratio": 4}, "cannot be combined with a size"),
         ({"max_loss": 0.1, "recipe": "svd"}, "the recipe 'svd' has none; take balanced"),
         ({"max_loss": 0.1, "calibration": None}, "needs text to judge by"),
         ({"max_loss": 0.1, "calibration": TEXTS[:4]}, "there are only 4"),

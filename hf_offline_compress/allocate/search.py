@@ -145,7 +145,7 @@ def searched_on(
     if not 0 < max_loss < 1:
         raise CompressionError(f"max_loss is {max_loss}; it must be above 0 and below 1, e.g. 0.01 for 1 %.")
     if any(size is not None for size in sizes):
-        raise CompressionError("max_loss and a size exclude each other: with max_loss, the size is searched for.")
+        raise CompressionError("max_loss cannot be combined with a size: max_loss finds the size itself.")
     if recipe.budget is None:
         raise CompressionError(
             f"max_loss searches over budgets for all weights, and the recipe '{recipe.name}' has none; take balanced, "

@@ -1,6 +1,6 @@
 """What the package sees of a model: its parameters, and the matrices among them.
 
-A matrix is always seen as [out, in] (an embedding as [tokens, width]): transposed and fused layers are turned, cut and
+Matrices are seen as [out, in] (embeddings as [tokens, width]): transposed and fused layers are transposed, split and
 joined here and nowhere else. No torch is imported.
 """
 

@@ -25,7 +25,7 @@ CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
 EVALUATION_FORMAT = 1
 ADVICE = "Download the folder again, or compress the base again."
 # What is written beside companions, and so is replaced with the folder.
-EXPORT_FILE = "export.json"  # what an export says of itself
+EXPORT_FILE = "export.json"  # the record of an export
 ONNX_FOLDER = "onnx"  # of a compressed folder, where ONNX files may lie beside its own weights
 WRITTEN = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\w+_compressed\.py|"

@@ -26,7 +26,7 @@ VERSIONED_IF_INSTALLED = ("numba",)
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: what it was, what it became, how far that is from it.
+    """One group: its sizes before and after, and its errors.
 
     Attributes:
         name: as in the plan.
@@ -48,7 +48,7 @@ class GroupReport:
         notes: what the solver said.
         forecast: what the group alone was expected to cost the model's output, where it was measured too; in the unit of
             `measured`, and at the same size: the last one that was followed by another allocation.
-        measured: what it really does: nats a token where there are logits, squared error of a token's hidden states else. In
+        measured: its actual cost: nats per token where there are logits, else squared error of a token's states. In
             deep models, its share of what it costs together with its neighbours.
     """
 
@@ -80,14 +80,14 @@ class Report:
     Attributes:
         base: name and revision of the base model, and bytes of its weight files if it has any.
         architecture: stock class of the base.
-        recipe: what was asked for, with all overrides in it.
-        seed: of everything random.
+        recipe: the recipe, with all overrides applied.
+        seed: the random seed.
         dtype: of what stays dense.
         calibration: source, hash and size of the text; None if no text was used.
         validation: source and hash of the text that training was judged by; None if it was judged by its loss.
         search: loss allowed and sizes tried, where the size was searched for; else None.
         rounds: what each allocation was expected and measured to cost, where it was measured; else None.
-        options: how the base was loaded, as far as that was asked for.
+        options: options set for loading the base.
         groups: what was compressed.
         dense: what was not, and why.
         totals: bytes, parameters and ratios of the whole; in a saved report also `folder_bytes`, of all that loading needs:

@@ -40,7 +40,7 @@ def check_target(folder: Path, overwrite: bool, inputs: Iterable[str | Path] = (
     files.check_target(folder, overwrite, is_compressed, "this package", inputs)
     if not (resume or overwrite) and (left := leftover_of(folder)):
         raise CompressionError(
-            f"An unfinished run for the output folder '{folder}' lies in '{left.name}' beside it; go on with it by --resume "
+            f"An unfinished run for output folder '{folder}' lies in '{left.name}' beside it; resume it with --resume "
             "(resume=True), or pass --overwrite (overwrite=True) to discard it."
         )
 

@@ -11,7 +11,6 @@ from .tables import MEGA, cell, data_name, value
 FACTORED = ("low_rank",)
 # With nothing that belongs to a single row, so that an embedding cannot get another one:
 NOT_RESIZED = ("kronecker", "tucker", "sparse", "codebook", "trellis")
-EMBEDDINGS = ("embeddings.word_embeddings", "wte")
 BASE, OURS = "base", "compressed"
 
 
@@ -29,7 +28,7 @@ def limits(inputs: CardInputs) -> list[str]:
 
 def _measured(inputs: CardInputs) -> list[str]:
     if not inputs.evaluations:
-        known = ": the errors below are errors of matrices and say little about any task" if inputs.groups else ""
+        known = ": the errors below are matrix errors and do not predict task quality" if inputs.groups else ""
         return [f"It has not been evaluated{known}. Evaluate it on your own task before you use it."]
     found = [line for evaluation in inputs.evaluations for line in _worse(evaluation)]
     return found or [
@@ -119,8 +118,9 @@ def _decoding(inputs: CardInputs) -> list[str]:
             '`model.set_decoding("on_the_fly")` decodes them at every use instead, which takes less memory and more time.'
         ]
     if compression["decoding"] in ("int8", "auto"):
+        where = "On a CPU" if compression["decoding"] == "int8" else "On a CPU with VNNI, or an ARM CPU"
         return [
-            "On a CPU, weights are decoded once, to int8 with a scale for each row, and multiplied by integer kernels, "
+            f"{where}, weights are decoded once, to int8 with a scale for each row, and multiplied by integer kernels, "
             'which rounds its outputs slightly. `from_pretrained(..., decoding="cached")` decodes them exactly.'
         ]
     return [
@@ -154,10 +154,9 @@ def _vocabulary(inputs: CardInputs) -> list[str]:
 
 
 def _resizing(inputs: CardInputs) -> list[str]:
-    for group in inputs.config["compression"]["groups"].values():
-        words = any(member["module"] in EMBEDDINGS for member in group["members"])
-        if words and (group["structure"] in NOT_RESIZED or "integers" in group):
-            return ["Its vocabulary cannot be resized: resize the vocabulary of the base, then compress it again."]
+    words = inputs.config["compression"]["groups"].get("word_embeddings")
+    if words and (words["structure"] in NOT_RESIZED or "integers" in words):
+        return ["Its vocabulary cannot be resized: resize the vocabulary of the base, then compress it again."]
     return []
 
 

@@ -63,7 +63,7 @@ def _python(file: str, model_id: str, cached: bool) -> str:
     lines += ["feeds = {name: np.array([values]) for name, values in feeds.items()}"]
     if cached:
         lines += [
-            "for value in session.get_inputs():  # nothing was read before",
+            "for value in session.get_inputs():  # an empty cache",
             '    if value.name.startswith("past_key_values."):',
             "        feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)",
         ]

@@ -63,17 +63,17 @@ def write_card(
 
     Args:
         folder: one that `compress` has written.
-        license: of the model, as the Hub calls it; by default the base's, if that is known, and none if it is not.
+        license: the Hub's name of the licence; by default the base's if that is known, else none.
         base_model: the base's id on the Hub; by default it is given if the base came from there.
         language: of the model, e.g. ["en"]; by default the base's, if that is known.
         base: a local folder of the base, whose own card says what licence and languages it has.
         name: the card's title; by default the folder's name.
         model_id: what snippets load; by default `name`.
-        overwrite: replace a README.md that is no card of ours.
+        overwrite: replace a README.md that is not our card.
 
     Raises:
         CompressionError: Jinja2 is not installed, the folder is no compressed one, or something in the request or in the
-            folder's README.md stands against it. Nothing has been written.
+            folder's README.md prevents it. Nothing has been written.
     """
     text = card_text(
         folder,
@@ -257,7 +257,7 @@ def _context(inputs: CardInputs, facts: Mapping[str, Any], inherited: bool, mode
         "model_id": _literal(model_id),
         "summary": "\n".join([*_summary(inputs, facts), _licence(facts, inherited)]),
         "headline": tables.headline(inputs),
-        "load_with": "import hf_offline_compress  # AutoModel now knows this model\n" + load,
+        "load_with": "import hf_offline_compress  # AutoModel can load this model\n" + load,
         "load_without": load_trusting if auto else _remote_loading(inputs, model_id),
         "sentence_transformers": inputs.is_sentence_encoder,
         **onnx_texts(inputs, model_id),
@@ -313,7 +313,7 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
         members = sum(len(group["members"]) for group in inputs.config["compression"]["groups"].values())
         return [
             f"This is a compressed form{base} ({tables.cell(inputs.architecture)}): "
-            f"{tables.count(members)} of its weight matrices are kept in a smaller form, and {_rest(inputs)}.",
+            f"{tables.count(members)} of its weight matrices are stored compactly, and {_rest(inputs)}.",
             str(inputs.since),
             f"{size}.",
             whole,
@@ -328,7 +328,7 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
     dense = parameters * tables.FLOAT32
     return [
         f"This is {shown}{revision} ({tables.cell(report['architecture'])}, {tables.count(parameters)} parameters), "
-        f"made smaller without fine-tuning: {tables.count(matrices)} of its weight matrices are kept in a smaller form, and "
+        f"compressed without fine-tuning: {tables.count(matrices)} of its weight matrices are stored compactly, and "
         f"{_rest(inputs)}.",
         f"The recipe is `{tables.cell(recipe['name'])}`"
         + (f": {_sentence(recipe)}" if recipe.get("description") else "."),
@@ -339,7 +339,7 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _rest(inputs: CardInputs) -> str:
-    """Return how what is no compressed matrix is kept: as it was, or in a narrower dtype that was asked for."""
+    """Return how everything else is stored: unchanged, or in the narrower dtype of the recipe."""
     asked = (inputs.report.get("options") or {}).get("dtype")
     dtype = inputs.config["compression"].get("rest") or asked
     narrow = {"float16": "half precision", "bfloat16": "bfloat16"}.get(str(dtype))

@@ -27,7 +27,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="at most this many training examples; for classification per class (default: 8)",
+            help="at most this many training examples; for classification per class (default: 8, or the set's own)",
             show_default=False,
         ),
     ] = None,
@@ -61,7 +61,7 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate FOLDER beside its base, and add the numbers to its evaluation.json."""
+    """Evaluate FOLDER against its base, and add the results to evaluation.json."""
 
     def work() -> None:
         calm(quiet)

@@ -151,7 +151,7 @@ def _print_plan(name: str, outcome: Plan, beside: int | None) -> None:
     print(f"\nchosen matrices  {megabytes(outcome.parameters * 4)} -> {_chosen(outcome, by_gain)}")
     print(f"whole model      {megabytes(total)} -> {_whole(outcome, by_gain)}")
     if beside is not None:
-        print(f"beside weights   {megabytes(beside)} of tokenizer, code and what else comes along")
+        print(f"beside weights   {megabytes(beside)} of tokenizer, code and other files")
     if by_gain:
         print()
         print_text(

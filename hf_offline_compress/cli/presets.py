@@ -27,7 +27,7 @@ def presets(as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False)
                 print(_line(recipe.name, f"{_ratio(recipe):g}{total}", text, recipe.description))
             print()
             print_text(
-                "ratio: of the whole model where it says all, else of the linear layers and word embeddings. text: whether it is "
+                "ratio: of the whole model if marked all, else of linear layers and word embeddings. text: whether "
                 f"calibrated on text, by default the package's own. The default preset is {DEFAULT_RECIPE}."
             )
 

@@ -26,7 +26,7 @@ def push(
     token: Annotated[
         str | None,
         typer.Option(
-            help="access token; better use `hf auth login` or HF_TOKEN, which other users cannot see",
+            help="access token; prefer `hf auth login` or HF_TOKEN, which other users cannot see",
             show_default=False,
         ),
     ] = None,

@@ -1,6 +1,6 @@
 """Speed, memory and bytes of a compressed folder beside its base and simple alternatives.
 
-Every model has a fresh process of its own, for the sake of its memory. All of them stay, and answer one after the other,
+Every model runs in a fresh process, so that its memory is measured separately. All keep running and are timed in turn,
 round after round: whatever slows the machine down for a while slows all of them.
 """
 
@@ -146,9 +146,9 @@ def benchmark_folder(
 ) -> dict[str, Any]:
     """Measure a compressed folder, its base, and the base in other forms; put the result into evaluation.json.
 
-    All compute in float32 but for bfloat16 and int8. Measured are one forward pass over random tokens, loading from a warm
-    cache, and memory; and on some of the package's own text how near the outputs are to the base's. Of the base, ONNX files
-    are made for the time of the benchmark where what makes and runs them is installed: in float32, and in int8 by ONNX
+    All compute in float32 except bfloat16 and int8. Measured: one forward pass over random tokens, loading from a warm
+    cache, memory, and agreement with the base's outputs on some of the package's own text. ONNX files of the base
+    are made temporarily if the packages for them are installed: in float32, and in int8 by ONNX
     Runtime's `quantize_dynamic`, which OpenVINO runs too.
 
     Args:
@@ -173,8 +173,8 @@ def benchmark_folder(
         each token with the base's, if that is measured too and has the same tokens.
 
     Raises:
-        CompressionError: something of this cannot be done. Nothing is written then.
-        UnsavedError: it was measured, but cannot be written; it has the result.
+        CompressionError: the request cannot be met. Nothing has been written.
+        UnsavedError: the result cannot be saved; the error has it.
     """
     for name, values in {"batch": batches, "length": lengths, "repeats": [repeats], "threads": [threads or 1]}.items():
         if not values or any(value < 1 for value in values):

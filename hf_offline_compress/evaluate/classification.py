@@ -14,7 +14,7 @@ from ..metrics.perplexity import evaluating
 from .task_data import Example
 from .tasks import Task
 
-# Names of classes that say the same.
+# Synonymous names of classes.
 SAME = {"neg": "negative", "pos": "positive", "non_entailment": "not_entailment"}
 
 

@@ -28,19 +28,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @documented(EvaluationOptions)
 def evaluate_folder(folder: str | Path, options: EvaluationOptions | None = None, **changes: Any) -> list[Evaluation]:
-    """Evaluate a compressed folder beside its base, and add what was found to its evaluation.json.
+    """Evaluate a compressed folder against its base, and add the results to its evaluation.json.
 
     Under `accelerate launch` several processes share the work, and all return the same.
 
     Args:
         folder: that this package has written. Its weights are read; code in it is never run.
-        options: all that follows in one object, which several calls can share.
+        options: all options below as one object, reusable across calls.
         **changes: any of these, by name; they change `options`.
         {options}
 
     Raises:
-        CompressionError: something of this cannot be done. Nothing is written then.
-        UnsavedError: it was evaluated, but cannot be written; it has the result.
+        CompressionError: the request cannot be met. Nothing has been written.
+        UnsavedError: the results cannot be saved; the error has them.
     """
     options = chosen(EvaluationOptions, options, changes)
     _check_request(options)

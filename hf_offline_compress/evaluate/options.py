@@ -15,7 +15,7 @@ from .text_settings import TextSettings
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What `evaluate_folder` takes beside the folder."""
+    """The options of `evaluate_folder`."""
 
     base: str | Path | None = option(
         None,
@@ -66,7 +66,7 @@ class EvaluationOptions:
     )
     fine_tune: bool = option(
         False,
-        "fine-tune both models on the task first. Without it they answer as they are",
+        "fine-tune both models on the task first; by default they are used as is",
         cli=bool,
         help="train both models on the task first",
     )
@@ -77,9 +77,9 @@ class EvaluationOptions:
         help="a CSV or JSON file to train on, for fine-tuning and classification",
     )
     task_settings: TaskSettings | None = option(
-        None, "how the task is put to the models, and how they are fine-tuned; the papers' settings by default"
+        None, "settings of the task and of fine-tuning; the papers' settings by default"
     )
-    text_settings: TextSettings | None = option(None, "how the text is put to the models; its seed is `seed`")
+    text_settings: TextSettings | None = option(None, "how the text is prepared; its seed is `seed`")
     limit: int | None = option(
         None,
         "at most this many texts or examples, from the beginning",
@@ -90,7 +90,7 @@ class EvaluationOptions:
     batch_size: int = option(
         32, "sequences in one forward pass, at most", cli=int, min=1, help="sequences per forward pass"
     )
-    seed: int = option(0, "of masked words, new heads and training", cli=int, help="random seed")
+    seed: int = option(0, "for masking, new heads and training", cli=int, help="random seed")
     dtype: str = option(
         "float32",
         'to compute in: "float32", "bfloat16" or "float16"',

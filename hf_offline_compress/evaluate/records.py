@@ -63,7 +63,7 @@ class Evaluation:
     Attributes:
         id: unique within the folder; a later evaluation with the same id replaces it.
         task: `type` as the Hub calls it, e.g. "fill-mask", and `name`.
-        data: what was asked.
+        data: the data used.
         settings: all that the numbers depend on, as plain JSON.
         metrics: the numbers.
         seconds: time that base and compressed model took.

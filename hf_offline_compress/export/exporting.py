@@ -21,13 +21,13 @@ def export_folder(
     into_folder: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write a compressed model for tools that do not know this package, whole or not at all, and return its path.
+    """Write a compressed model atomically for tools without this package, and return the path.
 
     Tokenizer, licence and other companions are carried along, code is not.
 
     Args:
         folder: a compressed model, written by `compress`, or by `save_pretrained` after fine-tuning.
-        out: where to; it must not exist yet, or be empty. None with `into_folder`.
+        out: output folder, new or empty. None with `into_folder`.
         format: "checkpoint", a stock dense checkpoint, as large as the base; or "onnx", files that are about as small as
             the compressed weights and that ONNX Runtime decodes when a session is made.
         dtype: of a checkpoint's weights, "float32", "float16" or "bfloat16"; by default the compressed model's.

@@ -1,4 +1,4 @@
-"""Numbers and tokens that callers pass; NumPy's numbers are numbers."""
+"""Numbers and tokens from callers; NumPy scalars are accepted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def real(value: object, label: str) -> float:
 
 
 def whole(value: object, label: str, least: int, most: int | None = None) -> int:
-    """Return a plain whole number.
+    """Return a plain integer.
 
     Raises:
         CompressionError: it is none, or out of bounds.

@@ -168,7 +168,7 @@ def launched_processes(device: str | None = None) -> Processes:
     if all(int(os.environ.get(name, "1")) <= 1 for name in COUNTS):
         return Processes(device=str(wanted))
     if find_spec("accelerate") is None:
-        raise CompressionError(needs_extra("Sharing work among several processes", "accelerate", "evaluate"))
+        raise CompressionError(needs_extra("Sharing work among several processes", "accelerate", "accelerate"))
     from accelerate import PartialState
 
     # Without being told so, accelerate does not connect processes that have no GPU.

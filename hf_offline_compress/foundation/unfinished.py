@@ -102,7 +102,7 @@ class UnfinishedRun:
         if other:
             raise CompressionError(
                 f"'{self.folder.name}' holds an unfinished run with another {listing(other)}, so this one would give other "
-                "bytes and cannot go on with it; repeat the run as it was, or delete that folder to begin anew."
+                "bytes and cannot resume it; restore its conditions, or delete that folder to start over."
             )
 
     def _take(self) -> None:
@@ -115,7 +115,7 @@ class UnfinishedRun:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CompressionError(
-                    f"The run kept in '{self.folder.name}' is still going on in another process; wait for it, or end it."
+                    f"The run kept in '{self.folder.name}' is still running in another process; wait for it, or end it."
                 ) from error
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:

@@ -42,8 +42,8 @@ class Pushed:
         commit: its hash.
         revision: branch that it is on.
         pull_request: its address, if one was made.
-        files: that the repository has now got from the folder.
-        removed: files of an earlier push that were taken away.
+        files: those of the folder that are now published.
+        removed: files of an earlier push that were deleted.
         changed: whether there was anything to commit.
         left_out: files beside the model that were not published.
         remarks: sentences that the user should read.
@@ -78,7 +78,7 @@ def push_folder(
     trust_remote_code: bool = False,
     include: Sequence[str] = (),
 ) -> Pushed:
-    """Verify a compressed folder and publish it as one commit of a model repository, which is made if it is not there.
+    """Verify a compressed folder and publish it as one commit to a model repository, which is created if missing.
 
     An interrupted push can be repeated: weights that have arrived are not sent again. The snippets of the card that is
     uploaded load the repository; the folder's own card stays. The user's notes in a card on the Hub are kept. Nothing else
@@ -88,16 +88,16 @@ def push_folder(
         folder: a compressed folder.
         repo_id: "name" or "owner/name".
         private: make the repository private; it must not be public already.
-        revision: a branch, made from main if it is not there; main by default.
+        revision: a branch, created from main if missing; main by default.
         message: the commit's first line.
         description: the rest of the commit's message.
         create_pr: propose the commit as a pull request, in a repository of somebody else.
         token: by default the one that you are logged in with, or HF_TOKEN.
         trust_remote_code: run the folder's code to verify it, even if it is not that of this package.
-        include: files that are no part of the model, by their names in the folder, to publish with it.
+        include: other files to publish, by their names in the folder.
 
     Raises:
-        CompressionError: the folder fails a check, or the Hub does not take it. The sentence says what is published.
+        CompressionError: the folder fails a check, or the Hub rejects it. The message says what was published.
     """
     path = Path(folder)
     push = _Push(repo_id, private=private, revision=revision, create_pr=create_pr, token=token_of(token))

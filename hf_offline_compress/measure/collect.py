@@ -116,7 +116,7 @@ def measure(
         if silent := [m.name for m in measured if m.name not in {*found.output_moments, *found.output_squares}]:
             raise CompressionError(
                 f"The output of {plan.architecture} on plain text does not depend on {listing(silent[:3])}, so the objective "
-                "'sensitive' says nothing of it; leave it out of `modules`, or give it a rule with another objective."
+                "'sensitive' is undefined for it; leave it out of `modules`, or use another objective for it."
             )
     important: dict[tuple[str, bool], list[Matrix]] = {}
     for group in plan.groups:

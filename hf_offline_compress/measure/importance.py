@@ -53,7 +53,7 @@ def measure_importance(
     Args:
         model: stock model with a head, in evaluation mode. Gradients and flags of its parameters are left as they are.
         matrices: those whose importance is wanted.
-        batches: token ids with attention masks; about 8,000 of their tokens are used.
+        batches: token ids with attention masks; half of their tokens are used.
         kind: one of `recipe.IMPORTANCES`, but not "none".
         parameter_wise: return [rows, columns], a weight each; otherwise [rows].
         mask_token: of a masked language model; None otherwise.
@@ -181,7 +181,7 @@ def _own_probability(model: Any, name: str, logits: Tensor, mask: Tensor) -> Ten
         return logits.abs().sigmoid().flatten()  # each label by itself: it holds, or it does not
     if logits.shape[-1] == 1:
         raise CompressionError(
-            f"{type(model).__name__} has one label, a regression, so there is no probability whose gradient could give an  "
+            f"{type(model).__name__} has one label, a regression, so there is no probability whose gradient gives an "
             "importance; take another objective."
         )
     return logits.softmax(dim=-1).amax(dim=-1)
@@ -213,7 +213,7 @@ def _check(weights: dict[str, Tensor], wanted: list[Matrix], architecture: str, 
     if silent:
         raise CompressionError(
             f"The predictions of {architecture} on plain text do not depend on {listing(silent[:3])}, so the importance "
-            f"'{kind}' says nothing of it; leave it out of `modules`, or give it a rule with another objective."
+            f"'{kind}' is undefined for it; leave it out of `modules`, or use another objective for it."
         )
     broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if broken:

@@ -131,7 +131,7 @@ class LayerPasses(Passes):
         return torch.device("cpu")
 
     def keep_in(self, run: UnfinishedRun) -> None:
-        """Keep after every step what there is, and go on from what a cut run has kept of the same runs."""
+        """Save progress after every step, and resume from what an interrupted run has saved."""
         self._stores.keep_in(run)
 
     def store(self, name: str) -> MutableMapping[str, Tensor]:

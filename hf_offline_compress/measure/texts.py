@@ -363,7 +363,7 @@ def _check_amount(text: CalibrationText, words: int, empty: int) -> None:
         raise CompressionError(
             f"The calibration text '{text.source}' has {words} tokens, and needs {LEAST_TOKENS} at least, better "
             f"{FEW_TOKENS:,}; pass more text, calibration='bundled', or calibration=None (--calibration none) for a "
-            "compression without."
+            "run without text."
         )
     if words < FEW_TOKENS and text.source != "bundled":
         logger.warning(
@@ -434,7 +434,7 @@ def warn_of_overlap(text: CalibrationText | None, validation: CalibrationText | 
     known = set(text.texts)
     if sum(line in known for line in validation.texts) > MOSTLY * len(validation.texts):
         logger.warning(
-            "The validation text '%s' is part of the calibration text '%s', so its results are too good; pass held-out text.",
+            "The validation text '%s' is part of the calibration text '%s', which biases results; pass held-out text.",
             validation.source,
             text.source,
         )

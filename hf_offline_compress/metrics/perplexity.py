@@ -2,7 +2,7 @@
 
 Masked language models are measured as in arXiv 2302.04045: line by line, 15 % of the words masked as a whole, with a fixed
 seed. Causal ones in strided windows over the joined text. What is masked and where windows lie depends on the tokenizer,
-the text and the settings alone, so that a base and its compressed form answer the same questions.
+the text and the settings alone, so that both models are measured on the same predictions.
 """
 
 from __future__ import annotations

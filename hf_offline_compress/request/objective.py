@@ -13,23 +13,23 @@ NORMALIZATIONS = ("sum", "power", "log")
 
 @dataclass(frozen=True)
 class Objective:
-    """What "close" means.
+    """The error measure.
 
     For an autoencoder the loss is cosine · CD + l2 · RMSE + l1 · L1α (arXiv 2302.04045), where CD is the mean over rows
     of 1 − cos(ŵ, w) and L1α the mean of |ŵ − w|^α with α annealed from 1 to 0.1. For closed forms it is L2 alone.
 
     Attributes:
-        cosine: weight of the direction's distance.
+        cosine: weight of the cosine distance.
         l2: weight of the root mean squared error.
         l1: weight of the annealed L1 term.
-        calibrated: weigh errors by what the layer really sees: for a linear layer the second moments of its inputs,
+        calibrated: weight errors by the layer's real inputs: for a linear layer the second moments of its inputs,
             for an embedding how often each token occurs.
-        sensitive: weigh errors also by what they do to the model's own output, to second order (Gauss-Newton): the
+        sensitive: also weight errors by their effect on the model's output, to second order (Gauss-Newton): the
             second moments of the gradients at the layer's outputs. Needs `calibrated`.
         importance: weigh rows by gradients of the predicted probability of correct tokens (arXiv 2302.04045): "fisher",
             their squares; "l1_sensitivity", their absolute values; "none". Needs a head to take gradients from.
-        parameter_wise: weigh every parameter by itself, and not rows. Only errors of single parameters can be: L2 and L1.
-        normalization: what becomes of the rows' weights where an autoencoder's loss is multiplied by them, before they
+        parameter_wise: weight every parameter separately instead of whole rows; only for L2 and L1.
+        normalization: how the rows' weights are changed where an autoencoder's loss is multiplied by them, before they
             are divided by their mean in a batch: "sum", nothing; "power", their square root; "log", log(1 + w / mean w).
     """
 

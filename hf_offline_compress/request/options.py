@@ -24,7 +24,7 @@ _SAID = {
 
 @dataclass(frozen=True)
 class CompressionOptions:
-    """What `compress` takes beside base and recipe. The first eleven override the recipe."""
+    """The options of `compress`. The first eleven override the recipe."""
 
     ratio: float | None = option(None, _SAID["ratio"], cli=float)
     modules: str | Sequence[str] | None = option(
@@ -98,7 +98,7 @@ class CompressionOptions:
         "process uses about this much memory at most, e.g. 4GB. Requests that cannot be met in this way are an error. The "
         "result is the same; it decodes its weights on use. Needs accelerate",
         cli=str,
-        help="read the base layer by layer, within about this much memory, e.g. 4GB; with --effort fast",
+        help="read the base layer by layer, within about this much memory, e.g. 4GB; presets by size need --effort fast",
     )
     seed: int = option(0, "random seed", cli=int)
     revision: str | None = option(None, "branch, tag or commit of a base on the Hub", cli=str)

@@ -113,7 +113,7 @@ def _structure(content: object, label: str) -> Structure | None:
         return None
     if name not in STRUCTURES:
         raise CompressionError(
-            f"{label} asks for the structure '{name}', which is unknown; known are {listing(STRUCTURES)}, and dense."
+            f"{label} has the structure '{name}', which is unknown; known are {listing(STRUCTURES)}, and dense."
         )
     return _build(STRUCTURES[str(name)], options, f"The structure '{name}'")
 
@@ -133,7 +133,7 @@ def _objective(content: object, label: str) -> Objective:
     if isinstance(content, str):
         if content not in OBJECTIVES:
             raise CompressionError(
-                f"{label} asks for the objective '{content}', which is unknown; known are {listing(OBJECTIVES)}, or a "
+                f"{label} has the objective '{content}', which is unknown; known are {listing(OBJECTIVES)}, or a "
                 "mapping with weights for cosine, l2, l1."
             )
         return OBJECTIVES[content]

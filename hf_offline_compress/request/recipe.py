@@ -57,10 +57,10 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the matrices that it names."""
+    """How the selected matrices are compressed."""
 
     structure: Structure | None = field(metadata={"help": "structure and its options; `dense` leaves them as they are"})
-    objective: Objective = field(default=OBJECTIVES["l2"], metadata={"help": "what close means"})
+    objective: Objective = field(default=OBJECTIVES["l2"], metadata={"help": "error measure"})
     grouping: Grouping = field(
         default=Grouping(), metadata={"help": "separated, concatenated (a kind over all layers) or blocks:N (layers)"}
     )
@@ -69,7 +69,7 @@ class Rule:
     )
     storage: str | None = field(
         default=None,
-        metadata={"help": f"how factors are stored: {listing(FACTOR_STORAGES)}; the model's dtype if not given"},
+        metadata={"help": f"how factors are stored: {listing(FACTOR_STORAGES)}; as the rest if not given"},
     )
     modules: tuple[str, ...] = field(
         default=("all",), metadata={"help": "kinds, shorthands, or regular expressions that match whole module names"}
@@ -99,7 +99,7 @@ class Rule:
         whole = [storage for storage in self.storages if storage in INTEGERS]
         if whole and (unknown := [s.title.lower() for s in self.structures if not s.known_rounding]):
             raise CompressionError(
-                f"What {listing(whole)} would add to errors is not known beforehand for {unknown[0]} with these options; "
+                f"The error that {listing(whole)} would add is not known in advance for {unknown[0]} here; "
                 "leave these storages out. (For low_rank it is known without an identity block.)"
             )
         for structure in self.structures:
@@ -146,7 +146,10 @@ class Recipe:
     )
     rest: str | None = field(
         default=None,
-        metadata={"help": f"dtype of everything that is not compressed: {listing(STORAGES)}; the model's if not given"},
+        metadata={
+            "help": f"dtype of everything that is not compressed: {listing(STORAGES)}; the model's if not given, with a "
+            "budget float16 for float32"
+        },
     )
     vocabulary: Vocabulary | None = field(
         default=None,

@@ -66,7 +66,7 @@ def vocabulary_of(text: object = None, size: object = None, coverage: object = N
         lines = tuple(text) if isinstance(text, Iterable) else (text,)
         if not all(isinstance(line, str) for line in lines):
             raise CompressionError(
-                "The vocabulary must be texts, a file with one text a line, or a data set's name, not "
+                "The vocabulary must be texts, a file with one text per line, or a dataset name, not "
                 f"{type(text).__name__} with what is no text in it."
             )
         text = lines

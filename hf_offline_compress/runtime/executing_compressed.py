@@ -297,7 +297,7 @@ def execution_of(decoding: str, device_type: str, asked: bool) -> Execution:
     if name == "int8" and (why := why_not_int8(device_type)):
         if asked:
             raise RuntimeError(why)
-        logger.warning_once(f"This folder is decoded once instead of as it says: {why}")
+        logger.warning_once(f"Weights are decoded once, unlike the config: {why}")
         name = "cached"
     return EXECUTIONS[name]
 

@@ -43,7 +43,7 @@ def check_possible(recipe: Recipe, options: CompressionOptions) -> None:
     quick = [name for name, each in EFFORTS.items() if not each.rounds]
     if recipe.calibrated and recipe.allocation == "by_gain" and effort.rounds:
         raise CompressionError(
-            f"max_memory (--max-memory) and effort '{recipe.effort}' do not go together: it measures what the whole model loses, "
+            f"max_memory (--max-memory) and effort '{recipe.effort}' cannot be combined: it measures the model's loss, "
             f"several times. Pass effort='{quick[0]}' (--effort {quick[0]})."
         )
     others = {
@@ -54,7 +54,7 @@ def check_possible(recipe: Recipe, options: CompressionOptions) -> None:
         f"the device '{options.device}'": options.device is not None and torch.device(options.device).type != "cpu",
     }
     for what in (name for name, asked in others.items() if asked):
-        raise CompressionError(f"max_memory (--max-memory) and {what} do not go together; leave one of them out.")
+        raise CompressionError(f"max_memory (--max-memory) and {what} cannot be combined; leave one of them out.")
 
 
 def check_alone(processes: Processes) -> None:
@@ -76,7 +76,7 @@ def check_enough(limit: int, plan: Plan, passes: LayerPasses | None) -> None:
     needed = needed_memory(plan, passes)
     if needed > limit:
         raise CompressionError(
-            f"max_memory (--max-memory) is {limit / 1e9:.2f} GB, and this model by the recipe '{plan.recipe.name}' needs about "
+            f"max_memory (--max-memory) is {limit / 1e9:.2f} GB, but recipe '{plan.recipe.name}' needs about "
             f"{needed / 1e9:.2f} GB, of which {resident_memory() / 1e9:.2f} GB are taken already; pass {_rounded_up(needed)}."
         )
 
@@ -109,7 +109,7 @@ def tell_peak(limit: int) -> None:
     """Warn where this process has had more memory than it was to have."""
     if (peak := peak_memory()) > limit:
         logger.warning(
-            "Memory reached %.2f GB, more than the max_memory of %.2f GB; the result is whole.", peak / 1e9, limit / 1e9
+            "Memory reached %.2f GB, more than the max_memory of %.2f GB; the result is valid.", peak / 1e9, limit / 1e9
         )
 
 

@@ -65,7 +65,7 @@ class Autoencoder(Structure):
     An encoder, if there is one, is thrown away after training. A *linear* decoder is stored as low rank: with row norms,
     ŵᵢ = sᵢ(D zᵢ + b) = [sᵢ zᵢ, sᵢ] [D, b]ᵀ has rank `size` + 1 and the very bytes of latents, norms, D and b.
     A *residual* decoder is ŵ = D z + V φ(U z + u): the linear one, and a hidden layer on top of it. With φ a sine of high
-    frequency (as random Fourier features are) a latent says more than one number's worth of direction.
+    frequency (as in random Fourier features) each latent number encodes more than one direction.
 
     Attributes:
         decoder: "linear", "nonlinear" or "residual".

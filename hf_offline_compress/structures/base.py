@@ -1,4 +1,4 @@
-"""What every structure says about itself, without torch: its options, what it stores, and how large it may be."""
+"""The interface of all structures, without torch: options, stored tensors and sizes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ __all__ = ["Check", "Verification", "check_files", "folder_files", "trainer_file
 def verify_folder(folder: str | Path, *, trust_remote_code: bool = False, token: str | None = None) -> Verification:
     """Return whether a compressed folder can be published: its files, its code, its card, and loading it.
 
-    It is loaded in two fresh processes, one that has this package and one that has not. The second runs the code in the
+    It is loaded in two fresh processes, one with this package and one without. The second runs the code in the
     folder, but only if that is ours byte by byte.
 
     Args:

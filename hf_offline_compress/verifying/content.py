@@ -1,4 +1,4 @@
-"""What must not be in a published folder: code in disguise, secrets, places on a disk, names of a machine."""
+"""What must not be in a published folder: disguised code, secrets, local paths, machine names."""
 
 from __future__ import annotations
 

@@ -120,6 +120,6 @@ def _outputs_check(mode: str, found: dict[str, dict[str, Any]], record: dict[str
             return Check(name, "skipped", "No outputs were recorded when it was saved, so there is nothing to compare.")
         error, limit, reference = probe.difference(other, mine), TOLERANCES["float32"], "those with the package"
     if error <= limit:
-        return Check(name, "passed", f"Equal to {reference}, to {error:.1e} of their size.")
+        return Check(name, "passed", f"Equal to {reference} (relative error {error:.1e}).")
     far = "of other names or shapes" if math.isinf(error) else f"off by {error:.1e} of their size"
     return Check(name, "failed", f"They differ from {reference}: {far}, where {limit:.0e} is allowed.")

@@ -203,7 +203,7 @@ def _before_padding(config: Mapping[str, Any], name: str) -> set[int]:
     padding = config.get("pad_token_id") or 0
     if padding > MOST_BEFORE_PADDING:
         raise CompressionError(
-            f"Positions of '{name}' begin behind its padding token, which is number {padding:,}: its vocabulary cannot be pruned."
+            f"Positions of '{name}' start after its padding token (id {padding:,}), so its vocabulary cannot be pruned."
         )
     return set(range(padding + 1))
 

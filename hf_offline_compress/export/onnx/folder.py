@@ -181,7 +181,7 @@ def _written(folder: Path) -> dict[str, dict[str, Any]]:
 def _record(
     source: Path, config: dict[str, Any], architecture: str, kinds: tuple[str, ...], opset: int
 ) -> dict[str, Any]:
-    """Return what an export says of itself."""
+    """Return the record of an export."""
     from ...version import __version__
 
     return {

@@ -36,9 +36,9 @@ ADVICE = "Pass a file that export --format onnx has written."
 def unpack_onnx(source: str | Path, target: str | Path) -> Path:
     """Write an ONNX file of codes as one of ordinary weights, whole or not at all, and return its path.
 
-    A session of it is made at once and takes as much memory as its int8 weights ask for; it says the same as one of the
-    file of codes, to the bit, and is as fast. It is about as large as the weights: a byte each where products are of
-    int8, four where they are of float32. Embeddings that are only looked up stay codes.
+    Its session is created at once and needs only the memory of its int8 weights; its outputs equal those of the
+    file of codes, to the bit, at equal speed. It is about as large as the weights: a byte each for products in
+    int8, four for float32. Embeddings that are only looked up stay codes.
 
     Args:
         source: such as `export --format onnx` writes.
