@@ -47,7 +47,8 @@ from .foundation.preflight import check_decoding, check_room, existing, found_de
 from .foundation.processes import ALONE, Processes, launched_processes
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
-from .measure.collect import course_of, divergence_from, measure
+from .measure.collect import batches_in_the_end, course_of, divergence_from, measure
+from .measure.divergence import Replaced
 from .measure.passes import LayerPasses
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
@@ -61,6 +62,7 @@ from .solve.disk_space import bytes_beside
 from .solve.groups import solve_groups, tell_of_slow_search
 from .solve.in_order import solve_in_order
 from .solve.judge import check_judged, perplexity_judge
+from .solve.last_norm import fit_last_norm
 from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
@@ -407,7 +409,8 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 with clock("allocate"):
                     offers = offers_of(state, sized, statistics, progress, processes)
             coded = clock.around("in_order", in_order)
-            outcome = allocated_and_solved(sized, offers, divergence, solve, coded, processes)
+            fit = clock.around("last_norm", partial(_last_norm, compute, texts, tokenizer, how))
+            outcome = allocated_and_solved(sized, offers, divergence, solve, coded, fit, processes)
             sized, (factors, reports, lost), rounds[:] = outcome
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
@@ -530,6 +533,21 @@ def _about(subject: _Subject, request: _Request) -> dict[str, Any]:
         "versions": versions(),
         "vocabulary": subject.vocabulary,
     }
+
+
+def _last_norm(
+    model: PreTrainedModel,
+    texts: CalibrationText | None,
+    tokenizer: Any,
+    how: Mapping[str, Any],
+    plan: Plan,
+    weights: Replaced,
+) -> dict[str, Tensor]:
+    """Return what the norm before the head should be; see `fit_last_norm`."""
+    text = partial(batches_in_the_end, model, plan, texts, tokenizer, **how)
+    mask_token = tokenizer.mask_token_id if objective_of(plan.architecture) == "masked" else None
+    with stage("fitting the last norm"):
+        return fit_last_norm(model, plan, weights, text, mask_token=mask_token, seed=how["seed"])
 
 
 def _judged_by_main(processes: Processes, judge: Callable[[Any], float], model: Any) -> float:

@@ -477,6 +477,23 @@ def test_what_is_said_of_the_rest(inputs, rest, asked, said):
     assert said in render_card(changed) and len(found) == 1
 
 
+@pytest.mark.parametrize(
+    "step,kept",
+    [
+        ({"measured": 0.5}, False),
+        ({"measured": 0.5, "in_order": 0.4, "last_norm": 0.3}, True),
+        ({"measured": 0.5, "in_order": 0.4, "last_norm": 0.4}, False),
+        ({"measured": 0.4, "in_order": 0.5, "last_norm": 0.45}, False),
+        ({"measured": 0.4, "in_order": None, "last_norm": 0.3}, True),
+        ({"measured": None, "in_order": None, "last_norm": 0.3}, True),
+    ],
+)
+def test_a_fitted_norm_is_told(inputs, step, kept):
+    changed = copy.deepcopy(inputs)
+    changed.report["rounds"] = [{"measured": 0.9}, step]
+    assert ("the norm before the head was fitted" in render_card(changed)) == kept
+
+
 def test_the_chart_is_seen_without_unfolding(inputs):
     text = section(render_card(inputs), "What was compressed")
     assert text.index("</details>") < text.index("```text")

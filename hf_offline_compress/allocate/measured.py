@@ -39,6 +39,8 @@ NOTHING = 1e-9
 Outcome = tuple[dict[str, Tensor], list[GroupReport], dict[str, str]]
 # A plan and its groups' tensors → those tensors with layers coded again, and reports of these by name.
 InOrder = Callable[[Plan, dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, GroupReport]]]
+# A plan and the weights that stand for its matrices → parameters that are fitted to these, by full name.
+Fit = Callable[[Plan, Sequence[tuple[Matrix, Tensor]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Round:
         forecast: sum of what was expected of the groups, in the unit of the divergence.
         measured: divergence of all groups together.
         in_order: the same once layers were coded again in the order of the data; None where they were not.
+        last_norm: the same once the norm before the head was fitted as well; None where it was not.
     """
 
     forecast: float
     measured: float
     in_order: float | None = None
+    last_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def allocated_and_solved(
     divergence: Divergence | None,
     solve: Callable[[Plan], Outcome],
     in_order: InOrder,
+    last_norm: Fit,
     processes: Processes = ALONE,
 ) -> tuple[Plan, Outcome, list[Round]]:
     """Return the plan with sizes, all of its groups solved, and the rounds that it took.
@@ -85,6 +90,7 @@ def allocated_and_solved(
         divergence: the dense model, where what is expected is to be checked.
         solve: solves the groups of a plan.
         in_order: codes layers again in the order of the data, where the effort asks for it.
+        last_norm: fits the norm before the head, likewise.
         processes: that share what is measured of groups.
     """
     if offers and divergence:
@@ -92,6 +98,7 @@ def allocated_and_solved(
         sized, outcome, rounds = _by_measure(offers, divergence, solve, effort, processes)
         if effort.in_order and not outcome[2]:
             outcome, rounds = _in_order(sized, outcome, rounds, divergence, in_order, processes)
+            outcome, rounds = _last_norm(sized, outcome, rounds, divergence, last_norm, processes)
         return sized, outcome, rounds
     sized = offers.sized() if offers else plan
     return sized, solve(sized), []
@@ -189,6 +196,31 @@ def _in_order(
         for old in reports
     ]
     return (again, found, {}), told
+
+
+def _last_norm(
+    plan: Plan,
+    outcome: Outcome,
+    rounds: list[Round],
+    divergence: Divergence,
+    last_norm: Fit,
+    processes: Processes = ALONE,
+) -> tuple[Outcome, list[Round]]:
+    """Return what becomes of all groups with the norm before the head fitted, if that was measured to lose less; and rounds."""
+    tensors, reports, _ = outcome
+    weights = weights_among(plan.groups, tensors, plan.layout.prefix)
+    fitted = processes.gather(last_norm(plan, weights) if processes.is_main else {})[0]
+    if not fitted:
+        return outcome, rounds
+    measured = processes.gather(divergence.of(weights, others=fitted))[0]
+    best = min(range(len(rounds)), key=lambda i: _lost(rounds[i]))
+    in_order = rounds[best].in_order
+    before = min(_lost(rounds[best]), inf if in_order is None else in_order)
+    logger.info("last norm fitted: measured %.4g, before %.4g", measured, before)
+    if not isfinite(measured):
+        return outcome, rounds
+    told = [replace(step, last_norm=measured) if i == best else step for i, step in enumerate(rounds)]
+    return (outcome if measured >= before else (tensors | fitted, reports, {})), told
 
 
 def _lost(step: Round) -> float:

@@ -143,6 +143,16 @@ def note_on_errors(rounds: Sequence[Mapping[str, float | None]] | None) -> str:
     return FITTED if kept else ""
 
 
+def last_norm_kept(rounds: Sequence[Mapping[str, float | None]] | None) -> bool:
+    """Return whether the norm before the head is one that was fitted, by the `rounds` of a report."""
+    for step in rounds or ():
+        before = [value for name in ("measured", "in_order") if (value := step.get(name)) is not None]
+        fitted = step.get("last_norm")
+        if fitted is not None and all(fitted < value for value in before):
+            return True
+    return False
+
+
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
     """Return the contents of a folder's evaluation.json; None if there is none.
 

@@ -50,7 +50,7 @@ REPORT: dict[Any, Any] = {
     "validation?": ({"source": str, "sha256": str}, None),
     "search?": ({"max_loss": NUMBER}, None),
     "options?": ({}, None),
-    "rounds?": ([{"measured?": (*NUMBER, None), "in_order?": (*NUMBER, None)}], None),
+    "rounds?": ([{"measured?": (*NUMBER, None), "in_order?": (*NUMBER, None), "last_norm?": (*NUMBER, None)}], None),
     "groups": [GROUP],
     "dense": [{"name": str, "parameters": int, "reason": str}],
     "totals": {

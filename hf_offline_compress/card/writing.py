@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact.reading import REPORT_FILE, note_on_errors
+from ..artifact.reading import REPORT_FILE, last_norm_kept, note_on_errors
 from ..errors import CompressionError, needs_extra
 from ..foundation.files import write_whole
 from ..foundation.parsing import read_yaml
@@ -339,11 +339,14 @@ def _summary(inputs: CardInputs, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _rest(inputs: CardInputs) -> str:
-    """Return how everything else is stored: unchanged, or in the narrower dtype of the recipe."""
+    """Return what became of everything else: the dtype that it is stored in, and whether the last norm was fitted."""
     asked = (inputs.report.get("options") or {}).get("dtype")
     dtype = inputs.config["compression"].get("rest") or asked
     narrow = {"float16": "half precision", "bfloat16": "bfloat16"}.get(str(dtype))
-    return f"everything else is kept in {narrow}" if narrow else "nothing else is changed"
+    kept = f"everything else is kept in {narrow}" if narrow else "nothing else is changed"
+    fitted = last_norm_kept(inputs.report.get("rounds"))
+    but = "but" if narrow else "except that"
+    return f"{kept}, {but} the norm before the head was fitted to the base's predictions" if fitted else kept
 
 
 def _sentence(recipe: Mapping[str, Any]) -> str:

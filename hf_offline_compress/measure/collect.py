@@ -23,7 +23,7 @@ from .inputs import collect
 from .passes import Passes
 from .sensitivity import measure_sensitivity
 from .statistics import Statistics
-from .texts import CalibrationRecord, CalibrationText, batches_apart, count_tokens, make_batches
+from .texts import Batch, CalibrationRecord, CalibrationText, batches_apart, count_tokens, make_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,6 +189,26 @@ def course_of(
     used = EFFORTS[plan.recipe.effort].in_order  # of the same draw: none of what is judged by
     batches, _ = make_batches(texts, tokenizer, masked=masked, used=used, **options)
     return Course(model, plan.layout.matrices, batches, embeddings, prefix=plan.layout.prefix, processes=processes)
+
+
+def batches_in_the_end(
+    model: PreTrainedModel,
+    plan: Plan,
+    texts: CalibrationText | None,
+    tokenizer: Any,
+    tokens: int,
+    *,
+    seed: int,
+    batch_size: int | None,
+) -> list[Batch]:
+    """Return about so many tokens of text for what is fitted last; if there is enough text, nothing else was fitted to them.
+
+    Args: see `measure`.
+    """
+    assert texts is not None
+    masked = objective_of(plan.architecture) == "masked"
+    options = _text_options(model, plan, tokenizer, seed, batch_size)
+    return make_batches(texts, tokenizer, masked=masked, used=tokens, from_end=True, **options)[0]
 
 
 def _text_options(

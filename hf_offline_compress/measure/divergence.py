@@ -6,7 +6,7 @@ The dense model's hidden states after every layer are kept, so that only what fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,14 +31,17 @@ Replaced = Sequence[tuple[Matrix, Tensor]]
 
 
 @contextmanager
-def exchanged(model: nn.Module, prefix: str, replaced: Replaced) -> Iterator[None]:
-    """Replace matrices by other weights [rows, columns] temporarily."""
-    state = model.state_dict()
-    places = [matrix.dense(state, prefix) for matrix, _ in replaced]  # views: this is the model's own memory
+def exchanged(
+    model: nn.Module, prefix: str, replaced: Replaced, others: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Replace matrices by other weights [rows, columns], and other parameters by name, temporarily."""
+    state, others = model.state_dict(), others or {}
+    # Views: this is the model's own memory.
+    places = [*(matrix.dense(state, prefix) for matrix, _ in replaced), *(state[name] for name in others)]
     kept = [place.clone() for place in places]
     with torch.no_grad():
         try:
-            for place, (_, weight) in zip(places, replaced, strict=True):
+            for place, weight in zip(places, [*(weight for _, weight in replaced), *others.values()], strict=True):
                 place.copy_(weight)
             yield
         finally:
@@ -104,18 +107,19 @@ class Divergence:
         self._record()
 
     @torch.no_grad()
-    def of(self, replaced: Replaced, every: int = 1) -> float:
+    def of(self, replaced: Replaced, every: int = 1, others: Mapping[str, Tensor] | None = None) -> float:
         """Return the change of the output per token with these weights in place of the model's.
 
         Args:
             replaced: matrices and their weights [rows, columns].
             every: run one batch in this many.
+            others: parameters behind all layers, by full name.
         """
         if not replaced:
             return 0.0
         first = min(self._layer_of(matrix) for matrix, _ in replaced)
         some = self._known[::every]
-        with exchanged(self._model, self._prefix, replaced):
+        with exchanged(self._model, self._prefix, replaced, others):
             moved = sum(self._moved(known, first) for known in some)
         return moved * self._stands_for / sum(int(known.mask.sum()) for known in some)
 

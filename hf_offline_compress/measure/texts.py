@@ -163,6 +163,7 @@ def make_batches(
     wanted: int = TOKENS,
     apart: int = 0,
     used: int | None = None,
+    from_end: bool = False,
 ) -> tuple[list[Batch], CalibrationRecord]:
     """Return some tokens of the texts, in batches of texts of like length; long texts are cut into windows.
 
@@ -177,13 +178,15 @@ def make_batches(
         wanted: approximate number of tokens.
         apart: tokens that are held out for `batches_apart`.
         used: approximate number of these tokens that are returned; by default all.
+        from_end: return the last tokens that were drawn, so that none are returned otherwise, if there is enough text.
 
     Raises:
         CompressionError: there is too little text, the tokenizer knows hardly any of its tokens or has no mask token where
             it is needed, or the model lacks some of them.
     """
     drawn = _drawn(text, tokenizer, positions, seed, wanted)
-    chosen = _first(drawn[len(_apart(drawn, apart)) :], wanted if used is None else min(used, wanted))
+    rest = drawn[len(_apart(drawn, apart)) :]
+    chosen = _first(rest[::-1] if from_end else rest, wanted if used is None else min(used, wanted))
     tokens = sum(len(window.ids) for window in chosen)
     # GPT-2 has one token for everything special, and none for the unknown.
     unknown_token = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None

@@ -1,0 +1,76 @@
+"""The norm before a language model's head, fitted once everything is compressed, to what the dense model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures.families import is_language_model
+from ..measure.divergence import Replaced, exchanged
+from ..measure.last_norm import Predictions, find_last_norm, fitted, hidden_at_head
+from ..measure.texts import Batch
+from ..plan.groups import Plan
+
+# Predictions that are compared: as many as take so many products, at least, and no more than those of so many tokens.
+PRODUCTS, LEAST_PLACES, MOST_TOKENS = 2**34, 2_048, 32_768
+# Neighbouring predictions have much in common: one is compared of so many tokens, where there are enough.
+APART = 8
+
+
+def fit_last_norm(
+    model: Any,
+    plan: Plan,
+    weights: Replaced,
+    text: Callable[[int], Sequence[Batch]],
+    *,
+    mask_token: int | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return what the norm's numbers should be by their full names, as they will be stored; nothing where there is none.
+
+    Args:
+        model: the dense model.
+        plan: what becomes of it.
+        weights: matrices, and the weights that stand for them.
+        text: number of tokens → about so many of calibration text.
+        mask_token: of a masked language model; None otherwise.
+        seed: of drawn directions.
+    """
+    if not is_language_model(plan.architecture) or model.base_model is model:
+        return {}
+    head = model.get_output_embeddings()
+    wanted = max(LEAST_PLACES, PRODUCTS // head.weight.numel())
+    batches = text(min(MOST_TOKENS, APART * wanted))
+    norm = find_last_norm(model, batches[0])
+    if norm is None:
+        return {}
+    places = _thinned(batches, mask_token, wanted)
+    bias = getattr(head, "bias", None)
+    bias = None if bias is None else bias.detach().float()
+    dense = Predictions(hidden_at_head(model, batches, places), head.weight.detach().float(), bias)
+    with exchanged(model, plan.layout.prefix, weights):
+        now = Predictions(hidden_at_head(model, batches, places), head.weight.detach().float().clone(), bias)
+    if not now.hidden.isfinite().all() or len(now.hidden) < now.hidden.shape[1]:
+        return {}
+    if dense.weight.data_ptr() == head.weight.data_ptr() and head.weight.equal(now.weight):
+        now = Predictions(now.hidden, dense.weight, bias)  # it takes its memory once
+    gain, shift = fitted(dense, now, shifted=norm.has_bias, seed=seed)
+    found = norm.values(gain, shift)
+    kept = {
+        name: value.to(getattr(torch, plan.wider.get(name, plan.rest))).to(value.dtype) for name, value in found.items()
+    }
+    return kept if all(value.isfinite().all() for value in kept.values()) else {}
+
+
+def _thinned(batches: Sequence[Batch], mask_token: int | None, wanted: int) -> list[Tensor]:
+    """Return which places [sequences, length] of each batch are compared: about so many, evenly spread."""
+    asked = [batch.attention_mask.bool() for batch in batches]
+    if mask_token is not None:
+        asked = [own & (batch.input_ids == mask_token) for own, batch in zip(asked, batches, strict=True)]
+    flat = torch.cat([own.flatten() for own in asked])
+    thin = torch.zeros_like(flat)
+    thin[flat.nonzero()[:: max(1, int(flat.sum()) // wanted), 0]] = True
+    return [part.view_as(own) for part, own in zip(thin.split([own.numel() for own in asked]), asked, strict=True)]
