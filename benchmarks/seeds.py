@@ -4,11 +4,12 @@ usage: python benchmarks/seeds.py --data FOLDER [--mlm FOLDER] [--causal FOLDER]
            [--sizes 6.25] [--seeds 4] [--effort fast]
 
 --data holds stsb-en-train.csv, stsb-en-dev.csv, calibration.txt, validation.txt and test.txt; --mlm and --causal are folders
-of language models, --encoder of another sentence encoder than MiniLM, whose texts may need a --prefix. Everything is compressed. Language models: divergence of the predictions from the dense model's (KL, in
-nats a predicted token) and the excess of perplexity over the dense one, on lines of test.txt; MiniLM: 1 - agreement on
-sentences of STS-B dev. `+-` is the standard error of the first over lines (causal: over windows). After the seeds come their
-mean, their spread (standard deviation) and the worst. With --prefer validation what is judged on is validation.txt, and the
-end of STS-B train. --out adds each row to a CSV file.
+of language models, --encoder of another sentence encoder than MiniLM, whose texts may need a --prefix. Everything is
+compressed. Language models: divergence of the predictions from the dense model's (KL, in nats a predicted token) and the
+excess of perplexity over the dense one, on lines of test.txt; encoders: 1 - agreement on sentences of STS-B dev. `+-` is the
+standard error of the first over lines (causal: over windows). After the seeds come their mean, their spread (standard
+deviation) and the worst. With --prefer validation what is judged on is validation.txt, and the end of STS-B train. --out adds
+each row to a CSV file.
 """
 
 from __future__ import annotations
