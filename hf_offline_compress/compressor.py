@@ -52,7 +52,7 @@ from .measure.divergence import Replaced
 from .measure.passes import LayerPasses
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
-from .measure.texts import CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
+from .measure.texts import Batch, CalibrationRecord, CalibrationText, load_texts, warn_of_overlap
 from .plan.groups import Plan
 from .plan.make import make_plan
 from .request.options import CompressionOptions
@@ -62,7 +62,7 @@ from .solve.disk_space import bytes_beside
 from .solve.groups import solve_groups, tell_of_slow_search
 from .solve.in_order import solve_in_order
 from .solve.judge import check_judged, perplexity_judge
-from .solve.last_norm import fit_last_norm
+from .solve.last_norm import fit_last_norm, may_have_last_norm
 from .solve.limit import check_alone, check_enough, check_possible, tell_peak
 from .solve.precision import check_held, tell, wider_tensors
 from .solve.resuming import kept_statistics, unfinished_run
@@ -409,8 +409,10 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 with clock("allocate"):
                     offers = offers_of(state, sized, statistics, progress, processes)
             coded = clock.around("in_order", in_order)
-            fit = clock.around("last_norm", partial(_last_norm, compute, texts, tokenizer, how))
-            outcome = allocated_and_solved(sized, offers, divergence, solve, coded, fit, processes)
+            fit = partial(_last_norm, compute, texts, tokenizer, how, clock)
+            outcome = allocated_and_solved(
+                sized, offers, divergence, solve, coded, fit if may_have_last_norm(compute, sized) else None, processes
+            )
             sized, (factors, reports, lost), rounds[:] = outcome
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
                 wider.update(lost)
@@ -540,13 +542,20 @@ def _last_norm(
     texts: CalibrationText | None,
     tokenizer: Any,
     how: Mapping[str, Any],
+    clock: _Clock,
     plan: Plan,
     weights: Replaced,
 ) -> dict[str, Tensor]:
     """Return what the norm before the head should be; see `fit_last_norm`."""
-    text = partial(batches_in_the_end, model, plan, texts, tokenizer, **how)
+
+    def text(tokens: int) -> list[Batch]:
+        try:
+            return batches_in_the_end(model, plan, texts, tokenizer, tokens, **how)
+        except CompressionError:  # of text that nothing else has read: the model does without it
+            return []
+
     mask_token = tokenizer.mask_token_id if objective_of(plan.architecture) == "masked" else None
-    with stage("fitting the last norm"):
+    with clock("last_norm"), stage("fitting the last norm"):
         return fit_last_norm(model, plan, weights, text, mask_token=mask_token, seed=how["seed"])
 
 

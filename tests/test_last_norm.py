@@ -1,5 +1,6 @@
 """The norm before a language model's head, fitted to the dense model's predictions."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from hf_offline_compress.measure.divergence import exchanged
 from hf_offline_compress.measure.last_norm import Predictions, find_last_norm, fitted, hidden_at_head
 from hf_offline_compress.measure.texts import Batch
 from hf_offline_compress.request.reading import load_recipe
-from hf_offline_compress.solve.last_norm import fit_last_norm
+from hf_offline_compress.solve.last_norm import fit_last_norm, may_have_last_norm
 
 NORMS = {
     "bert": "cls.predictions.transform.LayerNorm",
@@ -127,7 +128,41 @@ def test_a_compressed_model_has_the_norm_that_was_measured(model_type, head):
     assert found.report.seconds["last_norm"] > 0
 
 
-def test_models_without_a_head_have_nothing_to_fit():
-    model = make_model("gpt2", "GPT2Model", layers=1)
-    plan = make_plan(model.config.to_dict(), load_recipe("svd"), architecture="GPT2Model")
-    assert fit_last_norm(model, plan, [], None, mask_token=None, seed=0) == {}
+@pytest.mark.parametrize(
+    "head,fits", [("GPT2Model", False), ("GPT2LMHeadModel", True), ("GPT2ForSequenceClassification", False)]
+)
+def test_models_without_predictions_have_nothing_to_fit(head, fits):
+    model = make_model("gpt2", head, layers=1)
+    plan = make_plan(model.config.to_dict(), load_recipe("svd"), architecture=head)
+    assert may_have_last_norm(model, plan) == fits
+
+
+@pytest.mark.parametrize("shared", ["parameter", "module"])
+def test_what_is_used_elsewhere_is_left_alone(shared):
+    model = make_model("gpt2", "GPT2LMHeadModel", layers=1)
+    if shared == "module":
+        model.transformer.ln_f = model.transformer.h[0].ln_2
+    else:
+        model.transformer.ln_f.weight = model.transformer.h[0].ln_2.weight
+    assert find_last_norm(model, batch_of()) is None
+
+
+def test_text_that_only_the_fit_reads_costs_no_run():
+    """Here a token that the model lacks, far behind what is measured, in a vocabulary that stays dense."""
+    model, tokenizer = make_model("gpt2", "GPT2LMHeadModel", layers=1), make_tokenizer("gpt2")
+    while len(tokenizer) <= model.config.vocab_size:
+        tokenizer.add_tokens([f"zzqq{len(tokenizer)}"])
+    strange = tokenizer.convert_ids_to_tokens(model.config.vocab_size)
+    draw = random.Random(1)
+    texts = [f"{draw.choice(TEXTS)} {draw.choice(TEXTS)} {i}" for i in range(3000)]
+    texts[1636] += f" {strange}"
+    options = {"calibration": texts, "tokenizer": tokenizer, "progress": False, "modules": ["attention"]}
+    found = compress(model, "tiny", total_ratio=1.2, **options)
+    assert found.report.rounds and not any(step["last_norm"] for step in found.report.rounds)
+
+
+@pytest.mark.parametrize("batches", [[], [batch_of()]])
+def test_little_text_is_not_enough(batches):
+    model = make_model("gpt2", "GPT2LMHeadModel", layers=1)
+    plan = make_plan(model.config.to_dict(), load_recipe("svd"), architecture="GPT2LMHeadModel")
+    assert fit_last_norm(model, plan, [], lambda tokens: batches, mask_token=19, seed=0) == {}

@@ -79,7 +79,7 @@ def allocated_and_solved(
     divergence: Divergence | None,
     solve: Callable[[Plan], Outcome],
     in_order: InOrder,
-    last_norm: Fit,
+    last_norm: Fit | None = None,
     processes: Processes = ALONE,
 ) -> tuple[Plan, Outcome, list[Round]]:
     """Return the plan with sizes, all of its groups solved, and the rounds that it took.
@@ -90,7 +90,7 @@ def allocated_and_solved(
         divergence: the dense model, where what is expected is to be checked.
         solve: solves the groups of a plan.
         in_order: codes layers again in the order of the data, where the effort asks for it.
-        last_norm: fits the norm before the head, likewise.
+        last_norm: fits the norm before the head, likewise; None where there is no such thing.
         processes: that share what is measured of groups.
     """
     if offers and divergence:
@@ -98,7 +98,8 @@ def allocated_and_solved(
         sized, outcome, rounds = _by_measure(offers, divergence, solve, effort, processes)
         if effort.in_order and not outcome[2]:
             outcome, rounds = _in_order(sized, outcome, rounds, divergence, in_order, processes)
-            outcome, rounds = _last_norm(sized, outcome, rounds, divergence, last_norm, processes)
+            if last_norm is not None:
+                outcome, rounds = _last_norm(sized, outcome, rounds, divergence, last_norm, processes)
         return sized, outcome, rounds
     sized = offers.sized() if offers else plan
     return sized, solve(sized), []
@@ -208,11 +209,11 @@ def _last_norm(
 ) -> tuple[Outcome, list[Round]]:
     """Return what becomes of all groups with the norm before the head fitted, if that was measured to lose less; and rounds."""
     tensors, reports, _ = outcome
-    weights = weights_among(plan.groups, tensors, plan.layout.prefix)
+    weights = weights_among(plan.groups, tensors, plan.layout.prefix) if processes.is_main else []
     fitted = processes.gather(last_norm(plan, weights) if processes.is_main else {})[0]
     if not fitted:
         return outcome, rounds
-    measured = processes.gather(divergence.of(weights, others=fitted))[0]
+    measured = processes.gather(divergence.of(weights, others=fitted) if processes.is_main else 0.0)[0]
     best = min(range(len(rounds)), key=lambda i: _lost(rounds[i]))
     in_order = rounds[best].in_order
     before = min(_lost(rounds[best]), inf if in_order is None else in_order)

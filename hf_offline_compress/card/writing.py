@@ -345,8 +345,8 @@ def _rest(inputs: CardInputs) -> str:
     narrow = {"float16": "half precision", "bfloat16": "bfloat16"}.get(str(dtype))
     kept = f"everything else is kept in {narrow}" if narrow else "nothing else is changed"
     fitted = last_norm_kept(inputs.report.get("rounds"))
-    but = "but" if narrow else "except that"
-    return f"{kept}, {but} the norm before the head was fitted to the base's predictions" if fitted else kept
+    but = " and" if narrow else ", except that"
+    return f"{kept}{but} the norm before the head was fitted to the base's predictions" if fitted else kept
 
 
 def _sentence(recipe: Mapping[str, Any]) -> str:

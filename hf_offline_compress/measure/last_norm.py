@@ -26,6 +26,10 @@ STEPS = 8
 AT_ONCE = 256
 # On the diagonal of the Fisher matrix, in parts of its mean.
 RIDGE = 1e-2
+# Texts that are enough to find it by.
+ROWS = 2
+# The most memory for the dense model's predictions that are kept from one step to the next.
+KEPT_BYTES = 2**28
 # What logits may be off by if they are just the head's products.
 SAME = 1e-3
 
@@ -78,8 +82,9 @@ def find_last_norm(model: Any, batch: Batch) -> LastNorm | None:
     handles = [module.register_forward_hook(behind(name)) for name, module in norms]
     handles.append(head.register_forward_pre_hook(lambda _, args: given.append(args[0])))
     device = head.weight.device
+    ids, mask = (tensor[:ROWS].to(device) for tensor in (batch.input_ids, batch.attention_mask))
     with removed(handles):
-        output = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
+        output = model(input_ids=ids, attention_mask=mask)
     if len(given) != 1:
         return None
     (hidden,) = given
@@ -87,15 +92,23 @@ def find_last_norm(model: Any, batch: Batch) -> LastNorm | None:
     if logits is None:
         return None
     told = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-    if logits.shape != told.shape or (logits.float() - told).abs().max() > SAME * told.abs().max():
-        return None  # they are scaled, or bounded
+    if logits.shape != told.shape or not (logits.float() - told).abs().max() <= SAME * told.abs().max():
+        return None  # they are scaled, or bounded, or no numbers
     for name, module, into, out in reversed(seen):
+        if _is_shared(model, module) or sum(other is module for _, other, _, _ in seen) > 1:
+            continue
         if isinstance(out, Tensor) and out.shape == hidden.shape and out.equal(hidden) and isinstance(into, Tensor):
             for offset in (0.0, 1.0):
                 norm = LastNorm(name, module, offset)
                 if _is_linear(norm, into, out):
                     return norm
     return None
+
+
+def _is_shared(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether another place of the model has parameters of a module."""
+    own = {id(parameter) for parameter in module.parameters()}
+    return sum(id(p) in own for _, p in model.named_parameters(remove_duplicate=False)) > len(own)
 
 
 def _is_linear(norm: LastNorm, into: Tensor, out: Tensor) -> bool:
@@ -125,12 +138,14 @@ def hidden_at_head(model: Any, batches: Sequence[Batch], places: Sequence[Tensor
         found.append(args[0])
         raise Reached
 
+    rows: list[Tensor] = []
     with removed([head.register_forward_pre_hook(keep)]):
         for batch, own in zip(batches, places, strict=True):
+            found.clear()
             with suppress(Reached):
                 model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
-            found.append(found.pop()[own.to(device)].float())
-    return torch.cat(found)
+            rows.append(found[0][own.to(device)].float())
+    return torch.cat(rows)
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,9 @@ def fitted(dense: Predictions, now: Predictions, *, shifted: bool, seed: int) ->
     """
     count, columns = now.hidden.shape
     parts = [slice(start, start + AT_ONCE) for start in range(0, count, AT_ONCE)]
+    known: list[Tensor] | None = None
+    if 4 * count * len(dense.weight) <= KEPT_BYTES:
+        known = [dense.of(part) for part in parts]
     root = _root(now, parts, shifted, seed)
     steps = torch.zeros(len(root), device=root.device, requires_grad=True)
     unchanged = torch.zeros(columns, device=root.device)
@@ -179,8 +197,9 @@ def fitted(dense: Predictions, now: Predictions, *, shifted: bool, seed: int) ->
     def divergence() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros((), device=root.device)
-        for part in parts:
-            lost = F.kl_div(now.of(part, *numbers(steps)), dense.of(part), reduction="sum", log_target=True) / count
+        for i, part in enumerate(parts):
+            wanted = dense.of(part) if known is None else known[i]
+            lost = F.kl_div(now.of(part, *numbers(steps)), wanted, reduction="sum", log_target=True) / count
             lost.backward()
             total += lost.detach()
         return total

@@ -20,6 +20,11 @@ PRODUCTS, LEAST_PLACES, MOST_TOKENS = 2**34, 2_048, 32_768
 APART = 8
 
 
+def may_have_last_norm(model: Any, plan: Plan) -> bool:
+    """Whether a model makes predictions, to which a norm may be fitted."""
+    return is_language_model(plan.architecture) and model.base_model is not model
+
+
 def fit_last_norm(
     model: Any,
     plan: Plan,
@@ -31,36 +36,38 @@ def fit_last_norm(
 ) -> dict[str, Tensor]:
     """Return what the norm's numbers should be by their full names, as they will be stored; nothing where there is none.
 
+    Or where there is too little text to fit it to.
+
     Args:
         model: the dense model.
         plan: what becomes of it.
         weights: matrices, and the weights that stand for them.
-        text: number of tokens → about so many of calibration text.
+        text: number of tokens → about so many of calibration text, or nothing.
         mask_token: of a masked language model; None otherwise.
         seed: of drawn directions.
     """
-    if not is_language_model(plan.architecture) or model.base_model is model:
-        return {}
     head = model.get_output_embeddings()
     wanted = max(LEAST_PLACES, PRODUCTS // head.weight.numel())
     batches = text(min(MOST_TOKENS, APART * wanted))
-    norm = find_last_norm(model, batches[0])
-    if norm is None:
-        return {}
     places = _thinned(batches, mask_token, wanted)
+    norm = find_last_norm(model, batches[0]) if batches else None
+    if norm is None or sum(int(own.sum()) for own in places) < head.weight.shape[1]:
+        return {}
     bias = getattr(head, "bias", None)
     bias = None if bias is None else bias.detach().float()
     dense = Predictions(hidden_at_head(model, batches, places), head.weight.detach().float(), bias)
     with exchanged(model, plan.layout.prefix, weights):
-        now = Predictions(hidden_at_head(model, batches, places), head.weight.detach().float().clone(), bias)
-    if not now.hidden.isfinite().all() or len(now.hidden) < now.hidden.shape[1]:
+        own = head.weight.detach().to(torch.float32, copy=True)
+        now = Predictions(hidden_at_head(model, batches, places), own, bias)
+    if not all(tensor.isfinite().all() for tensor in (dense.hidden, now.hidden, now.weight)):
         return {}
-    if dense.weight.data_ptr() == head.weight.data_ptr() and head.weight.equal(now.weight):
-        now = Predictions(now.hidden, dense.weight, bias)  # it takes its memory once
+    if own.equal(dense.weight):  # the head is not compressed: one copy is enough
+        now = Predictions(now.hidden, dense.weight, bias)
     gain, shift = fitted(dense, now, shifted=norm.has_bias, seed=seed)
     found = norm.values(gain, shift)
     kept = {
-        name: value.to(getattr(torch, plan.wider.get(name, plan.rest))).to(value.dtype) for name, value in found.items()
+        name: value.to(getattr(torch, plan.wider.get(name, plan.rest))).to(value.dtype).cpu()
+        for name, value in found.items()
     }
     return kept if all(value.isfinite().all() for value in kept.values()) else {}
 
@@ -70,7 +77,7 @@ def _thinned(batches: Sequence[Batch], mask_token: int | None, wanted: int) -> l
     asked = [batch.attention_mask.bool() for batch in batches]
     if mask_token is not None:
         asked = [own & (batch.input_ids == mask_token) for own, batch in zip(asked, batches, strict=True)]
-    flat = torch.cat([own.flatten() for own in asked])
+    flat = torch.cat([own.flatten() for own in asked]) if asked else torch.zeros(0, dtype=torch.bool)
     thin = torch.zeros_like(flat)
     thin[flat.nonzero()[:: max(1, int(flat.sum()) // wanted), 0]] = True
     return [part.view_as(own) for part, own in zip(thin.split([own.numel() for own in asked]), asked, strict=True)]
