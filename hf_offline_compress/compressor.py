@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocate.apply import offers_of
-from .allocate.measured import Outcome, Round, allocated_and_solved
+from .allocate.measured import Fit, Outcome, Round, allocated_and_solved
 from .allocate.search import loss_judge, search_ratio, searched_on
 from .architectures.families import family_of, objective_of
 from .architectures.layout import ParameterLayout
@@ -47,8 +48,7 @@ from .foundation.preflight import check_decoding, check_room, existing, found_de
 from .foundation.processes import ALONE, Processes, launched_processes
 from .foundation.progress import stage
 from .foundation.unfinished import UnfinishedRun
-from .measure.collect import batches_in_the_end, course_of, divergence_from, measure
-from .measure.divergence import Replaced
+from .measure.collect import batches_in_the_end, course_of, divergence_from, mask_token_of, measure
 from .measure.passes import LayerPasses
 from .measure.presenting import presented, warn_of_languages
 from .measure.statistics import Statistics
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .hub.push import Pushed
 
 Timed = TypeVar("Timed")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -409,9 +410,9 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
                 with clock("allocate"):
                     offers = offers_of(state, sized, statistics, progress, processes)
             coded = clock.around("in_order", in_order)
-            fit = partial(_last_norm, compute, texts, tokenizer, how, clock)
+            fit = _fit_of_last_norm(compute, sized, texts, tokenizer, how)
             outcome = allocated_and_solved(
-                sized, offers, divergence, solve, coded, fit if may_have_last_norm(compute, sized) else None, processes
+                sized, offers, divergence, solve, coded, fit and clock.around("last_norm", fit), processes
             )
             sized, (factors, reports, lost), rounds[:] = outcome
             if lost:  # rare: sizes must be found anew for the dtypes that hold these groups
@@ -537,26 +538,27 @@ def _about(subject: _Subject, request: _Request) -> dict[str, Any]:
     }
 
 
-def _last_norm(
+def _fit_of_last_norm(
     model: PreTrainedModel,
+    plan: Plan,
     texts: CalibrationText | None,
     tokenizer: Any,
     how: Mapping[str, Any],
-    clock: _Clock,
-    plan: Plan,
-    weights: Replaced,
-) -> dict[str, Tensor]:
-    """Return what the norm before the head should be; see `fit_last_norm`."""
+) -> Fit | None:
+    """Return what fits the norm before the head (`fit_last_norm`); None where the model does not predict with one."""
+    if not may_have_last_norm(model, plan):
+        return None
 
     def text(tokens: int) -> list[Batch]:
         try:
             return batches_in_the_end(model, plan, texts, tokenizer, tokens, **how)
-        except CompressionError:  # of text that nothing else has read: the model does without it
+        except CompressionError as error:  # nothing else has read this text, and the model can do without the fit
+            logger.warning("The norm before the head stays as it is: %s", error)
             return []
 
-    mask_token = tokenizer.mask_token_id if objective_of(plan.architecture) == "masked" else None
-    with clock("last_norm"), stage("fitting the last norm"):
-        return fit_last_norm(model, plan, weights, text, mask_token=mask_token, seed=how["seed"])
+    mask_token = mask_token_of(plan, tokenizer)
+    fit = partial(fit_last_norm, model, text=text, mask_token=mask_token, seed=how["seed"])
+    return stage("fitting the last norm")(fit)
 
 
 def _judged_by_main(processes: Processes, judge: Callable[[Any], float], model: Any) -> float:

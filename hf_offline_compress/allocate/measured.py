@@ -180,12 +180,8 @@ def _in_order(
         return outcome, rounds
     weights = weights_among(plan.groups, again, plan.layout.prefix)
     measured = processes.gather(divergence.of(weights))[0]  # all processes go on with the same
-    if not isfinite(measured):  # narrow dtypes may overflow, and JSON has no such numbers
-        return outcome, rounds
-    best = min(range(len(rounds)), key=lambda i: _lost(rounds[i]))
-    logger.info("coded in order: measured %.4g, before %.4g", measured, rounds[best].measured)
-    told = [replace(step, in_order=measured) if i == best else step for i, step in enumerate(rounds)]
-    if measured >= _lost(rounds[best]):
+    kept, told = _compared(rounds, "in_order", measured)
+    if not kept:
         return outcome, told
     # What groups cost by themselves was measured before.
     found = [
@@ -214,19 +210,23 @@ def _last_norm(
     if not fitted:
         return outcome, rounds
     measured = processes.gather(divergence.of(weights, others=fitted) if processes.is_main else 0.0)[0]
-    best = min(range(len(rounds)), key=lambda i: _lost(rounds[i]))
-    in_order = rounds[best].in_order
-    before = min(_lost(rounds[best]), inf if in_order is None else in_order)
-    logger.info("last norm fitted: measured %.4g, before %.4g", measured, before)
-    if not isfinite(measured):
-        return outcome, rounds
-    told = [replace(step, last_norm=measured) if i == best else step for i, step in enumerate(rounds)]
-    return (outcome if measured >= before else (tensors | fitted, reports, {})), told
+    kept, told = _compared(rounds, "last_norm", measured)
+    return ((tensors | fitted, reports, {}) if kept else outcome), told
+
+
+def _compared(rounds: list[Round], step: str, measured: float) -> tuple[bool, list[Round]]:
+    """Return whether a step behind the best round was measured to lose less than all before; and the rounds, which tell so."""
+    if not isfinite(measured):  # narrow dtypes may overflow, and JSON has no such numbers
+        return False, rounds
+    best = min(rounds, key=_lost)
+    logger.info("%s: measured %.4g, before %.4g", step, measured, _lost(best))
+    return measured < _lost(best), [replace(each, **{step: measured}) if each is best else each for each in rounds]
 
 
 def _lost(step: Round) -> float:
-    """Return the divergence of all groups together; infinite where it is NaN, as narrow dtypes may overflow."""
-    return inf if isnan(step.measured) else step.measured
+    """Return the least divergence of all groups together; infinite where it is NaN, as narrow dtypes may overflow."""
+    known = [value for value in (step.measured, step.in_order) if value is not None and not isnan(value)]
+    return min(known, default=inf)
 
 
 def _measured(

@@ -137,18 +137,22 @@ def _report(folder: Path) -> dict[str, Any] | None:
 
 def note_on_errors(rounds: Sequence[Mapping[str, float | None]] | None) -> str:
     """Return what must be said of errors where the `rounds` of a report have kept layers coded in order; else nothing."""
-    told = [(step.get("measured"), step.get("in_order")) for step in rounds or ()]
-    # As it was decided when they were coded: NaN, which narrow dtypes may give, is worse than any number.
-    kept = any(after is not None and not (before is not None and after >= before) for before, after in told)
-    return FITTED if kept else ""
+    return FITTED if _is_kept(rounds, "in_order") else ""
 
 
 def last_norm_kept(rounds: Sequence[Mapping[str, float | None]] | None) -> bool:
     """Return whether the norm before the head is one that was fitted, by the `rounds` of a report."""
-    for step in rounds or ():
-        before = [value for name in ("measured", "in_order") if (value := step.get(name)) is not None]
-        fitted = step.get("last_norm")
-        if fitted is not None and all(fitted < value for value in before):
+    return _is_kept(rounds, "last_norm")
+
+
+def _is_kept(rounds: Sequence[Mapping[str, float | None]] | None, step: str) -> bool:
+    """Return whether a step of a round was kept, as it was decided then: if less was measured than at any step before it."""
+    steps = ("measured", "in_order", "last_norm")
+    for told in rounds or ():
+        # None is NaN, which narrow dtypes may give and any number is better than, or a step that was not taken.
+        before = [value for name in steps[: steps.index(step)] if (value := told.get(name)) is not None]
+        after = told.get(step)
+        if after is not None and all(after < value for value in before):
             return True
     return False
 

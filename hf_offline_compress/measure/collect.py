@@ -68,10 +68,9 @@ def measure(
     def bar(title: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return lambda items: progress_bar(items, title, passes.unit, progress)
 
-    masked = objective_of(plan.architecture) == "masked"
     options = _text_options(model, plan, tokenizer, seed, batch_size)
-    batches, record = make_batches(texts, tokenizer, masked=masked, **options)
-    mask_token = tokenizer.mask_token_id if masked else None
+    batches, record = make_batches(texts, tokenizer, **options)
+    mask_token = mask_token_of(plan, tokenizer)
     statistics = Statistics()
     wanted = [m for group in plan.groups if group.rule.objective.calibrated for m in group.matrices]
     if wanted:
@@ -85,7 +84,8 @@ def measure(
             progress=bar("calibrating"),
         )
         for embedding in (m for m in wanted if m.kind == "word_embeddings"):
-            counts = count_tokens(texts, tokenizer, masked=masked, positions=options["positions"], rows=embedding.rows)
+            asked_of = {name: options[name] for name in ("masked", "positions")}
+            counts = count_tokens(texts, tokenizer, rows=embedding.rows, **asked_of)
             statistics.token_counts, statistics.place_counts = counts.tokens, counts.places
             statistics.positions = token_limit(model.config.to_dict())
             record = replace(record, counted=round(float(counts.tokens.sum())))
@@ -124,8 +124,8 @@ def measure(
         if objective.importance != "none":
             important.setdefault((objective.importance, objective.parameter_wise), []).extend(group.matrices)
     truth = None
-    if masked and important:
-        truth = [batch.input_ids for batch in make_batches(texts, tokenizer, masked=False, **options)[0]]
+    if mask_token is not None and important:
+        truth = [batch.input_ids for batch in make_batches(texts, tokenizer, **options | {"masked": False})[0]]
     for (kind, parameter_wise), matrices in important.items():
         statistics.importance[kind, parameter_wise] = measure_importance(
             model,
@@ -158,13 +158,12 @@ def divergence_from(
     """
     if texts is None or plan.recipe.allocation != "by_gain" or not EFFORTS[plan.recipe.effort].rounds:
         return None
-    masked = objective_of(plan.architecture) == "masked"
     batch_size = min(batch_size or JUDGED_AT_ONCE, JUDGED_AT_ONCE)
-    batches = batches_apart(texts, tokenizer, masked=masked, **_text_options(model, plan, tokenizer, seed, batch_size))
+    batches = batches_apart(texts, tokenizer, **_text_options(model, plan, tokenizer, seed, batch_size))
     if sum(int(batch.attention_mask.sum()) for batch in batches) < LEAST_JUDGED:
         return None
     matrices = [matrix for group in plan.groups for matrix in group.matrices]
-    mask_token = tokenizer.mask_token_id if masked else None
+    mask_token = mask_token_of(plan, tokenizer)
     return Divergence(model, matrices, batches, prefix=plan.layout.prefix, mask_token=mask_token)
 
 
@@ -184,10 +183,9 @@ def course_of(
     Args: see `measure` and `Course`.
     """
     assert texts is not None
-    masked = objective_of(plan.architecture) == "masked"
     options = _text_options(model, plan, tokenizer, seed, batch_size)
     used = EFFORTS[plan.recipe.effort].in_order  # of the same draw: none of what is judged by
-    batches, _ = make_batches(texts, tokenizer, masked=masked, used=used, **options)
+    batches, _ = make_batches(texts, tokenizer, used=used, **options)
     return Course(model, plan.layout.matrices, batches, embeddings, prefix=plan.layout.prefix, processes=processes)
 
 
@@ -206,9 +204,17 @@ def batches_in_the_end(
     Args: see `measure`.
     """
     assert texts is not None
-    masked = objective_of(plan.architecture) == "masked"
     options = _text_options(model, plan, tokenizer, seed, batch_size)
-    return make_batches(texts, tokenizer, masked=masked, used=tokens, from_end=True, **options)[0]
+    return make_batches(texts, tokenizer, used=tokens, from_end=True, **options)[0]
+
+
+def mask_token_of(plan: Plan, tokenizer: Any) -> int | None:
+    """Return the token at whose places a masked language model predicts; None for any other model."""
+    return tokenizer.mask_token_id if _is_masked(plan) else None
+
+
+def _is_masked(plan: Plan) -> bool:
+    return objective_of(plan.architecture) == "masked"
 
 
 def _text_options(
@@ -217,6 +223,7 @@ def _text_options(
     """Return which text is run, and how."""
     effort = EFFORTS[plan.recipe.effort]
     return {
+        "masked": _is_masked(plan),
         "positions": clamp_length(tokenizer, model.config.to_dict()).model_max_length,
         "seed": seed,
         "batch_size": batch_size,

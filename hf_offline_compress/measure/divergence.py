@@ -99,11 +99,11 @@ class Divergence:
         device = next(model.parameters()).device
         masks = [batch.attention_mask.bool().to(device) for batch in batches]
         ids = [batch.input_ids.to(device) for batch in batches]
-        places = masks if mask_token is None else [m & (i == mask_token) for m, i in zip(masks, ids, strict=True)]
+        places = [batch.places(mask_token).to(device) for batch in batches]
         thin = self._thinned(places)
         self._known = [_Dense(i, m, p) for i, m, p in zip(ids, masks, thin, strict=True)]
         # Each place that is kept represents several.
-        self._stands_for = _count(places) / max(1, _count(thin))
+        self._stands_for = count(places) / max(1, count(thin))
         self._record()
 
     @torch.no_grad()
@@ -115,9 +115,9 @@ class Divergence:
             every: run one batch in this many.
             others: parameters behind all layers, by full name.
         """
-        if not replaced:
+        if not (replaced or others):
             return 0.0
-        first = min(self._layer_of(matrix) for matrix, _ in replaced)
+        first = min((self._layer_of(matrix) for matrix, _ in replaced), default=len(self._layers))
         some = self._known[::every]
         with exchanged(self._model, self._prefix, replaced, others):
             moved = sum(self._moved(known, first) for known in some)
@@ -130,7 +130,7 @@ class Divergence:
         behind = sum(p.numel() for layer in layers for p in layer.parameters())
         words = self._model.get_output_embeddings() if self._headed else None
         head = 0 if words is None else words.weight.numel()
-        return 2.0 * (_count([known.mask for known in some]) * behind + _count([known.places for known in some]) * head)
+        return 2.0 * (count([known.mask for known in some]) * behind + count([known.places for known in some]) * head)
 
     def _layer_of(self, matrix: Matrix) -> int:
         """Return the first layer that has to be computed again."""
@@ -143,13 +143,7 @@ class Divergence:
         """Return the places, or one in several where the vocabulary is so large that not all can be kept."""
         if not self._narrow:
             return list(places)
-        every = -(-_count(places) * 4 * self._model.config.vocab_size // KEPT_BYTES)
-        found = []
-        for own in places:
-            thin = torch.zeros_like(own).flatten()
-            thin[own.flatten().nonzero()[:: max(1, every), 0]] = True
-            found.append(thin.view_as(own))
-        return found
+        return thinned(places, -(-count(places) * 4 * self._model.config.vocab_size // KEPT_BYTES))
 
     @torch.no_grad()
     def _record(self) -> None:
@@ -224,5 +218,16 @@ class Divergence:
             yield
 
 
-def _count(places: Sequence[Tensor]) -> int:
+def count(places: Sequence[Tensor]) -> int:
+    """Return how many places there are in all batches."""
     return sum(int(own.sum()) for own in places)
+
+
+def thinned(places: Sequence[Tensor], every: int) -> list[Tensor]:
+    """Return one in `every` of the places of each batch, all where that is below 1."""
+    found = []
+    for own in places:
+        thin = torch.zeros_like(own).flatten()
+        thin[own.flatten().nonzero()[:: max(1, every), 0]] = True
+        found.append(thin.view_as(own))
+    return found

@@ -95,13 +95,11 @@ def find_last_norm(model: Any, batch: Batch) -> LastNorm | None:
     if logits.shape != told.shape or not (logits.float() - told).abs().max() <= SAME * told.abs().max():
         return None  # they are scaled, or bounded, or no numbers
     for name, module, into, out in reversed(seen):
-        if _is_shared(model, module) or sum(other is module for _, other, _, _ in seen) > 1:
-            continue
-        if isinstance(out, Tensor) and out.shape == hidden.shape and out.equal(hidden) and isinstance(into, Tensor):
-            for offset in (0.0, 1.0):
-                norm = LastNorm(name, module, offset)
-                if _is_linear(norm, into, out):
-                    return norm
+        if isinstance(into, Tensor) and isinstance(out, Tensor) and out.equal(hidden):
+            if _is_shared(model, module) or sum(other is module for _, other, _, _ in seen) > 1:
+                return None
+            found = (LastNorm(name, module, offset) for offset in (0.0, 1.0))
+            return next((norm for norm in found if _is_linear(norm, into, out)), None)
     return None
 
 

@@ -97,7 +97,7 @@ def measure_sensitivity(
 
     def run(place: int, batch: Batch) -> None:
         ids, own = batch.input_ids.to(device), batch.attention_mask.bool().to(device)
-        places = own & (ids == mask_token) if mask_token is not None else own
+        places = batch.places(mask_token).to(device)
         generator = torch.Generator().manual_seed(seeds[place])
         loss, traces = _probe(model, ids, own, places, generator, headed, pooled)
         loss.backward()

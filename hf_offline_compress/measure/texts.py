@@ -106,6 +106,11 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
 
+    def places(self, mask_token: int | None) -> Tensor:
+        """Return where a model is asked to predict, bool: where the mask token is, or at all tokens where there is none."""
+        own = self.attention_mask.bool()
+        return own if mask_token is None else own & (self.input_ids == mask_token)
+
 
 def load_texts(calibration: str | Path | Iterable[str] | None, purpose: str = "calibration") -> CalibrationText | None:
     """Return the texts that the user chose, or None for no calibration.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.families import is_language_model
-from ..measure.divergence import Replaced, exchanged
+from ..measure.divergence import Replaced, count, exchanged, thinned
 from ..measure.last_norm import Predictions, find_last_norm, fitted, hidden_at_head
 from ..measure.texts import Batch
 from ..plan.groups import Plan
@@ -29,8 +29,8 @@ def fit_last_norm(
     model: Any,
     plan: Plan,
     weights: Replaced,
-    text: Callable[[int], Sequence[Batch]],
     *,
+    text: Callable[[int], Sequence[Batch]],
     mask_token: int | None,
     seed: int,
 ) -> dict[str, Tensor]:
@@ -49,9 +49,10 @@ def fit_last_norm(
     head = model.get_output_embeddings()
     wanted = max(LEAST_PLACES, PRODUCTS // head.weight.numel())
     batches = text(min(MOST_TOKENS, APART * wanted))
-    places = _thinned(batches, mask_token, wanted)
+    asked = [batch.places(mask_token) for batch in batches]
+    places = thinned(asked, count(asked) // wanted)
     norm = find_last_norm(model, batches[0]) if batches else None
-    if norm is None or sum(int(own.sum()) for own in places) < head.weight.shape[1]:
+    if norm is None or count(places) < head.weight.shape[1]:
         return {}
     bias = getattr(head, "bias", None)
     bias = None if bias is None else bias.detach().float()
@@ -70,14 +71,3 @@ def fit_last_norm(
         for name, value in found.items()
     }
     return kept if all(value.isfinite().all() for value in kept.values()) else {}
-
-
-def _thinned(batches: Sequence[Batch], mask_token: int | None, wanted: int) -> list[Tensor]:
-    """Return which places [sequences, length] of each batch are compared: about so many, evenly spread."""
-    asked = [batch.attention_mask.bool() for batch in batches]
-    if mask_token is not None:
-        asked = [own & (batch.input_ids == mask_token) for own, batch in zip(asked, batches, strict=True)]
-    flat = torch.cat([own.flatten() for own in asked]) if asked else torch.zeros(0, dtype=torch.bool)
-    thin = torch.zeros_like(flat)
-    thin[flat.nonzero()[:: max(1, int(flat.sum()) // wanted), 0]] = True
-    return [part.view_as(own) for part, own in zip(thin.split([own.numel() for own in asked]), asked, strict=True)]
