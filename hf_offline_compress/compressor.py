@@ -545,8 +545,8 @@ def _fit_of_last_norm(
     tokenizer: Any,
     how: Mapping[str, Any],
 ) -> Fit | None:
-    """Return what fits the norm before the head (`fit_last_norm`); None where the model does not predict with one."""
-    if not may_have_last_norm(model, plan):
+    """Return what fits the norm before the head (`fit_last_norm`); None without text or such a norm."""
+    if texts is None or not may_have_last_norm(model, plan):
         return None
 
     def text(tokens: int) -> list[Batch]:
