@@ -1,7 +1,7 @@
 """What is luck: one recipe on several models by several seeds, beside how far each figure is off by the held-out text.
 
 usage: python benchmarks/seeds.py --data FOLDER [--mlm FOLDER] [--causal FOLDER] [--encoder FOLDER] [--recipe tiny]
-           [--sizes 6.25] [--seeds 4] [--effort fast]
+           [--sizes 6.25] [--seeds 4] [--first 0] [--effort fast]
 
 --data holds stsb-en-train.csv, stsb-en-dev.csv, calibration.txt, validation.txt and test.txt; --mlm and --causal are folders
 of language models, --encoder of another sentence encoder than MiniLM, whose texts may need a --prefix. Everything is
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--sizes", nargs="+", type=float, default=[6.25], help="percent of the float32 bytes")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="to go on with a run of fewer seeds")
     parser.add_argument("--effort", choices=("fast", "default", "best"), help="by default the recipe's own")
     parser.add_argument("--lines", type=int, default=300)
     parser.add_argument("--by-line", action="store_true", help="causal: every line by itself, not windows of all")
@@ -164,7 +165,7 @@ def main() -> None:
         for size in options.sizes:
             recipe = load_recipe(options.recipe).override(total_ratio=100 / size)
             rows = []
-            for seed in range(options.seeds):
+            for seed in range(options.first, options.first + options.seeds):
                 found, seconds = compressed(subject, recipe, seed=seed, effort=options.effort)
                 losses, excess = subject.judge(found)
                 error = float(losses.std() / len(losses) ** 0.5)
