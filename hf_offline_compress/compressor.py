@@ -38,7 +38,7 @@ from .base.checkpoint import (
 from .base.given import check_base, check_tokenizer
 from .base.shards import Shards
 from .base.texts import languages_of, prompts_of
-from .errors import CompressionError, listing
+from .errors import BudgetTooSmallError, CompressionError, listing
 from .foundation.arguments import real, seed_of, whole
 from .foundation.files import read_json
 from .foundation.memory import release_memory
@@ -260,7 +260,7 @@ def compress(
         vocabulary = _pruned(request, tokenizer, config, source.name, generation, source, clock)
         config = vocabulary.config(config)
     # The plan is made before the weights are read, so that what cannot be done is said at once.
-    plan = make_plan(config, request.recipe, architecture=architecture, dtype=wanted)
+    request, plan = _begun(request, partial(make_plan, config, architecture=architecture, dtype=wanted))
     _check_disk(plan, options)
     if request.validation and options.max_loss is None:
         check_judged(architecture)
@@ -312,6 +312,17 @@ def _request(recipe: str | Path | Recipe, options: CompressionOptions) -> _Reque
     return _Request(recipe, texts, validation, options)
 
 
+def _begun(request: _Request, plan: Callable[[Recipe], Plan]) -> tuple[_Request, Plan]:
+    """Return a request and its plan; a search for the size begins at the smallest one, where the recipe's own is smaller."""
+    try:
+        return request, plan(request.recipe)
+    except BudgetTooSmallError as error:
+        if request.options.max_loss is None:
+            raise
+        recipe = request.recipe.override(total_ratio=round(error.total_ratio * 0.999, 3))
+        return replace(request, recipe=recipe), plan(recipe)
+
+
 def _pruned(
     request: _Request,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -356,7 +367,7 @@ def _compressed(subject: _Subject, request: _Request, clock: _Clock) -> Compress
     layout, wider = layout_of_model(model), dict[str, str]()
 
     planned = partial(_planned, subject, layout, wider)
-    plan = planned(request.recipe, subject.plan)
+    request, plan = _begun(request, lambda recipe: planned(recipe, subject.plan))
     _check_disk(plan, options)
     texts = _texts_as_read(subject, request)
     passes = _passes(subject, plan, texts, options, processes)

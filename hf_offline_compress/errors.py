@@ -16,6 +16,19 @@ class CompressionError(ValueError):
     """
 
 
+class BudgetTooSmallError(CompressionError):
+    """A budget that not even the smallest form of everything fits into.
+
+    Attributes:
+        total_ratio: of the smallest form.
+    """
+
+    def __init__(self, message: str, total_ratio: float) -> None:
+        """Keep the ratio beside the message."""
+        super().__init__(message)
+        self.total_ratio = total_ratio
+
+
 class UnsavedError(CompressionError):
     """The results could not be saved.
 

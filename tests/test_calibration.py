@@ -37,6 +37,10 @@ def test_sources(tmp_path):
     text = load_texts(file)
     assert text.texts == ("one", "two") and text.source == "lines.txt"
     assert load_texts(["one", "two"]).sha256 == text.sha256
+    assert load_texts(["one", "\ud800two \ud83d\ude00"]).texts == (
+        "one",
+        "\ufffdtwo \U0001f600",
+    )  # halves of characters
     assert load_texts(None) is None and load_texts("none") is None
 
 

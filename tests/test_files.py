@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import stat
+import tempfile
 
 import pytest
 from safetensors import SafetensorError
@@ -205,3 +206,12 @@ def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, moment):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", "new", True, stop if moment == "writing" else None)
     assert (tmp_path / "out/ours").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(CompressionError, match=r"card\.md' cannot be written: its folder may not be written to"):
+        write_whole(tmp_path / "card.md", "text")

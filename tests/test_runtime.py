@@ -11,6 +11,7 @@ from inputs import inputs_for
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_offline_compress import Grouping, Objective, Recipe, Rule, compress
+from hf_offline_compress.runtime import loading_compressed
 from hf_offline_compress.structures import Autoencoder, Kronecker, LowRank, Quantized, Sparse, Training, Tucker
 
 FEW = Training(epochs=3)
@@ -62,9 +63,18 @@ def layers_of(model):
     return (base.h if hasattr(base, "h") else base.encoder.layer), ("h" if hasattr(base, "h") else "encoder.layer")
 
 
-def test_bfloat16(saved):
+def test_bfloat16(saved, monkeypatch):
     folder, head, result = saved
+    told = []
+    monkeypatch.setattr(loading_compressed.logger, "warning_once", told.append)
     model = AUTO[head].from_pretrained(folder, dtype=torch.bfloat16)
+    exact = result.model.compressed_modules()
+    errors = [
+        float((module.dense_weight().float() - (weight := exact[name].dense_weight())).norm() / weight.norm())
+        for name, module in model.compressed_modules().items()
+    ]
+    assert told or max(errors) < 0.01
+    assert len(told) == folder.name.endswith(("autoencoder", "residual"))
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     expected = outputs_of(copy.deepcopy(result.model).to(torch.bfloat16), head)
     torch.testing.assert_close(outputs_of(model, head), expected, atol=1e-5, rtol=0)

@@ -1,5 +1,7 @@
 """The search for an allowed loss: what it tries, what it judges by, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 from common import TEXTS, make_model, make_tokenizer
 
@@ -70,6 +72,17 @@ def test_a_model_within_the_loss(model_type, head):
         assert result.report.validation["source"] == "held out from caller"
         assert result.report.calibration["texts"] < len(TEXTS)
     assert loose.report.totals["stored_bytes"] < tight.report.totals["stored_bytes"]
+
+
+def test_a_search_begins_at_the_smallest_where_its_recipe_asks_for_less():
+    options = {"tokenizer": make_tokenizer("bert"), "calibration": TEXTS, "progress": False}
+    few = replace(RECIPE, modules=("word_embeddings",))
+    model = make_model("bert", "BertModel")
+    with pytest.raises(CompressionError, match="is too small: with every chosen matrix at its smallest"):
+        compress(model, few, **options)
+    found = compress(model, few, max_loss=0.3, **options)
+    assert 1 < found.report.recipe["budget"]["total_ratio"] < 4
+    assert found.report.search["trials"][0]["loss"] <= 0.3
 
 
 @pytest.mark.parametrize(

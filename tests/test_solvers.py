@@ -168,10 +168,12 @@ def test_members_share_one_basis():
     assert tuple(factors.decoder["weight"].shape) == (12, 5)
 
 
-def test_degenerate_matrices():
+@pytest.mark.parametrize("structure", [LowRank(), LowRank(identity_block=True)])
+def test_degenerate_matrices(structure):
     for weight in (torch.zeros(6, 4), torch.ones(6, 4)):
-        torch.testing.assert_close(low_rank(weight, 2), weight, atol=1e-6, rtol=0)
-        torch.testing.assert_close(low_rank(weight, 2, input_moments=torch.zeros(4, 4)), weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(low_rank(weight, 2, structure), weight, atol=1e-6, rtol=0)
+        found = low_rank(weight, 2, structure, input_moments=torch.zeros(4, 4))
+        torch.testing.assert_close(found, weight, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("columns", [3, 10, 64])

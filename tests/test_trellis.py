@@ -432,11 +432,19 @@ def test_mixtures_are_few_and_fall_from_class_to_class(energies):
         assert len(mixture.classes) > 1
 
 
-def test_scales_are_stored_to_two_percent():
-    scales = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) * 3 + 1e-3
+@pytest.mark.parametrize("size", [3, 0.03, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_stored_to_two_percent_and_alike_in_every_dtype(size, dtype):
+    scales = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) * size + 1e-3 * size
     rounded, codes, bounds = _rounded_scales(scales)
     assert ((rounded / scales) - 1).abs().max() < 0.03
-    assert rounded[1].equal(decode_scales(codes[1], bounds[1].half()))
+    for i in range(2):
+        assert rounded[i].equal(decode_scales(codes[i], bounds[i].to(dtype)))
+
+
+def test_scales_that_are_all_alike():
+    rounded, _, _ = _rounded_scales(torch.full((1, 7), 0.3))
+    assert ((rounded / 0.3) - 1).abs().max() < 0.001
 
 
 @pytest.mark.parametrize(

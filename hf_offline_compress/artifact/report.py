@@ -170,6 +170,7 @@ def group_report(
             used = dense.norm(dim=1) > 0
             cosines.append(1 - torch.nn.functional.cosine_similarity(dense[used], kept[used], dim=1))
     calibrated = input_moments is not None or row_weights is not None
+    distances = torch.cat(cosines) if cosines else torch.empty(0)
     return GroupReport(
         name=group.name,
         kind=group.matrices[0].kind,
@@ -184,7 +185,7 @@ def group_report(
         storage=str(group.storage),
         objective=asdict(problem.objective),
         relative_error=_root_ratio(squared),
-        cosine_distance=float(torch.cat(cosines).mean()) if cosines else 0.0,
+        cosine_distance=float(distances.mean()) if len(distances) else 0.0,  # rows of zeros have no direction
         calibrated_error=_root_ratio(weighted) if calibrated else None,
         seconds=round(seconds, 3),
         notes=notes,

@@ -61,7 +61,7 @@ def evaluate_folder(folder: str | Path, options: EvaluationOptions | None = None
     pair = find_pair(folder, options.base, revision=options.revision, onnx=options.onnx)
     if options.write:
         check_writable(pair.folder)
-    chosen_measures = choose_measures(options.measures, pair.architecture) if loaded else ()
+    chosen_measures = choose_measures(options.measures, pair) if loaded else ()
     processes = launched_processes(options.device)
     found: list[Evaluation] = []
     if loaded is not None:

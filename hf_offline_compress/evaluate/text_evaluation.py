@@ -17,6 +17,7 @@ from ..metrics.perplexity import Perplexity, causal_perplexity, masked_perplexit
 from ..metrics.predictions import PredictionAgreement, class_agreement, language_agreement
 from ..metrics.pseudo_perplexity import pseudo_perplexity
 from ..metrics.shared_units import byte_perplexity, word_perplexities
+from ..runtime.architectures_compressed import architecture_of
 from .classification import classifier_logits
 from .options import EvaluationOptions
 from .pair import Pair, language_model_kind
@@ -26,15 +27,18 @@ from .text_settings import TextSettings
 MEASURES = ("perplexity", "pseudo_perplexity", "agreement")
 
 
-def choose_measures(measures: Sequence[str] | None, architecture: str) -> tuple[str, ...]:
-    """Return what is measured on a text: what was asked for, else agreement, and perplexity of language models.
+def choose_measures(measures: Sequence[str] | None, pair: Pair) -> tuple[str, ...]:
+    """Return what is measured on a text: what was asked for, else perplexity of language models, and agreement if it can be.
 
     Raises:
-        CompressionError: there is no such measure, or the architecture does not have it.
+        CompressionError: there is no such measure, or the models do not have it.
     """
+    architecture = pair.architecture
     kind = language_model_kind(architecture)
-    if measures is None:
-        return ("perplexity", "agreement") if kind else ("agreement",)
+    agree = _compares_states(pair) or _compares_predictions(pair)
+    if measures is None and kind:
+        return ("perplexity", "agreement") if agree else ("perplexity",)
+    measures = ("agreement",) if measures is None else measures
     for name in measures:
         if name not in MEASURES:
             raise CompressionError(f"There is no measure '{name}'; known: {listing(MEASURES)}.")
@@ -43,7 +47,27 @@ def choose_measures(measures: Sequence[str] | None, architecture: str) -> tuple[
             raise CompressionError(
                 f"The measure '{name}' needs a {needed}, and {architecture} is none; choose agreement."
             )
+        if name == "agreement" and not agree:
+            raise CompressionError(
+                f"Agreement with the base cannot be measured: '{pair.onnx and pair.onnx.name}' gives no hidden states, and its "
+                f"predictions are {'of other tokens than' if kind else 'not comparable with'} the base's. "
+                f"{'Choose perplexity, or evaluate' if kind else 'Evaluate'} the folder's weights, without the ONNX file."
+            )
     return tuple(dict.fromkeys(measures))
+
+
+def _compares_states(pair: Pair) -> bool:
+    """Whether both models give hidden states; an ONNX file of a model with a head gives what that says alone."""
+    entry = architecture_of(pair.contents.config["model_type"])
+    return pair.onnx is None or (entry is not None and pair.architecture == entry.base)
+
+
+def _compares_predictions(pair: Pair) -> bool:
+    """Whether both models predict, and the same things: tokens of one vocabulary, or classes."""
+    if language_model_kind(pair.architecture):
+        return pair.same_tokens
+    labels = pair.contents.config.get("id2label")  # two classes, if nothing is said
+    return pair.architecture.endswith("ForSequenceClassification") and (labels is None or len(labels) > 1)
 
 
 def evaluate_text(
@@ -166,8 +190,7 @@ def _agreement(
     options = {**shared, "max_length": used["max_length"]}
     metrics: list[Metric] = []
     seconds: dict[str, float] = dict.fromkeys(models, 0.0)
-    # An ONNX file of a language model gives its predictions alone.
-    if getattr(models["compressed"], "has_hidden_states", True) or not (kind and pair.same_tokens):
+    if _compares_states(pair):
         (base, compressed), seconds = _timed_each(
             models, pair, lambda model, tokenizer: sentence_embeddings(model, tokenizer, texts, **options)
         )
@@ -175,7 +198,7 @@ def _agreement(
     compared: PredictionAgreement | None = None
     if not pair.same_tokens:
         used["vocabularies"] = "different"  # of different tokens no probabilities compare
-    if kind and pair.same_tokens:
+    if kind and _compares_predictions(pair):
         of_kind = settings.of(kind, pair.tokenizer.model_max_length)
         used |= of_kind
         compared = language_agreement(
@@ -187,7 +210,7 @@ def _agreement(
             **of_kind,
             **shared,
         )
-    elif pair.architecture.endswith("ForSequenceClassification") and models["base"].config.num_labels > 1:
+    elif _compares_predictions(pair):
         alone = [(text,) for text in texts]
         (base, compressed), _ = _timed_each(
             models, pair, lambda model, tokenizer: classifier_logits(model, tokenizer, alone, **options)

@@ -61,10 +61,13 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
     """Give a hidden file beside `file` to write into; it takes that place once that is done without error.
 
     Raises:
-        CompressionError: the disk is full. Nothing is left then.
+        CompressionError: the disk is full, or the folder may not be written to. Nothing is left then.
     """
     with _space_for(file):
-        descriptor, name = tempfile.mkstemp(prefix=f".{file.name[:40]}.partial-", dir=file.parent)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f".{file.name[:40]}.partial-", dir=file.parent)
+        except PermissionError as error:
+            raise CompressionError(f"'{file}' cannot be written: its folder may not be written to.") from error
         partial = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as stream:

@@ -200,7 +200,7 @@ def make_batches(
     words, unknown = len(plain), sum(token == unknown_token for token in plain)
     if unknown > MOSTLY * words or not words:
         raise CompressionError(
-            f"The tokenizer knows almost none of the calibration text '{text.source}' ({unknown} of {words} "
+            f"The tokenizer does not know most of the calibration text '{text.source}' ({unknown} of {words} "
             "tokens are unknown to it); pass a calibration of your own, in the model's language."
         )
     if masked and tokenizer.mask_token_id is None:
@@ -427,12 +427,17 @@ def _batches(
 
 
 def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> CalibrationText:
-    texts = tuple(stripped for line in lines if (stripped := line.strip()))
+    texts = tuple(stripped for line in lines if (stripped := _encodable(line).strip()))
     if not texts:
         raise CompressionError(f"The {purpose} '{source}' has no usable line; it needs at least one text.")
     if source != "bundled" and (doubt := _doubt(texts)):
         logger.warning("The %s text '%s' %s", purpose.removesuffix(" text"), source, doubt)
     return CalibrationText(texts, source)
+
+
+def _encodable(line: str) -> str:
+    """Return a text that UTF-8 has codes for; halves of characters, as JSON may have, are put together, or replaced."""
+    return line if line.isascii() else line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def warn_of_overlap(text: CalibrationText | None, validation: CalibrationText | None) -> None:

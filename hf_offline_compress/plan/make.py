@@ -12,7 +12,7 @@ from typing import Any
 
 from ..architectures.families import KINDS, SHORTHANDS, architecture_of, family_of
 from ..architectures.layout import Matrix, ParameterLayout
-from ..errors import CompressionError, listing
+from ..errors import BudgetTooSmallError, CompressionError, listing
 from ..request.recipe import STORAGES, Recipe, Rule
 from ..request.selectors import matches
 from ..structures import INTEGERS
@@ -105,7 +105,7 @@ def _within_budget(draft: Plan, grouped: Sequence[tuple[Rule, tuple[Matrix, ...]
     """Return the plan at the one ratio for all groups at which it is largest within the budget.
 
     Raises:
-        CompressionError: it is too large even with every group at its smallest.
+        BudgetTooSmallError: it is too large even with every group at its smallest.
     """
     budget = draft.recipe.budget
     assert budget is not None
@@ -114,9 +114,10 @@ def _within_budget(draft: Plan, grouped: Sequence[tuple[Rule, tuple[Matrix, ...]
     smallest = _sized_plan(draft, grouped, dense, high)
     if smallest.file_bytes > allowed:
         least, ratio = smallest.file_bytes, draft.layout.total * FLOAT32 / smallest.file_bytes
-        raise CompressionError(
+        raise BudgetTooSmallError(
             f"The budget of {budget} ({allowed:,} bytes) is too small: with every chosen matrix at its smallest, the weights "
-            f"take {least:,} bytes (total ratio {ratio:.1f}). Ask for at least that, or choose more modules."
+            f"take {least:,} bytes (total ratio {ratio:.1f}). Ask for at least that, or choose more modules.",
+            ratio,
         )
     best = smallest
     for _ in range(40):
@@ -157,7 +158,7 @@ def _check_ratios(recipe: Recipe, dtype: str) -> None:
         if rule.structure and others and dtype != "float32":
             raise CompressionError(
                 f"The storage '{others[0]}' does not fit a model in {dtype}: a loaded model has one dtype. "
-                "Leave the storage out, or pass dtype='float32'."
+                f"Ask for the storage '{dtype}' or for integers, or pass dtype='float32'."
             )
 
 

@@ -4,10 +4,15 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.utils import logging
 
+from .structures_compressed import AutoencoderWeight, ResidualWeight
 from .substitution_compressed import DECODERS, compressed_modules
 from .weights_compressed import CompressedWeight
+
+logger = logging.get_logger(__name__)
 
 # A member of a group: module, part of a fused module, and whether it lies in a head.
 Place = tuple[str, str | None, bool]
@@ -62,6 +67,24 @@ def check_loaded(model: Any, info: Mapping[str, Any], ignore_mismatched_sizes: b
         _make_dense(model, name, modules[name])
     if anew or left:
         model.config.compression = current_compression(model)
+
+
+def warn_of_precision(model: Any) -> None:
+    """Warn where a model was loaded in fewer digits than its decoders can do with.
+
+    What an autoencoder decodes is a sum of larger numbers, and so is what its activations are computed of: factors rounded to
+    the eight digits of bfloat16 give weights that are off by several percent, other structures by a fraction of one.
+    """
+    narrow = [
+        module
+        for module in compressed_modules(model).values()
+        if isinstance(module, (AutoencoderWeight, ResidualWeight)) and module.storage != "bfloat16"
+    ]
+    if model.dtype == torch.bfloat16 and narrow:
+        logger.warning_once(
+            "Autoencoders that are loaded in bfloat16 decode to weights that are off by several percent. Load the model in "
+            "float16 or float32, or use a dense checkpoint of it, as `export` writes, in bfloat16."
+        )
 
 
 def base_prefix(model: Any) -> str:

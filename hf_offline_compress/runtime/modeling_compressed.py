@@ -19,7 +19,7 @@ from .bounds_compressed import check_decoding
 from .configuration_compressed import config_class_of
 from .executing_compressed import why_not_int8
 from .layers_compressed import FusedLinear, TiedHead
-from .loading_compressed import check_loaded, current_compression, remember_groups
+from .loading_compressed import check_loaded, current_compression, remember_groups, warn_of_precision
 from .numbers_compressed import PackedNumbers
 from .seen_compressed import forward_pass
 from .storing_compressed import holding
@@ -93,6 +93,7 @@ class CompressedModelMixin:
             *args, output_loading_info=True, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
         )
         check_loaded(model, info, ignore_mismatched_sizes)
+        warn_of_precision(model)
         if decoding is not None:
             model.set_decoding(decoding)
         return (model, info) if output_loading_info else model

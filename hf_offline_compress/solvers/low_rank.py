@@ -183,7 +183,9 @@ def _with_identity(latents: Tensor, basis: Tensor) -> tuple[Tensor, dict[str, Te
     left of L grows: B[:, order] = Uᵀ L₁ᵀ [1, (L₂ L₁⁻¹)ᵀ].
     """
     rank, columns = basis.shape
-    packed, pivots = torch.linalg.lu_factor(basis.T)
+    packed, pivots, _ = torch.linalg.lu_factor_ex(
+        basis.T
+    )  # rows of zeros, as of a weight of lower rank, do no harm to L
     order = list(range(columns))
     for i, pivot in enumerate((pivots - 1).tolist()):
         order[i], order[pivot] = order[pivot], order[i]

@@ -218,17 +218,24 @@ def _row_squares(rows: Tensor) -> Tensor:
 def _rounded_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return scales [members, rows] as they are stored, their codes, and the ranges of their logarithms [members, 2].
 
-    The ranges are rounded to half precision here, so that storing them in it changes nothing.
+    The ranges are rounded to what both half precisions represent, outwards, so that no dtype that a model is loaded in
+    changes them: an error in a step would be multiplied by codes of up to 255.
     """
     # Rows of (nearly) nothing would stretch the range for all others.
     least = scales.amax(dim=1, keepdim=True).clamp_min(TINY) * 2.0**-16
     logarithms = scales.clamp_min(least).log2()
-    low = logarithms.amin(dim=1).half().float()
-    step = ((logarithms.amax(dim=1) - low) / 255).clamp_min(2.0**-12).half().float()
+    low = _to_eight_digits(logarithms.amin(dim=1), torch.floor)
+    step = _to_eight_digits(((logarithms.amax(dim=1) - low) / 255).clamp_min(2.0**-12), torch.ceil)
     codes = ((logarithms - low[:, None]) / step[:, None]).round().clamp(0, 255).to(torch.uint8)
     bounds = torch.stack([low, step], dim=1)
     rounded = torch.stack([decode_scales(c, b) for c, b in zip(codes, bounds, strict=True)])
     return rounded, codes, bounds
+
+
+def _to_eight_digits(numbers: Tensor, towards: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return numbers of at most eight binary digits, as bfloat16 has: the nearest ones below (`floor`) or above (`ceil`)."""
+    digits, exponents = torch.frexp(numbers)
+    return torch.ldexp(towards(digits * 2.0**8), exponents - 8)
 
 
 def _encode(rows: Tensor, weights: Tensor, task: _Task) -> list[list[Tensor]]:

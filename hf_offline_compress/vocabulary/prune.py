@@ -123,7 +123,7 @@ def prune_vocabulary(
     unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else 0
     if 2 * unknown >= counts.total():
         raise CompressionError(
-            f"The tokenizer of '{name}' knows almost none of the vocabulary text '{text.source}' ({unknown:,} of "
+            f"The tokenizer of '{name}' does not know most of the vocabulary text '{text.source}' ({unknown:,} of "
             f"{counts.total():,} tokens are unknown); pass text in the model's language."
         )
     scripts = scripts_of(text.texts)
