@@ -219,6 +219,18 @@ def test_trellises_compile_in_one_graph_and_run_under_autocast(decoding, kind):
             torch.testing.assert_close(run(x).float(), expected, **close)
 
 
+@torch.no_grad()
+def test_trellises_of_two_widths_compile_in_one_graph():
+    torch.compiler.reset()
+    model = model_of(Rule(Trellis(), modules=("attention",), ratio=16.0), Rule(Trellis(), ratio=3.0), layers=1)
+    rates = {(c.width, c.bits) for m in model.compressed_modules().values() for c in m.row_classes}
+    assert len({width for width, _ in rates}) == 2
+    model.set_decoding("on_the_fly")
+    ids = torch.tensor([[3, 9, 20, 11]])
+    expected = model(ids).logits
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits, expected)
+
+
 def model_of(*rules, layers=3, **options):
     """Return a small masked language model of random codes, made from its config alone."""
     sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}

@@ -278,6 +278,32 @@ def test_files_of_every_form(tmp_path, name, content, columns):
     assert len(first.examples) == first.data.examples == 1 and first.data.sha256 == split.data.sha256
 
 
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.jsonl"])
+def test_quotation_marks_and_what_else_ends_a_line_are_characters(tmp_path, name):
+    texts = ['"a cat', "the sun\u2028shines", 'a "moon"', 'a dog"']
+    rows = [
+        f"{t}\t1" if name.endswith("tsv") else json.dumps({"text": t, "label": 1}, ensure_ascii=False) for t in texts
+    ]
+    (tmp_path / name).write_text("\n".join(["text\tlabel", *rows] if name.endswith("tsv") else rows), "utf-8")
+    (split,) = load_splits(TASKS["sst2"], tmp_path / name, None, None)
+    assert [example.texts for example in split.examples] == [(text,) for text in texts]
+
+
+def test_texts_are_texts(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "a \ud83d cat", "label": 1}]))
+    (split,) = load_splits(TASKS["sst2"], path, None, None)
+    assert split.examples[0].texts == ("a \ufffd cat",)
+    path.write_text(json.dumps([{"text": None, "label": 1}]))
+    with pytest.raises(
+        CompressionError, match="'rows.json' has an example whose text is None; every text must be a string"
+    ):
+        load_splits(TASKS["sst2"], path, None, None)
+    path.write_text(json.dumps([{"sentence1": "a", "sentence2": "b", "score": "inf"}]))
+    with pytest.raises(CompressionError, match="has the label 'inf', and stsb needs a number"):
+        load_splits(TASKS["stsb"], path, None, None)
+
+
 def test_a_file_of_pairs_without_a_header(tmp_path):
     path = write_csv(tmp_path / "sts.csv", [("a cat", "a dog", "2.5"), ("sun", "moon", "0.0")])
     (split,) = load_splits(TASKS["stsb"], path, None, None)

@@ -55,6 +55,31 @@ def test_base_and_compressed_model_search_the_same_documents(pair, beir):
     assert read_evaluation(folder)["evaluations"][0]["id"] == f"nanobeir:{beir.name}"
 
 
+def test_a_base_searches_by_its_own_tokens(pair, beir, tmp_path):
+    base, folder = pair
+    words = ["the moon and the cat"] * 50 + ["red hills"] * 10
+    compress(base, "svd", calibration=None, ratio=2, vocabulary=words, vocabulary_size=64, progress=False).save(
+        pruned := tmp_path / "pruned"
+    )
+    asked = {"base": base, "task": "nanobeir", "data": beir, "write": False, "progress": False}
+    (whole,), (found,) = (evaluate_folder(each, **asked) for each in (folder, pruned))
+    assert [metric.base for metric in found.metrics] == [metric.base for metric in whole.metrics]
+    assert found.metrics[0].compressed != whole.metrics[0].compressed
+
+
+def test_lines_of_json_end_where_they_end(pair, beir):
+    base, folder = pair
+    asked = {"base": base, "task": "nanobeir", "data": beir, "write": False, "progress": False}
+    (before,) = evaluate_folder(folder, **asked)
+    lines = (beir / "corpus.jsonl").read_text().splitlines()
+    (beir / "corpus.jsonl").write_text("\n".join([*lines[:-1], " ", lines[-1][:-2] + '\u2028"}']) + "\n", "utf-8")
+    (after,) = evaluate_folder(folder, **asked)
+    assert after.metrics == before.metrics
+    (beir / "corpus.jsonl").write_text("\n".join([*lines, '{"_id": "d99", "text": null}']))
+    with pytest.raises(CompressionError, match="has an example whose text is None"):
+        evaluate_folder(folder, **asked)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [

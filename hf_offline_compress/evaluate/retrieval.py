@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..metrics.scores import require
 from .options import EvaluationOptions
 from .pair import Pair
 from .records import Data, Evaluation, metric
+from .task_data import read_json_lines, text_of
 
 TASK = "nanobeir"
 TOP = 10
@@ -83,7 +83,9 @@ def evaluate_retrieval(pair: Pair, task: str, options: EvaluationOptions, proces
     for name, loader in (("base", pair.load_base), ("compressed", pair.load_compressed)):
         started = time.perf_counter()
         model = loader(dtype=dtype).to(processes.device)
-        embedded[name] = [_embed(model, pair.tokenizer, each, prompts, options.forward(processes)) for each in sets]
+        embedded[name] = [
+            _embed(model, pair.tokenizers[name], each, prompts, options.forward(processes)) for each in sets
+        ]
         seconds[name] = round(time.perf_counter() - started, 3)
     found = []
     for i, each in enumerate(sets):
@@ -172,11 +174,13 @@ def _from_folder(folder: Path, limit: int | None) -> RetrievalSet:
     if lacking := [file.name for file in files if not file.is_file()]:
         raise CompressionError(f"The folder '{folder}' has no {listing(lacking)}; {TASK} needs {listing(FILES)}.")
     try:
-        corpus, queries = ([json.loads(line) for line in f.read_text("utf-8").splitlines() if line] for f in files[:2])
+        corpus, queries = (read_json_lines(f.read_text("utf-8")) for f in files[:2])
         lines = list(csv.reader(qrels.read_text("utf-8").splitlines(), delimiter="\t"))
         judged = [(line[0], line[-2], float(line[-1])) for line in lines if line and _is_number(line[-1])]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         return _set(folder.name, corpus, queries, judged, limit, lambda n: Data(folder.name, n, sha256=digest))
+    except CompressionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CompressionError(f"The files of '{folder.name}' cannot be read as a BEIR set: {error!r}.") from error
 
@@ -194,12 +198,12 @@ def _set(
     data: Callable[[int], Data],
 ) -> RetrievalSet:
     """Return a set of the queries that have a relevant document."""
-    documents = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
+    documents = {str(row["_id"]): f"{row.get('title') or ''} {text_of(row['text'], name)}".strip() for row in corpus}
     relevant: dict[str, dict[str, float]] = {}
     for query, document, grade in judged:
         if grade > 0 and document in documents:
             relevant.setdefault(query, {})[document] = grade
-    asked = {str(row["_id"]): str(row["text"]) for row in queries if str(row["_id"]) in relevant}
+    asked = {str(row["_id"]): text_of(row["text"], name) for row in queries if str(row["_id"]) in relevant}
     asked = dict(list(asked.items())[:limit])
     if not asked:
         raise CompressionError(f"'{name}' has no query with a relevant document among its documents.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompressionError, listing
+from ..measure.texts import encodable
 from .records import Data
 from .tasks import LABEL_COLUMNS, Task
 
@@ -143,7 +145,9 @@ def rows_from_file(task: Task, path: Path, columns: Sequence[str] | None, limit:
 def _read_csv(task: Task, path: Path, columns: Sequence[str] | None) -> list[Row]:
     """Return the rows of a file with a header by its names, of one without by numbers from 1."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
+        # In files of cells between tabs, as GLUE and STS-B have them, a quotation mark is a character like any other.
+        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        lines = [line for line in csv.reader(file, **form) if line]
     if not lines:
         return []
     known = {name for names in (*task.texts, LABEL_COLUMNS) for name in names} | {"answers", "answer"}
@@ -163,7 +167,7 @@ def _read_json(path: Path) -> list[Row]:
     """Return the rows of a JSON list, of JSON lines, or of SQuAD's own nested file."""
     text = path.read_text("utf-8-sig")
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return read_json_lines(text)
     content = json.loads(text)
     if isinstance(content, dict):
         content = content["data"]
@@ -177,6 +181,24 @@ def _read_json(path: Path) -> list[Row]:
     return list(content)
 
 
+def read_json_lines(text: str) -> list[Any]:
+    """Return what the lines of a text hold; within strings, JSON may have what else ends a line."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def text_of(value: Any, source: str) -> str:
+    """Return a text of an example as it is tokenized.
+
+    Raises:
+        CompressionError: it is none.
+    """
+    if not isinstance(value, str | int | float):
+        raise CompressionError(
+            f"'{source}' has an example whose text is {repr(value)[:60]}; every text must be a string."
+        )
+    return encodable(str(value))
+
+
 def _examples(task: Task, rows: Sequence[Row], columns: Sequence[str] | None, source: str) -> tuple[Example, ...]:
     if task.kind == "question answering":
         return tuple(_question(row, columns, source) for row in rows)
@@ -186,7 +208,7 @@ def _examples(task: Task, rows: Sequence[Row], columns: Sequence[str] | None, so
         if lacking := [column for column in (*texts, label) if column not in row]:
             raise CompressionError(f"Example {number} of '{source}' has no {lacking[0]}; every example needs one.")
         value = _label(task, row[label], source)
-        found.append(Example(tuple(str(row[column]) for column in texts), value))
+        found.append(Example(tuple(text_of(row[column], source) for column in texts), value))
     return tuple(found)
 
 
@@ -237,7 +259,7 @@ def _label(task: Task, value: Any, source: str) -> float:
         number = float("nan")
     if task.labels and number in range(len(task.labels)):
         return int(number)
-    if not task.labels and number == number:
+    if not task.labels and math.isfinite(number):
         return number
     wanted = f"one of {listing(task.labels)}, or its number from 0" if task.labels else "a number"
     raise CompressionError(f"'{source}' has the label '{value}', and {task.name} needs {wanted}.")
@@ -251,7 +273,7 @@ def _question(row: Row, columns: Sequence[str] | None, source: str) -> Example:
             f"'{source}' has the columns {','.join(row)}, and squad needs question, context and answers; "
             "name them with --columns."
         )
-    question, context = str(row[names[0]]), str(row[names[1]])
+    question, context = text_of(row[names[0]], source), text_of(row[names[1]], source)
     try:
         texts, places = _answers(row, names[2], context)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -50,7 +50,7 @@ def choose_measures(measures: Sequence[str] | None, pair: Pair) -> tuple[str, ..
         if name == "agreement" and not agree:
             raise CompressionError(
                 f"Agreement with the base cannot be measured: '{pair.onnx and pair.onnx.name}' gives no hidden states, and its "
-                f"predictions are {'of other tokens than' if kind else 'not comparable with'} the base's. "
+                f"predictions are {'of other tokens than' if kind else 'not compared with'} the base's. "
                 f"{'Choose perplexity, or evaluate' if kind else 'Evaluate'} the folder's weights, without the ONNX file."
             )
     return tuple(dict.fromkeys(measures))

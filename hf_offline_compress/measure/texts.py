@@ -427,7 +427,7 @@ def _batches(
 
 
 def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> CalibrationText:
-    texts = tuple(stripped for line in lines if (stripped := _encodable(line).strip()))
+    texts = tuple(stripped for line in lines if (stripped := encodable(line).strip()))
     if not texts:
         raise CompressionError(f"The {purpose} '{source}' has no usable line; it needs at least one text.")
     if source != "bundled" and (doubt := _doubt(texts)):
@@ -435,7 +435,7 @@ def _texts(lines: Sequence[str], source: str, purpose: str = "calibration") -> C
     return CalibrationText(texts, source)
 
 
-def _encodable(line: str) -> str:
+def encodable(line: str) -> str:
     """Return a text that UTF-8 has codes for; halves of characters, as JSON may have, are put together, or replaced."""
     return line if line.isascii() else line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -43,6 +43,8 @@ def _matthews(labels: Any, predictions: Any) -> float:
 def _pearson(labels: Any, predictions: Any) -> float:
     from scipy.stats import pearsonr
 
+    if len(labels) < 2:
+        return float("nan")
     return float(pearsonr(labels, predictions).statistic)
 
 

@@ -33,7 +33,7 @@ HALF = 16
 ENTRIES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
 def trellis_table(state_bits: int, width: int, bits: int) -> Tensor:
     """Return the values that states stand for, [2^state_bits, width], float32.
 
@@ -46,11 +46,6 @@ def trellis_table(state_bits: int, width: int, bits: int) -> Tensor:
         width: weights that a code stands for, 1 or 2.
         bits: of a code.
     """
-    return _trellis_table(state_bits, width, bits)
-
-
-@lru_cache
-def _trellis_table(state_bits: int, width: int, bits: int) -> Tensor:
     states = torch.arange(2**state_bits, device="cpu")  # kept, so on the device of no context
     code, older = (states % 2**bits).double(), (states >> bits).double()
     share = (code + (older * GOLDEN + 0.5) % 1) / 2**bits
@@ -94,6 +89,10 @@ class RowClass:
         self.first, self.stop = first, first + self.streams * self.length
         # Whether codes of a column are integers of 16 bits, which can be looked at as such where they lie.
         self.in_halves = sys.byteorder == "little" and first % 2 == 0 and run * self.bits % HALF == 0
+        # Tensors that all classes of this kind share. A compiler takes what lies here as inputs of the graph, each by its place;
+        # of what functions return as constants it would tell apart no two by the same function.
+        self.values = trellis_table(self.state_bits, self.width, self.bits)
+        self.at, self.shifts = _begin_in_column(run, self.bits)
 
     def streams_of(self, codes: Tensor, first: int, last: int, scales: Tensor) -> Tensor:
         """Return the rows of streams `first` to before `last`, [rows, columns], times scales [rows]."""
@@ -103,8 +102,7 @@ class RowClass:
         codes = codes[self.first : self.stop].view(self.streams, self.length)[first:last]
         if not torch.compiler.is_compiling() and codes.storage_offset() % 2:
             codes = codes.clone()
-        at, shifts = _in_column(self.run, self.bits)
-        at, shifts, table = at.to(codes.device), shifts.to(codes.device), self.table(scales)
+        at, shifts, table = self.at.to(codes.device), self.shifts.to(codes.device), self.table(scales)
         values = table.new_empty(len(codes), self.run, self.blocks)
         for part, out, scale in _in_parts(self.run * self.columns, codes, values, scales.view(-1, self.run, 1)):
             states = self._windows(part).index_select(1, at)
@@ -118,7 +116,7 @@ class RowClass:
 
     def table(self, like: Tensor) -> Tensor:
         """Return the table with each entry, of all weights of a code, as one number, [entries]."""
-        table = trellis_table(self.state_bits, self.width, self.bits).to(like)
+        table = self.values.to(like)
         return table.view(ENTRIES[self.width * table.element_size()]).flatten()
 
     def _windows(self, codes: Tensor) -> Tensor:
@@ -182,14 +180,9 @@ def _in_parts(each: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _in_column(run: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the half words in which the codes of a column begin [run], and at which of their bits [run, 1]."""
-    return _begin_in_column(run, bits)
-
-
 @lru_cache
 def _begin_in_column(run: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the half words in which the codes of a column begin [run], and at which of their bits [run, 1]."""
     first = torch.arange(run - 1, -1, -1, device="cpu") * bits  # a stream is stored from its end to its beginning
     return first // HALF, (first % HALF).to(torch.int32)[:, None]
 

@@ -183,9 +183,8 @@ def _with_identity(latents: Tensor, basis: Tensor) -> tuple[Tensor, dict[str, Te
     left of L grows: B[:, order] = Uᵀ L₁ᵀ [1, (L₂ L₁⁻¹)ᵀ].
     """
     rank, columns = basis.shape
-    packed, pivots, _ = torch.linalg.lu_factor_ex(
-        basis.T
-    )  # rows of zeros, as of a weight of lower rank, do no harm to L
+    # Pivots of zero, as of a weight of lower rank, do no harm to L.
+    packed, pivots, _ = torch.linalg.lu_factor_ex(basis.T)
     order = list(range(columns))
     for i, pivot in enumerate((pivots - 1).tolist()):
         order[i], order[pivot] = order[pivot], order[i]
