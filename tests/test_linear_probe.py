@@ -1,6 +1,7 @@
 """Classification on embeddings: the draws, the classifier, files and data sets, and what cannot be classified."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -107,6 +108,7 @@ def test_a_data_set_on_the_hub(pair, monkeypatch):
         ({"data": "test.csv", "train_data": "one.csv"}, "has the class 'animal' alone"),
         ({"data": "other.csv", "train_data": "test.csv"}, "'other.csv' has the class 'ship', and the training data"),
         ({"data": "test.csv", "train_data": "gaps.csv"}, "Example 2 of 'gaps.csv' has no text or no label"),
+        ({"data": "test.csv", "train_data": "nulls.json"}, "'nulls.json' has an example whose text is None"),
         ({"data": "test.csv", "train_data": "test.csv", "columns": ["text"]}, "do not fit"),
         ({"data": "test.csv", "train_data": "test.csv", "fine_tune": True}, "trains a classifier on embeddings"),
         ({"data": "test.csv", "train_data": "test.csv", "task_settings": TaskSettings(limit=-1)}, "must be above 0"),
@@ -119,6 +121,7 @@ def test_what_cannot_be_classified_is_one_sentence(pair, tmp_path, monkeypatch, 
     write(tmp_path / "one.csv", ROWS[:5])
     write(tmp_path / "other.csv", [("a red ship", "ship")])
     write(tmp_path / "gaps.csv", [ROWS[0], ("", "sky")])
+    (tmp_path / "nulls.json").write_text(json.dumps([{"text": None, "label": "sky"}, {"text": "a", "label": "animal"}]))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CompressionError, match=message):
         evaluate_folder(folder, base=base, progress=False, **{"task": "classification", **options})

@@ -75,6 +75,10 @@ def test_lines_of_json_end_where_they_end(pair, beir):
     (beir / "corpus.jsonl").write_text("\n".join([*lines[:-1], " ", lines[-1][:-2] + '\u2028"}']) + "\n", "utf-8")
     (after,) = evaluate_folder(folder, **asked)
     assert after.metrics == before.metrics
+    halves = [line.replace('"title": ""', '"title": "half \\ud800"') for line in lines]
+    (beir / "corpus.jsonl").write_text("\n".join(halves))
+    (found,) = evaluate_folder(folder, **asked)
+    assert found.data.examples == before.data.examples and "ud800" in halves[0]
     (beir / "corpus.jsonl").write_text("\n".join([*lines, '{"_id": "d99", "text": null}']))
     with pytest.raises(CompressionError, match="has an example whose text is None"):
         evaluate_folder(folder, **asked)

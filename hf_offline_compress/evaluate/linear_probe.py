@@ -21,7 +21,7 @@ from ..metrics.scores import require
 from .options import EvaluationOptions
 from .pair import Pair
 from .records import Data, Evaluation, metric
-from .task_data import Row, find_columns, rows_from_file, rows_from_hub
+from .task_data import Row, find_columns, rows_from_file, rows_from_hub, text_of
 from .tasks import ONE, Task, TaskSettings
 
 TASK = "classification"
@@ -239,4 +239,5 @@ def _labelled(form: Task, rows: Sequence[Row], data: Data, columns: Sequence[str
     for number, row in enumerate(rows, start=1):
         if any(str(row.get(name, "")).strip() == "" for name in (text, label)):
             raise CompressionError(f"Example {number} of '{data.name}' has no {text} or no {label}; it needs both.")
-    return LabelledTexts(tuple(str(row[text]) for row in rows), tuple(str(row[label]).strip() for row in rows), data)
+    texts = tuple(text_of(row[text], data.name) for row in rows)
+    return LabelledTexts(texts, tuple(str(row[label]).strip() for row in rows), data)

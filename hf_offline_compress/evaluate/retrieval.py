@@ -198,7 +198,10 @@ def _set(
     data: Callable[[int], Data],
 ) -> RetrievalSet:
     """Return a set of the queries that have a relevant document."""
-    documents = {str(row["_id"]): f"{row.get('title') or ''} {text_of(row['text'], name)}".strip() for row in corpus}
+    documents = {
+        str(row["_id"]): " ".join(text_of(part, name) for part in (row.get("title") or "", row["text"])).strip()
+        for row in corpus
+    }
     relevant: dict[str, dict[str, float]] = {}
     for query, document, grade in judged:
         if grade > 0 and document in documents:
