@@ -6,9 +6,11 @@ import pytest
 import torch
 from common import save_base
 from sklearn.metrics import ndcg_score
+from transformers import AutoTokenizer
 
 from hf_offline_compress import CompressionError, compress, evaluate_folder
 from hf_offline_compress.artifact.reading import read_evaluation
+from hf_offline_compress.evaluate import retrieval
 from hf_offline_compress.evaluate.records import Data
 from hf_offline_compress.evaluate.retrieval import RetrievalSet, ndcg
 
@@ -55,7 +57,7 @@ def test_base_and_compressed_model_search_the_same_documents(pair, beir):
     assert read_evaluation(folder)["evaluations"][0]["id"] == f"nanobeir:{beir.name}"
 
 
-def test_a_base_searches_by_its_own_tokens(pair, beir, tmp_path):
+def test_a_base_searches_by_its_own_tokens(pair, beir, tmp_path, monkeypatch):
     base, folder = pair
     words = ["the moon and the cat"] * 50 + ["red hills"] * 10
     compress(base, "svd", calibration=None, ratio=2, vocabulary=words, vocabulary_size=64, progress=False).save(
@@ -65,6 +67,11 @@ def test_a_base_searches_by_its_own_tokens(pair, beir, tmp_path):
     (whole,), (found,) = (evaluate_folder(each, **asked) for each in (folder, pruned))
     assert [metric.base for metric in found.metrics] == [metric.base for metric in whole.metrics]
     assert found.metrics[0].compressed != whole.metrics[0].compressed
+    asked_with, embed = [], retrieval._embed
+    monkeypatch.setattr(retrieval, "_embed", lambda *args: asked_with.append(len(args[1])) or embed(*args))
+    evaluate_folder(pruned, **asked)
+    assert asked_with == [len(AutoTokenizer.from_pretrained(each)) for each in (base, pruned)]
+    assert asked_with[0] > asked_with[1]
 
 
 def test_lines_of_json_end_where_they_end(pair, beir):
